@@ -1,0 +1,257 @@
+"""The five slots put together: pixels -> encoder -> bottleneck -> decoder -> likelihood, and the prior beside it.
+
+-ELBO = -log p(x|z) + log q(z|x) - log p(z), in nats per example, for every choice of members.
+
+B batch, C channels, H W pixels, D code dimension, h w code grid.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vqvae.bottlenecks import BOTTLENECKS
+from vqvae.bottlenecks.codebook import code_usage, perplexity
+from vqvae.errors import UserError
+from vqvae.latent import Latent
+from vqvae.likelihoods import LIKELIHOODS
+from vqvae.members import Choice, Slot, build, find, signature
+from vqvae.nets import NETS
+from vqvae.priors import PRIORS
+from vqvae.schedules import Schedule
+
+SLOTS = {
+    "nets": Slot("--nets", NETS),
+    "bottleneck": Slot("--bottleneck", BOTTLENECKS),
+    "prior": Slot("--prior", PRIORS),
+    "likelihood": Slot("--likelihood", LIKELIHOODS),
+}
+
+
+class Step(NamedTuple):
+    """What the training loop asks of a module: a loss to descend, and monitors to average over steps."""
+
+    loss: Tensor  # scalar
+    metrics: dict[str, Tensor]  # detached; scalars, or vectors that `summary` turns into scalars
+
+
+class Elbo(NamedTuple):
+    """The three terms of the bound for each example of a batch, and what was drawn on the way."""
+
+    log_likelihood: Tensor  # [B] nats, log p(x|z)
+    log_posterior: Tensor  # [B] nats, log q(z|x)
+    log_prior: Tensor  # [B] nats, log p(z)
+    latent: Latent
+    params: Tensor  # [B, P*C, H, W], the decoder's output
+
+    @property
+    def nats(self) -> Tensor:
+        """[B], the evidence lower bound of log p(x) with this draw of z."""
+        return self.log_likelihood - self.log_posterior + self.log_prior
+
+
+class Objective(NamedTuple):
+    """What training descends: the -ELBO as published recipes weigh it. Evaluation knows nothing of this.
+
+    reduction `mean` divides the nats of an image by its dimensions, so that with the mse likelihood the loss is
+    Sonnet's MSE / variance; `sum` keeps whole nats. kl_weight multiplies log q(z|x) - log p(z).
+    """
+
+    reduction: str = "mean"
+    kl_weight: Schedule = Schedule.parse("--kl-weight", "1")
+    total_steps: int = 1  # the length of the run, where a schedule ends
+
+    def __call__(self, elbo: Elbo, floor: float, dimensions: int, step: int) -> Tensor:
+        nats = -elbo.log_likelihood.mean() - floor
+        rate = (elbo.log_posterior - elbo.log_prior).mean()
+        if rate.requires_grad:  # a fixed prior over a deterministic code costs a constant: nothing to descend
+            nats = nats + self.kl_weight(step, self.total_steps) * rate
+        return nats / (dimensions if self.reduction == "mean" else 1) + elbo.latent.loss
+
+
+class Autoencoder(nn.Module):
+    """An encoder, a bottleneck, a decoder, a likelihood and a prior over the latent."""
+
+    def __init__(
+        self,
+        *,
+        encoder: nn.Module,
+        bottleneck: nn.Module,
+        decoder: nn.Module,
+        likelihood: nn.Module,
+        prior: nn.Module,
+        image_shape: tuple[int, int, int],
+        data_variance: float,
+        objective: Objective,
+    ):
+        super().__init__()
+        self.encoder, self.bottleneck, self.decoder = encoder, bottleneck, decoder
+        self.likelihood, self.prior = likelihood, prior
+        self.image_shape, self.data_variance, self.objective = tuple(image_shape), data_variance, objective
+        self.dimensions = math.prod(image_shape)
+
+    # training
+
+    def forward(self, images: Tensor, labels: Tensor | None, step: int) -> Step:
+        """One training step's loss and monitors for a batch of images `[B, C, H, W]` (uint8, or float points)."""
+        x = unit_range(images)
+        elbo = self.elbo(x, labels, step)
+        loss = self.objective(elbo, self.likelihood.floor, self.dimensions, step)
+        with torch.no_grad():
+            metrics = {
+                "loss": loss.detach(),
+                # with the mse likelihood's own variance this is Sonnet's printed MSE / variance
+                "reconstruction": (-elbo.log_likelihood.mean() - self.likelihood.floor) / self.dimensions,
+                "mse": (self.likelihood.mean(elbo.params) - x).square().mean(),
+                "rate": (elbo.log_posterior - elbo.log_prior).mean(),
+                **elbo.latent.stats,
+            }
+            if elbo.latent.codes is not None:
+                usage = code_usage(elbo.latent.codes, self.bottleneck.num_codes)
+                metrics["batch_perplexity"] = perplexity(usage)
+                metrics["usage"] = usage
+        return Step(loss, {name: value.detach() for name, value in metrics.items()})
+
+    def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
+        """Monitors averaged over steps, as plain numbers to print; the usage vector becomes perplexity and count."""
+        means = dict(means)
+        usage = means.pop("usage", None)
+        numbers = {name: float(value) for name, value in means.items()}
+        numbers["nmse"] = numbers["mse"] / self.data_variance
+        if usage is not None:
+            numbers["perplexity"] = float(perplexity(usage))
+            numbers["active_codes"] = int((usage > 0).sum())
+        return numbers
+
+    @torch.no_grad()
+    def initialise(self, batches: Callable[[int], Tensor]) -> None:
+        """Let the bottleneck fit its first codebook; `batches(n)` gives n training images."""
+        if hasattr(self.bottleneck, "initialise"):
+            h, w = self.bottleneck.grid
+            features = [self._features(unit_range(tile)) for tile in batches(-(-20_000 // (h * w))).split(128)]
+            self.bottleneck.initialise(torch.cat(features))
+
+    def elbo(self, x: Tensor, labels: Tensor | None = None, step: int = 0) -> Elbo:
+        """The bound's terms for x in [0, 1], `[B, C, H, W]`, with one draw of z from the posterior."""
+        latent = self._latent(x, step)
+        params = self.decoder(latent.z)
+        with _full_precision(x):
+            params = params.float()
+            log_prior = self.prior.log_prob(latent, labels)
+            return Elbo(self.likelihood.log_prob(params, x), latent.log_q, log_prior, latent, params)
+
+    def _features(self, x: Tensor) -> Tensor:
+        inputs = self.likelihood.network_input(x).contiguous(memory_format=torch.channels_last)
+        return self.encoder(inputs)
+
+    def _latent(self, x: Tensor, step: int = 0) -> Latent:
+        features = self._features(x)
+        with _full_precision(x):  # distances and latent losses overflow or lose codes in half precision
+            return self.bottleneck(features.float(), step)
+
+    # pictures in, codes and pictures out
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """The codes `[B, h, w]` (int64) of images `[B, C, H, W]`, uint8 or float in [0, 1]."""
+        self._need_codes("encode")
+        return self._latent(self._pixels(images)).codes
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """The pictures `[B, C, H, W]` (float in [0, 1]) of codes `[B, h, w]` (integers below num_codes)."""
+        self._need_codes("decode")
+        if not isinstance(codes, Tensor) or codes.is_floating_point() or codes.dtype == torch.bool:
+            raise ValueError(f"codes must be a tensor of integers, not {_kind(codes)}")
+        if codes.ndim != 3 or tuple(codes.shape[1:]) != tuple(self.bottleneck.grid):
+            expected = ", ".join(map(str, self.bottleneck.grid))
+            raise ValueError(f"codes must have shape [B, {expected}], not {list(codes.shape)}")
+        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.bottleneck.num_codes):
+            raise ValueError(
+                f"codes must be from 0 to {self.bottleneck.num_codes - 1}, not {int(codes.min())} to {int(codes.max())}"
+            )
+        return self.pictures(self.bottleneck.embed(codes.long().to(self.device)))
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """The pictures `[B, C, H, W]` (float in [0, 1]) that images become on their way through the bottleneck."""
+        return self.pictures(self._latent(self._pixels(images)).z)
+
+    @torch.no_grad()
+    def pictures(self, z: Tensor) -> Tensor:
+        """The likelihood's mean pictures `[B, C, H, W]` of latents `[B, D, h, w]`."""
+        return self.likelihood.mean(self.decoder(z).float())
+
+    @torch.no_grad()
+    def sample(self, n: int, **options) -> Tensor:
+        """n pictures `[n, C, H, W]` decoded from draws of the prior; options are those of the prior's `sample`."""
+        draws = self.prior.sample(n, **options)
+        return self.pictures(draws if self.bottleneck.num_codes is None else self.bottleneck.embed(draws))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def _need_codes(self, what: str) -> None:
+        if self.bottleneck.num_codes is None:
+            raise ValueError(f"{what} needs discrete codes; this model's latent is continuous")
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        if not isinstance(images, Tensor) or (images.dtype != torch.uint8 and not images.is_floating_point()):
+            raise ValueError(f"images must be a tensor of uint8, or of floats in [0, 1], not {_kind(images)}")
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
+            expected = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"images must have shape [B, {expected}], not {list(images.shape)}")
+        x = unit_range(images.to(self.device))
+        is_picture = self.image_shape[1:] != (1, 1)  # 2-D points live on the whole plane
+        if is_picture and x.numel() and not (x.min() >= 0 and x.max() <= 1):
+            raise ValueError("images of floats must lie in [0, 1]; give uint8 for 0 to 255")
+        return x
+
+
+def unit_range(images: Tensor) -> Tensor:
+    """uint8 pixels as floats in [0, 1]; floats as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
+
+def _full_precision(x: Tensor):
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def build_autoencoder(
+    choices: dict[str, Choice],
+    *,
+    image_shape: tuple[int, int, int],
+    data_variance: float,
+    num_classes: int = 0,
+    objective: Objective | None = None,
+) -> Autoencoder:
+    """The model that a choice for each slot describes; `num_classes` > 0 conditions the prior on labels.
+
+    Raises `UserError` where members do not fit each other or the images.
+    """
+    likelihood = build(
+        SLOTS["likelihood"], choices["likelihood"], {"image_shape": image_shape, "data_variance": data_variance}
+    )
+    nets = build(SLOTS["nets"], choices["nets"], {"image_shape": image_shape})
+    bottleneck = build(SLOTS["bottleneck"], choices["bottleneck"], {"channels": nets.channels, "grid": nets.grid})
+    prior = build(SLOTS["prior"], choices["prior"], {**bottleneck.prior_context(), "num_classes": num_classes})
+    if num_classes and "num_classes" not in signature(find(SLOTS["prior"], choices["prior"].name))[0]:
+        raise UserError(f"--conditional: --prior {choices['prior'].name} cannot use labels")
+    model = Autoencoder(
+        encoder=nets.encoder(),
+        bottleneck=bottleneck,
+        decoder=nets.decoder(bottleneck.code_dim, image_shape[0] * likelihood.params_per_channel),
+        likelihood=likelihood,
+        prior=prior,
+        image_shape=image_shape,
+        data_variance=data_variance,
+        objective=objective or Objective(),
+    )
+    return model.to(memory_format=torch.channels_last)

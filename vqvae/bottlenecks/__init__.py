@@ -1,0 +1,7 @@
+"""Bottlenecks: features to a latent, and what it costs. One class each; the table below names them."""
+
+from vqvae.bottlenecks.vq import VQ
+
+BOTTLENECKS = {
+    "vq": VQ,
+}

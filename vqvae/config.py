@@ -1,0 +1,256 @@
+"""Every option of a run in one dataclass: defaults, help, command line and named presets.
+
+Nothing here imports torch, so that `--help` answers at once. Members' own options (`--bottleneck vq decay=0.9`) are
+not listed here: they are read off the members' constructors (`members.py`).
+"""
+
+import argparse
+import dataclasses
+import math
+import re
+import typing
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vqvae.errors import UserError, near_misses
+from vqvae.members import Choice, convert
+
+GROUPS = ("model", "data", "training", "run", "machine")
+LISTINGS = ("data", "nets", "bottlenecks", "priors", "likelihoods", "presets")
+
+
+def option(default: Any, help: str, *, group: str, metavar: str | None = None, choices=None, on_resume=False):
+    """A field of `Config`; `on_resume` marks what a resumed run may change."""
+    return dataclasses.field(
+        default=default,
+        metadata={"help": help, "group": group, "metavar": metavar, "choices": choices, "on_resume": on_resume},
+    )
+
+
+def slot(default: str, help: str):
+    return option(default, help, group="model", metavar=("NAME", "key=value"))
+
+
+@dataclass
+class Config:
+    """The settings of one run; the slots hold `Choice`s (a member's name and options)."""
+
+    dataset: Choice | str = slot("digits", "what to learn from: digits, photos (built in), mnist, cifar10, svhn, folder ...")
+    bottleneck: Choice | str = slot("vq", "features to latent: vq codebook=ema decay=0.99 revive=0.03 ...")
+    nets: Choice | str = slot("sonnet", "encoder and decoder")
+    likelihood: Choice | str = slot("mse", "what the decoder's output means: mse, bernoulli, discretised-logistic ...")
+    prior: Choice | str = slot("uniform", "distribution over the latent; with --checkpoint, the stage-two prior to train")
+    preset: str | None = option(None, "a published set-up, see --list presets; flags beside it win", group="model")
+    codes: int | None = option(None, "codebook size K (the bottleneck's num_codes)", group="model", metavar="K")
+    code_dim: int | None = option(None, "code dimension D (the bottleneck's code_dim)", group="model", metavar="D")
+    beta: float | None = option(None, "commitment weight (the bottleneck's beta)", group="model")
+    hidden: int | None = option(None, "width of the nets (their hidden)", group="model", metavar="N")
+
+    data_dir: str = option("data", "folder with the data's files, or the pictures of --dataset folder", group="data", on_resume=True)
+    image_size: int | None = option(None, "scale pictures to this many pixels a side", group="data", metavar="PIXELS")
+    limit: int | None = option(None, "use at most this many images of each split, for quick looks", group="data", metavar="N")
+
+    epochs: int = option(20, "passes over the training data", group="training", on_resume=True)
+    max_steps: int | None = option(None, "stop after this many updates, whatever --epochs says", group="training", metavar="N", on_resume=True)
+    batch_size: int = option(128, "images per update", group="training", metavar="N")
+    lr: str = option("3e-4", "learning rate: a number, or a schedule such as cosine:3e-4:1e-6 (to the end of the run), "
+                     "linear:0:3e-4:500,cosine:3e-4:0:20000", group="training", metavar="RATE")  # fmt: skip
+    weight_decay: float = option(0.0, "decoupled weight decay (AdamW) on convolution and linear weights", group="training")
+    reduction: str = option("mean", "train on nats per dimension (mean: with mse, Sonnet's MSE / variance) or per image (sum)", group="training", choices=("mean", "sum"))
+    kl_weight: str = option("1", "weight of log q(z|x) - log p(z) in training, a number or a schedule as for --lr", group="training", metavar="WEIGHT")
+    seed: int = option(0, "seed of weights, order and noise; the same seed gives the same run, bit for bit on a CPU", group="training")
+
+    name: str | None = option(None, "name of the run; default: the model and data, such as vqvae-cifar10", group="run")
+    log_dir: str = option("logs", "where logs/<run> goes: config, metrics, TensorBoard events, checkpoints", group="run")
+    plot_dir: str = option("plots", "where plots/<run> goes: pictures", group="run")
+    log_every: int = option(100, "write training metrics every so many steps", group="run", metavar="STEPS", on_resume=True)
+    checkpoint_every: str = option("300s", "save within epochs too: every so many steps (500) or seconds (300s)", group="run", metavar="WHEN", on_resume=True)
+
+    device: str = option("auto", "where to compute; auto takes the first there is of cuda, mps, cpu", group="machine", choices=("auto", "cpu", "cuda", "mps"), on_resume=True)
+    precision: str = option("fp32", "bf16 runs the nets in bfloat16; distances and losses stay fp32", group="machine", choices=("fp32", "bf16"))
+    compile: bool = option(False, "torch.compile the nets: slower to start, faster after", group="machine", on_resume=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as config.json and checkpoints hold them."""
+        return {
+            key: {"name": value.name, "options": value.options} if isinstance(value, Choice) else value
+            for key, value in ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """The inverse of `to_dict`; raises `UserError` when it holds settings of another version."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"settings {', '.join(unknown)} are unknown to this version of the program")
+        return cls(**{
+            key: Choice(value["name"], value["options"]) if isinstance(value, dict) else value
+            for key, value in values.items()
+        })  # fmt: skip
+
+
+SLOT_FIELDS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["metavar"] == ("NAME", "key=value"))
+SHORTHANDS = {  # plain flag -> (slot, the member's option it stands for)
+    "codes": ("bottleneck", "num_codes"),
+    "code_dim": ("bottleneck", "code_dim"),
+    "beta": ("bottleneck", "beta"),
+    "hidden": ("nets", "hidden"),
+}
+
+
+class Preset(NamedTuple):
+    """Settings that differ from the defaults, written as on the command line, and where they are published."""
+
+    source: str
+    settings: dict[str, Any]
+
+
+PRESETS = {
+    "sonnet-cifar10": Preset(
+        "github.com/google-deepmind/sonnet, VQ-VAE example: EMA codebook, batch 32, 10,000 steps",
+        {"dataset": "cifar10", "bottleneck": "vq init=fan-in", "batch_size": 32, "epochs": 7, "max_steps": 10_000},
+    ),
+    "sonnet-mnist": Preset(
+        "the same nets and codebook on MNIST, 20 epochs at batch 128",
+        {"dataset": "mnist", "bottleneck": "vq init=fan-in", "epochs": 20},
+    ),
+    "henrhoi-vqvae": Preset(
+        "github.com/henrhoi/vae-pytorch: K = 128, D = 256, gradient codebook from ±1/K, pixels in [-1, 1]; its loss "
+        "divides both codebook terms by the number of pixels, which weighs their means 64 * 256 / 3072",
+        {
+            "dataset": "cifar10",
+            "nets": "henrhoi",
+            "likelihood": "mse pixels=symmetric variance=0.125",
+            "bottleneck": "vq num_codes=128 code_dim=256 codebook=gradient init=uniform revive=0 beta=1 "
+            "weight=5.3333 projection=no",
+            "lr": "1e-3",
+            "epochs": 40,
+        },
+    ),
+}
+
+
+class OneLineErrors(argparse.ArgumentParser):
+    """argparse that says what is wrong in one line, as every other error does, instead of its usage."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
+
+
+def parser(description: str, epilog: str) -> argparse.ArgumentParser:
+    """The command line, made from the fields of `Config`. Only what is typed appears in its result."""
+    cli = OneLineErrors(
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    groups = {name: cli.add_argument_group(name) for name in GROUPS}
+    for f in dataclasses.fields(Config):
+        meta = f.metadata
+        flag = "--" + f.name.replace("_", "-")
+        shown = "" if f.default is None or isinstance(f.default, bool) else f" (default: {f.default})"
+        keywords: dict[str, Any] = {"help": (meta["help"] + shown).replace("%", "%%")}
+        if isinstance(f.default, bool):
+            keywords["action"] = argparse.BooleanOptionalAction
+        elif f.name in SLOT_FIELDS:
+            keywords |= {"nargs": "+", "metavar": meta["metavar"]}
+        else:
+            keywords |= {"metavar": meta["metavar"], "choices": meta["choices"]}
+        groups[meta["group"]].add_argument(flag, **keywords)
+    return cli
+
+
+def configure(given: dict[str, Any], base: Config | None = None) -> Config:
+    """The run's settings: defaults, then the preset's, then what was typed; each checked, with its flag's name.
+
+    With `base`, the settings of a run to resume, only those marked `on_resume` may differ from it.
+    """
+    settings = {key: _value(key, value) for key, value in given.items()}
+    if base is not None:
+        return _resumed(base, settings)
+    preset = settings.get("preset")
+    if preset is not None and preset not in PRESETS:
+        raise UserError(f"--preset {preset}: no such name{near_misses(preset, PRESETS)}; known: {', '.join(PRESETS)}")
+    published = {key: _value(key, value) for key, value in PRESETS[preset].settings.items()} if preset else {}
+    for key in SLOT_FIELDS:  # options beside the preset's member add to those of the preset
+        if key in settings and key in published and settings[key].name == published[key].name:
+            settings[key] = Choice(settings[key].name, published[key].options | settings[key].options)
+    defaults = {key: _value(key, Config.__dataclass_fields__[key].default) for key in SLOT_FIELDS}
+    config = Config(**(defaults | published | settings))
+    for key, (slot_name, name) in SHORTHANDS.items():
+        value = getattr(config, key)
+        if value is not None:
+            choice = getattr(config, slot_name)
+            setattr(config, slot_name, Choice(choice.name, choice.options | {name: value}))
+    _check(config)
+    return config
+
+
+def _resumed(base: Config, settings: dict[str, Any]) -> Config:
+    for key, value in settings.items():
+        field = Config.__dataclass_fields__[key]
+        if not field.metadata["on_resume"] and value != getattr(base, key):
+            flag = "--" + key.replace("_", "-")
+            may = ", ".join("--" + f.name.replace("_", "-") for f in dataclasses.fields(Config) if f.metadata["on_resume"])
+            raise UserError(f"{flag} {value}: a resumed run keeps its settings; only these may change: {may}")
+    config = dataclasses.replace(base, **settings)
+    _check(config)
+    return config
+
+
+def _value(key: str, value: Any) -> Any:
+    """A setting given as text, as words (slots) or already as a value, in its declared type."""
+    if key not in Config.__dataclass_fields__:
+        raise UserError(f"unknown setting '{key}'{near_misses(key, Config.__dataclass_fields__)}")
+    flag = "--" + key.replace("_", "-")
+    if key in SLOT_FIELDS:
+        return value if isinstance(value, Choice) else Choice.parse(flag, value.split() if isinstance(value, str) else value)
+    declared = Config.__dataclass_fields__[key].type
+    kind = next((t for t in typing.get_args(declared) if t is not type(None)), declared)  # int of int | None
+    return value if value is None else convert(value, kind, f"{flag} {value}")
+
+
+def _check(config: Config) -> None:
+    for key in ("codes", "code_dim", "hidden", "image_size", "limit", "epochs", "max_steps", "batch_size", "log_every"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise UserError(f"--{key.replace('_', '-')} {value}: must be at least 1")
+    for key in ("beta", "weight_decay"):
+        value = getattr(config, key)
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            raise UserError(f"--{key.replace('_', '-')} {value}: must be a number from 0 up")
+    if config.name is not None and not re.fullmatch(r"[\w.+=-]+", config.name):
+        raise UserError(f"--name {config.name}: may hold letters, digits and . _ + = - only")
+    if config.name in (".", ".."):
+        raise UserError(f"--name {config.name}: must be the name of a folder")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"--seed {config.seed}: must be from 0 to {2**63 - 1}")
+    checkpoint_interval(config.checkpoint_every)
+
+
+def checkpoint_interval(text: str) -> tuple[int | None, float | None]:
+    """`--checkpoint-every` as (steps, None) or (None, seconds)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s?)", text)
+    if not match or float(match[1]) == 0 or (not match[2] and "." in match[1]):
+        raise UserError(f"--checkpoint-every {text}: must be steps such as 500, or seconds such as 300s")
+    return (None, float(match[1])) if match[2] else (int(match[1]), None)
+
+
+def default_name(config: Config) -> str:
+    """`vqvae-cifar10`, `sonnet-mnist`, `gumbel-digits` ...: the preset, or the bottleneck and the data."""
+    if config.preset:
+        return config.preset
+    bottleneck = config.bottleneck.name
+    return f"{bottleneck + 'vae' if bottleneck == 'vq' else bottleneck}-{config.dataset.name}"
+
+
+def describe_presets() -> str:
+    """What `--list presets` prints: each preset as the flags it stands for, and its source."""
+    blocks = []
+    for name, preset in PRESETS.items():
+        flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in preset.settings.items())
+        blocks.append(f"--preset {name}\n    {preset.source}\n    {flags}")
+    return "\n\n".join(blocks)

@@ -1,0 +1,77 @@
+"""Held-out figures: per-example values over a whole split, summed once, exact on the ragged last batch.
+
+B batch, S importance samples, K codes.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqvae.bottlenecks.codebook import code_usage, perplexity
+
+
+@torch.no_grad()
+def evaluate(
+    model, images: Tensor, labels: Tensor, *, batch_size: int = 256, iw_samples: int = 0, seed: int = 0
+) -> dict[str, Any]:
+    """What an autoencoder does to images it was not trained on (`[N, C, H, W]` uint8, or float points).
+
+    Nats are per image, over the whole split, with one draw of z (none where the posterior is a point); `_se` is the
+    standard error of the mean over images. Keys:
+
+    neg_elbo, neg_elbo_se      -log p(x|z) + log q(z|x) - log p(z)
+    reconstruction_nats, rate  its two halves: -log p(x|z), and log q(z|x) - log p(z)
+    iw_bound, iw_bound_se      the importance-weighted bound with S = iw_samples draws (1509.00519, eq. 8), if asked
+    bits_per_dim               neg_elbo in bits per pixel and channel, where the likelihood is of 8-bit pixels
+    mse, nmse, psnr            of the mean pictures in [0, 1]; nmse is mse over the training data's variance; psnr in
+                               dB, the mean over images
+    perplexity, active_codes   of the code usage over the whole split; `usage` are its counts `[K]`
+    and the mean of every monitor that the bottleneck reports (commitment ...).
+    """
+    training = model.training
+    model.eval()
+    rows: dict[str, list[Tensor]] = {}
+    sums: dict[str, Tensor] = {}
+    usage = None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for batch, batch_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            x = batch.to(model.device)
+            x = x.float() / 255 if x.dtype == torch.uint8 else x
+            y = batch_labels.to(model.device)
+            elbo = model.elbo(x, y)
+            mse = (model.likelihood.mean(elbo.params) - x).square().flatten(1).mean(1)
+            values = {
+                "neg_elbo": -elbo.nats,
+                "reconstruction_nats": -elbo.log_likelihood,
+                "rate": elbo.log_posterior - elbo.log_prior,
+                "mse": mse,
+                "psnr": -10 * mse.clamp(min=1e-10).log10(),
+            }
+            if iw_samples:
+                draws = torch.stack([model.elbo(x, y).nats.double() for _ in range(iw_samples)])  # [S, B]
+                values["iw_bound"] = math.log(iw_samples) - draws.logsumexp(0)
+            for name, value in values.items():
+                rows.setdefault(name, []).append(value.double().cpu())
+            for name, value in elbo.latent.stats.items():
+                sums[name] = sums.get(name, 0) + len(x) * value.double()
+            if elbo.latent.codes is not None:
+                counts = code_usage(elbo.latent.codes, model.bottleneck.num_codes)
+                usage = counts.double() if usage is None else usage + counts
+    model.train(training)
+
+    results: dict[str, Any] = {name: float(value) / len(images) for name, value in sums.items()}
+    for name, parts in rows.items():
+        values = torch.cat(parts)
+        results[name] = float(values.mean())
+        results[f"{name}_se"] = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    results["nmse"] = results["mse"] / model.data_variance
+    if model.likelihood.discrete:
+        results["bits_per_dim"] = results["neg_elbo"] / (model.dimensions * math.log(2))
+    if usage is not None:
+        results["perplexity"] = float(perplexity(usage))
+        results["active_codes"] = int((usage > 0).sum())
+        results["usage"] = usage.long().cpu()
+    return results

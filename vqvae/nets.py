@@ -1,0 +1,249 @@
+"""Encoders and decoders: pixels to a feature grid, and a code grid back to the likelihood's parameters.
+
+A member holds the sizes and makes the two halves. The projection from features into the code space belongs to the
+bottleneck, so that nets and bottlenecks combine freely.
+
+B batch, C channels, H W pixels, h w code grid, D code dimension.
+"""
+
+import math
+
+from torch import Tensor, nn
+
+from vqvae.errors import UserError
+
+
+def divisible(image_shape: tuple[int, int, int], stride: int, name: str) -> tuple[int, int]:
+    """The code grid of an image under a stride, or a `UserError` that names sizes which divide."""
+    _, height, width = image_shape
+    if height % stride or width % stride or min(height, width) < stride:
+        low = max(stride, min(height, width) // stride * stride)
+        raise UserError(
+            f"--nets {name}: images of {height}x{width} pixels do not divide by its stride {stride}; "
+            f"try --image-size {low} or {low + stride}"
+        )
+    return height // stride, width // stride
+
+
+def at_least(minimum: int, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < minimum:
+            raise UserError(f"--nets: {name}={size} must be at least {minimum}")
+
+
+def initialise_fan_in(module: nn.Module) -> None:
+    """Weights from a normal of std 1/sqrt(fan-in) truncated at two std, biases 0: Sonnet's initialisation.
+
+    Beside PyTorch's own it gives activations of unit scale, which is worth several hundred steps at the start.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            # Sonnet counts a transposed convolution's fan-in as kernel area times input channels
+            channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+            area = 1 if isinstance(layer, nn.Linear) else math.prod(layer.kernel_size)
+            std = 1 / math.sqrt(channels * area)
+            nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+class ResidualLayer(nn.Module):
+    """h + conv1x1(ReLU(conv3x3(ReLU(h)))), with batch norms before the ReLUs if asked (pre-activation)."""
+
+    def __init__(self, channels: int, hidden: int, *, batch_norm: bool = False):
+        super().__init__()
+        norm = nn.BatchNorm2d if batch_norm else lambda channels: nn.Identity()
+        self.residual = nn.Sequential(
+            norm(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, hidden, 3, padding=1, bias=not batch_norm),
+            norm(hidden),
+            nn.ReLU(),
+            nn.Conv2d(hidden, channels, 1),
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.residual(h)
+
+
+class Sonnet:
+    """Nets of the Sonnet example (github.com/google-deepmind/sonnet, nets/vqvae.py and its CIFAR-10 notebook).
+
+    Encoder 4x4 stride 2, 4x4 stride 2, 3x3, then `residual_layers` residual layers of `residual_hidden` channels;
+    the decoder mirrors it. Code grid [H/4, W/4], `hidden` feature channels.
+    """
+
+    def __init__(
+        self, *, image_shape: tuple, hidden: int = 128, residual_hidden: int = 32, residual_layers: int = 2
+    ):
+        at_least(2, hidden=hidden)
+        at_least(1, residual_hidden=residual_hidden)
+        at_least(0, residual_layers=residual_layers)
+        self.image_channels, self.channels = image_shape[0], hidden
+        self.grid = divisible(image_shape, 4, "sonnet")
+        self.residual_hidden, self.residual_layers = residual_hidden, residual_layers
+
+    def encoder(self) -> nn.Module:
+        n = self.channels
+        net = nn.Sequential(
+            nn.Conv2d(self.image_channels, n // 2, 4, stride=2, padding=1),  # [B, n/2, H/2, W/2]
+            nn.ReLU(),
+            nn.Conv2d(n // 2, n, 4, stride=2, padding=1),  # [B, n, h, w]
+            nn.ReLU(),
+            nn.Conv2d(n, n, 3, padding=1),
+            *self._residual_stack(),
+        )
+        initialise_fan_in(net)
+        return net
+
+    def decoder(self, code_dim: int, out_channels: int) -> nn.Module:
+        n = self.channels
+        net = nn.Sequential(
+            nn.Conv2d(code_dim, n, 3, padding=1),
+            *self._residual_stack(),
+            nn.ConvTranspose2d(n, n // 2, 4, stride=2, padding=1),  # [B, n/2, H/2, W/2]
+            nn.ReLU(),
+            nn.ConvTranspose2d(n // 2, out_channels, 4, stride=2, padding=1),  # [B, C, H, W]
+        )
+        initialise_fan_in(net)
+        return net
+
+    def _residual_stack(self) -> list[nn.Module]:
+        layers = [ResidualLayer(self.channels, self.residual_hidden) for _ in range(self.residual_layers)]
+        return [*layers, nn.ReLU()]
+
+
+class Henrhoi:
+    """VQ-VAE nets with batch norm (github.com/henrhoi/vae-pytorch): 256 channels throughout, stride 4.
+
+    Encoder 4x4 stride 2, BN, ReLU, 4x4 stride 2, two residual layers (BN, ReLU, 3x3, BN, ReLU, 1x1, add); the
+    decoder mirrors it. Code grid [H/4, W/4].
+    """
+
+    def __init__(self, *, image_shape: tuple, hidden: int = 256, residual_layers: int = 2):
+        at_least(1, hidden=hidden)
+        at_least(0, residual_layers=residual_layers)
+        self.image_channels, self.channels, self.residual_layers = image_shape[0], hidden, residual_layers
+        self.grid = divisible(image_shape, 4, "henrhoi")
+
+    def encoder(self) -> nn.Module:
+        n = self.channels
+        return nn.Sequential(
+            nn.Conv2d(self.image_channels, n, 4, stride=2, padding=1, bias=False),  # [B, n, H/2, W/2]
+            nn.BatchNorm2d(n),
+            nn.ReLU(),
+            nn.Conv2d(n, n, 4, stride=2, padding=1),  # [B, n, h, w]
+            *self._residual_layers(n),
+        )
+
+    def decoder(self, code_dim: int, out_channels: int) -> nn.Module:
+        n = self.channels
+        return nn.Sequential(
+            nn.Conv2d(code_dim, n, 1) if code_dim != n else nn.Identity(),
+            *self._residual_layers(n),
+            nn.BatchNorm2d(n),
+            nn.ReLU(),
+            nn.ConvTranspose2d(n, n, 4, stride=2, padding=1, bias=False),  # [B, n, H/2, W/2]
+            nn.BatchNorm2d(n),
+            nn.ReLU(),
+            nn.ConvTranspose2d(n, out_channels, 4, stride=2, padding=1),  # [B, C, H, W]
+        )
+
+    def _residual_layers(self, channels: int) -> list[nn.Module]:
+        return [ResidualLayer(channels, channels, batch_norm=True) for _ in range(self.residual_layers)]
+
+
+class ConvVAE:
+    """Convolutional VAE nets with a flat latent (github.com/henrhoi/vae-pytorch, image VAE).
+
+    Encoder 3x3 x32, then 3x3 stride 2 x64, x128, x256, ReLU, flattened into one feature vector; decoder
+    linear to a x128 grid of stride 8, transposed 4x4 stride 2 x128, x64, x32, conv 3x3. `hidden` scales every width
+    (32 as published). Code grid [1, 1].
+    """
+
+    def __init__(self, *, image_shape: tuple, hidden: int = 32):
+        at_least(1, hidden=hidden)
+        self.image_channels, self.hidden = image_shape[0], hidden
+        # 28x28 pictures have no stride of 8: there the last halving rounds up, and the decoder crops
+        self.inner = (math.ceil(image_shape[1] / 8), math.ceil(image_shape[2] / 8))
+        self.size = tuple(image_shape[1:])
+        self.channels, self.grid = 8 * hidden * math.prod(self.inner), (1, 1)
+
+    def encoder(self) -> nn.Module:
+        n = self.hidden
+        return nn.Sequential(
+            nn.Conv2d(self.image_channels, n, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(n, 2 * n, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(2 * n, 4 * n, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(4 * n, 8 * n, 3, stride=2, padding=1),  # [B, 8n, ceil(H/8), ceil(W/8)]
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Unflatten(1, (self.channels, 1, 1)),  # [B, features, 1, 1]
+        )
+
+    def decoder(self, code_dim: int, out_channels: int) -> nn.Module:
+        n = self.hidden
+        return nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(code_dim, 4 * n * math.prod(self.inner)),
+            nn.ReLU(),
+            nn.Unflatten(1, (4 * n, *self.inner)),
+            nn.ConvTranspose2d(4 * n, 4 * n, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(4 * n, 2 * n, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(2 * n, n, 4, stride=2, padding=1),
+            nn.ReLU(),
+            CentreCrop(self.size),
+            nn.Conv2d(n, out_channels, 3, padding=1),  # [B, C, H, W]
+        )
+
+
+class CentreCrop(nn.Module):
+    def __init__(self, size: tuple[int, int]):
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        top, left = (x.shape[-2] - self.size[0]) // 2, (x.shape[-1] - self.size[1]) // 2
+        return x[..., top : top + self.size[0], left : left + self.size[1]]
+
+
+class MLP:
+    """Multilayer perceptrons on the flattened input, for points and very small images; code grid [1, 1].
+
+    `layers` hidden layers of `hidden` ReLU units on each side (one of 32 for the 2-D VAE).
+    """
+
+    def __init__(self, *, image_shape: tuple, hidden: int = 32, layers: int = 1):
+        at_least(1, hidden=hidden, layers=layers)
+        self.image_shape, self.channels, self.layers, self.grid = tuple(image_shape), hidden, layers, (1, 1)
+
+    def encoder(self) -> nn.Module:
+        return nn.Sequential(
+            nn.Flatten(), *self._hidden(math.prod(self.image_shape)), nn.Unflatten(1, (self.channels, 1, 1))
+        )
+
+    def decoder(self, code_dim: int, out_channels: int) -> nn.Module:
+        _, height, width = self.image_shape
+        return nn.Sequential(
+            nn.Flatten(),
+            *self._hidden(code_dim),
+            nn.Linear(self.channels, out_channels * height * width),
+            nn.Unflatten(1, (out_channels, height, width)),
+        )
+
+    def _hidden(self, inputs: int) -> list[nn.Module]:
+        widths = [inputs] + [self.channels] * self.layers
+        return [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+
+
+NETS = {
+    "sonnet": Sonnet,
+    "henrhoi": Henrhoi,
+    "conv-vae": ConvVAE,
+    "mlp": MLP,
+}
