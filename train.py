@@ -1,11 +1,15 @@
 #!/usr/bin/env python3
-"""Train a vector-quantised or variational autoencoder on images: parse the command line, build, fit."""
+"""Train a vector-quantised or variational autoencoder on images, or a prior on the codes of a trained one."""
 
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from vqvae.config import (
     LISTINGS,
+    PRESETS,
     Config,
     checkpoint_interval,
     configure,
@@ -25,21 +29,40 @@ examples
   python train.py --bottleneck vq codebook=gradient init=uniform revive=0
   python train.py --lr linear:0:3e-4:500,cosine:3e-4:1e-6
   python train.py --resume logs/vqvae-cifar10 --epochs 80
+  python train.py --prior pixelcnn --checkpoint logs/vqvae-cifar10/checkpoint.pt
+  python train.py --evaluate --checkpoint logs/vqvae-cifar10/checkpoint.pt
   python train.py --list bottlenecks                    members, options, defaults and sources
 
 what the numbers mean
   MSE         of pictures in [0, 1]; nmse is MSE over the data's variance, as Sonnet prints it
   PSNR        peak signal to noise ratio in dB; higher is better
+  -ELBO       -log p(x|z) + log q(z|x) - log p(z), nats per image; lower is better, comparable between models of the
+              same likelihood
   commitment  mean squared distance of the encoder's vectors to their codes
   perplexity  how many codes, used equally often, would be as varied as the use of the codebook: K at best; a low
               one means that the codebook has collapsed. Over the whole split, unless named batch_perplexity
   active      codes used at least once on the held-out split
+  bits/code   what the prior pays for a code; log2 K is what knowing nothing costs
 
 Watch a run with `tensorboard --logdir logs`, look at it with `python visualize_codes.py --checkpoint
 logs/<run>/checkpoint.pt`. Ctrl-C saves, and prints the command that goes on.
 """
 
-EXAMPLES_KEPT = {"image": 64, "point": 2000}  # held-out examples stored in a checkpoint, so that figures need no data
+EXAMPLES_KEPT, POINTS_KEPT = (
+    64,
+    2000,
+)  # held-out examples stored in a checkpoint, so that figures need no data
+
+
+class Job(NamedTuple):
+    """What one stage gives the loop: a module, its examples, held-out figures, and a picture after each epoch."""
+
+    module: Any
+    examples: Any  # images, or codes
+    labels: Any
+    evaluate: Callable[[], dict]
+    picture: Callable[[], Any] | None  # [N, C, H, W] in [0, 1]
+    caption: str
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,11 +70,23 @@ def main(argv: list[str] | None = None) -> int:
         cli = parser(__doc__, EXAMPLES)
         other = cli.add_argument_group("other")
         other.add_argument("--resume", metavar="RUN", help="go on with logs/<run> exactly where it stopped")
-        other.add_argument("--list", metavar="WHAT", help=f"print members with options and sources: {', '.join(LISTINGS)}")
+        other.add_argument("--list", metavar="WHAT", help=f"print members, options, sources: {', '.join(LISTINGS)}")
+        other.add_argument("--evaluate", action="store_true", help="print the held-out figures of --checkpoint")
+        other.add_argument("--iw-samples", metavar="S", help="draws for the importance-weighted bound of --evaluate")
         given = vars(cli.parse_args(argv))
         if "list" in given:
             return print_list(given["list"])
-        return train(given, given.pop("resume", None))
+        if given.pop("evaluate", False):
+            return evaluate_checkpoint(given)
+        if "iw_samples" in given:
+            raise UserError(f"--iw-samples {given['iw_samples']}: goes with --evaluate")
+        folder = train(given, given.pop("resume", None))
+        preset = PRESETS.get(given.get("preset", ""))
+        if folder and preset and preset.prior:
+            own = {key: given[key] for key in ("device", "seed", "log_dir", "plot_dir", "data_dir") if key in given}
+            own |= {"name": f"{folder.name}-prior", "checkpoint": str(folder / "checkpoint.pt")}
+            train(preset.prior | own, None)
+        return 0
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
@@ -71,152 +106,292 @@ def print_list(what: str) -> int:
     return 0
 
 
-def train(given: dict, resume: str | None) -> int:
+def train(given: dict, resume: str | None) -> Path | None:
+    """Train one stage from the settings given; its run folder, or None when interrupted."""
     import torch
 
-    from vqvae import checkpoint, data, figures
-    from vqvae.autoencoder import SLOTS, Objective, build_autoencoder
-    from vqvae.evaluation import evaluate
-    from vqvae.members import resolve
-    from vqvae.runs import Run, claim, free_name
-    from vqvae.schedules import Schedule
-    from vqvae.training import Plan, fit
+    from vqvae import checkpoint
+    from vqvae.runs import Run
+    from vqvae.training import fit
 
     stopped = checkpoint.read(Path(resume) / "checkpoint.pt") if resume else None
-    config = configure(given, Config.from_dict(stopped["config"]) if stopped else None)
-    for key, slot in {"dataset": data.SLOT, **SLOTS}.items():
-        setattr(config, key, resolve(slot, getattr(config, key)))
-    lr, kl_weight = Schedule.parse("--lr", config.lr), Schedule.parse("--kl-weight", config.kl_weight)
-    device = choose_device(config.device)
+    stage_one = checkpoint.read(given["checkpoint"]) if "checkpoint" in given and not resume else None
+    config = settle(given, stopped, stage_one)
+    plan = plan_of(config)
+    folder = Path(resume) if resume else name_run(config)
+    dataset = load_data(config)
 
-    if stopped:
-        folder = Path(resume)
-        config.name = folder.resolve().name
+    torch.manual_seed(config.seed)
+    if config.checkpoint:
+        job, model = prior_job(config, dataset, plan, folder.parent / config.name, stopped or stage_one)
     else:
-        logs, plots = Path(config.log_dir), Path(config.plot_dir)
-        config.name = config.name or free_name(default_name(config), logs, plots)
-        folder = logs / config.name
-        if (folder / "config.json").exists():
-            claim(folder)
-    dataset = data.load(
+        job, model = autoencoder_job(config, dataset, plan, stopped)
+    if plan.batch_size > len(job.examples):
+        raise UserError(f"--batch-size {plan.batch_size}: larger than the {len(job.examples)} training examples")
+    plot_folder = claim_pictures(Path(config.plot_dir).resolve() / config.name)
+    kept = EXAMPLES_KEPT if job.picture else POINTS_KEPT
+    facts = {
+        "kind": "prior" if config.checkpoint else "autoencoder",
+        "run": config.name,
+        "config": config.to_dict(),
+        "data": {
+            "name": dataset.name,
+            "shape": list(model.image_shape),
+            "variance": model.data_variance,
+            "classes": list(dataset.classes),
+            "note": dataset.note,
+        },
+        "examples": {
+            "images": dataset.test.images[:kept].clone(),
+            "labels": dataset.test.labels[:kept].clone(),
+        },
+        "plots": str(plot_folder),
+    }
+    run = Run(folder, facts, resume_at=stopped["step"] if stopped else None)
+    print(introduce(config, plan, dataset, job.module, folder, stopped))
+    results = fit(
+        job.module,
+        job.examples,
+        job.labels,
+        plan,
+        run,
+        evaluate=job.evaluate,
+        after_epoch=painter(job, run, facts["examples"]["images"], plot_folder / "generated_samples"),
+        resume=stopped,
+    )
+    run.close(results)
+    if results is None:
+        print(f"interrupted; saved {folder / 'checkpoint.pt'}. Go on with: python train.py --resume {folder}")
+        return None
+    print(f"done. Look at it: python visualize_codes.py --checkpoint {folder / 'checkpoint.pt'}")
+    return folder
+
+
+def settle(given: dict, stopped: dict | None, stage_one: dict | None) -> Config:
+    """The run's settings with every member's options checked and spelt out, before any data is read."""
+    from vqvae.autoencoder import SLOTS
+    from vqvae.data import SLOT as DATA
+    from vqvae.members import resolve
+
+    if stage_one and stage_one["kind"] != "autoencoder":
+        raise UserError(
+            f"--checkpoint {given['checkpoint']}: is a prior's; name the autoencoder's that it was trained on"
+        )
+    config = configure(
+        given,
+        resumed=Config.from_dict(stopped["config"]) if stopped else None,
+        stage_one=Config.from_dict(stage_one["config"]) if stage_one else None,
+    )
+    for key, slot in {"dataset": DATA, **SLOTS}.items():
+        setattr(config, key, resolve(slot, getattr(config, key)))
+    return config
+
+
+def plan_of(config: Config):
+    from vqvae.devices import choose_device
+    from vqvae.schedules import Schedule
+    from vqvae.training import Plan
+
+    return Plan(
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        lr=Schedule.parse("--lr", config.lr),
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        device=choose_device(config.device),
+        precision=config.precision,
+        log_every=config.log_every,
+        save_every=checkpoint_interval(config.checkpoint_every),
+        max_steps=config.max_steps,
+        patience=config.patience,
+    )
+
+
+def name_run(config: Config) -> Path:
+    """The folder of a fresh run; a name that was asked for must be free, a default one is numbered until it is."""
+    from vqvae.runs import claim, free_name
+
+    logs, plots = Path(config.log_dir), Path(config.plot_dir)
+    config.name = config.name or free_name(default_name(config), logs, plots)
+    if (logs / config.name).exists():
+        claim(logs / config.name)
+    return logs / config.name
+
+
+def load_data(config: Config):
+    from vqvae import data
+
+    return data.load(
         config.dataset.name,
         data_dir=Path(config.data_dir).expanduser(),
         image_size=config.image_size,
         limit=config.limit,
         **config.dataset.options,
     )
-    train_set, test_set = dataset.train, dataset.test
-    shape = tuple(train_set.images.shape[1:])
-    variance = stopped["data"]["variance"] if stopped else data.variance(train_set.images)
-    plan = Plan(
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        lr=lr,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-        device=device,
-        precision=config.precision,
-        log_every=config.log_every,
-        save_every=checkpoint_interval(config.checkpoint_every),
-        max_steps=config.max_steps,
-    )
-    torch.manual_seed(config.seed)
+
+
+def autoencoder_job(config: Config, dataset, plan, stopped: dict | None) -> tuple[Job, Any]:
+    """Stage one: the whole autoencoder, on images."""
+    from vqvae.autoencoder import SLOTS, Objective, build_autoencoder
+    from vqvae.data import pixel_variance
+    from vqvae.evaluation import evaluate
+    from vqvae.schedules import Schedule
+
+    train, test = dataset.train, dataset.test
     model = build_autoencoder(
         {slot: getattr(config, slot) for slot in SLOTS},
-        image_shape=shape,
-        data_variance=variance,
-        objective=Objective(config.reduction, kl_weight, plan.total_steps(len(train_set.images))),
+        image_shape=tuple(train.images.shape[1:]),
+        data_variance=stopped["data"]["variance"] if stopped else pixel_variance(train.images),
+        num_classes=len(dataset.classes) if config.conditional else 0,
+        objective=Objective(
+            config.reduction,
+            Schedule.parse("--kl-weight", config.kl_weight),
+            plan.total_steps(len(train.images)),
+        ),
     )
     if stopped:
         model.load_state_dict(stopped["model"])
-    model.to(device)
+    model.to(plan.device)
     if config.compile:
         model.encoder.compile()
         model.decoder.compile()
-
-    kept = EXAMPLES_KEPT["point" if shape == (2, 1, 1) else "image"]
-    shown = test_set.images[:kept].clone()
-    plot_folder = Path(config.plot_dir).resolve() / config.name
-    facts = {
-        "kind": "autoencoder",
-        "run": config.name,
-        "config": config.to_dict(),
-        "data": {
-            "name": dataset.name,
-            "shape": list(shape),
-            "variance": variance,
-            "classes": list(dataset.classes),
-            "note": dataset.note,
-        },
-        "examples": {"images": shown, "labels": test_set.labels[:kept].clone()},
-        "plots": str(plot_folder),
-    }
-    if plan.batch_size > len(train_set.images):
-        raise UserError(f"--batch-size {plan.batch_size}: larger than the {len(train_set.images)} training examples")
-    claim_pictures(plot_folder)
-    run = Run(folder, facts, resume_at=stopped["step"] if stopped else None)
-    print(introduce(config, dataset, model, device, folder, stopped))
-
-    def draw(epoch: int, step: int, results: dict) -> None:
-        if shape == (2, 1, 1):
-            return
-        pictures = model.eval().reconstruct(shown).cpu()
-        model.train()
-        path = plot_folder / "generated_samples" / f"epoch_{epoch:03d}.png"
-        figures.image_grid(pictures, path, title=f"{config.name}: reconstructions, epoch {epoch}")
-        run.pictures("reconstructions", figures.montage(pictures), step)
-
-    if shape != (2, 1, 1):
-        original = plot_folder / "generated_samples" / "original.png"
-        figures.image_grid(shown, original, title=f"{config.name}: held-out originals")
-        run.pictures("originals", figures.montage(shown), 0)
-    results = fit(
+    job = Job(
         model,
-        train_set.images,
-        train_set.labels,
-        plan,
-        run,
-        evaluate=lambda: evaluate(model, test_set.images, test_set.labels, seed=config.seed),
-        after_epoch=draw,
-        resume=stopped,
+        train.images,
+        train.labels,
+        evaluate=lambda: evaluate(model, test.images, test.labels, seed=config.seed),
+        picture=(lambda: model.reconstruct(test.images[:EXAMPLES_KEPT])) if model.shows_pictures else None,
+        caption="reconstructions",
     )
-    run.close(results)
-    if results is None:
-        print(f"interrupted; saved {folder / 'checkpoint.pt'}. Go on with: python train.py --resume {folder}")
+    return job, model
+
+
+def prior_job(config: Config, dataset, plan, folder: Path, start: dict) -> tuple[Job, Any]:
+    """Stage two: a prior, on the codes of a frozen autoencoder."""
+    import torch
+
+    from vqvae.checkpoint import restore
+    from vqvae.stage_two import PriorTraining, extract_codes
+
+    stage_one = Path(config.checkpoint)
+    stage_one = stage_one / "checkpoint.pt" if stage_one.is_dir() else stage_one
+    if config.conditional and not dataset.classes:
+        raise UserError(f"--conditional: --dataset {dataset.name} has no labels")
+    if start["kind"] == "prior":  # resumed: the checkpoint holds the new prior
+        model = restore(start, config.checkpoint)
     else:
-        print(f"done. Look at it: python visualize_codes.py --checkpoint {folder / 'checkpoint.pt'}")
+        model = restore(start, config.checkpoint, new_prior=config)
+    model.to(plan.device)
+    if model.bottleneck.num_codes is None:
+        raise UserError(f"--checkpoint {config.checkpoint}: its latent is continuous; a prior is learnt over codes")
+    train, test = dataset.train, dataset.test
+    codes = {
+        name: extract_codes(model, split.images, stage_one.with_name(f"codes-{name}.npz"))
+        for name, split in (("train", train), ("test", test))
+    }
+    module = PriorTraining(model, conditional=config.conditional)
+
+    def sampled() -> Any:
+        labels = torch.arange(EXAMPLES_KEPT, device=plan.device) % max(len(dataset.classes), 1)
+        generator = torch.Generator(plan.device).manual_seed(config.seed)
+        return model.sample(EXAMPLES_KEPT, labels=labels if config.conditional else None, generator=generator)
+
+    job = Job(
+        module,
+        codes["train"],
+        train.labels,
+        evaluate=lambda: module.evaluate(codes["test"], test.labels),
+        picture=sampled,
+        caption="samples",
+    )
+    return job, model
+
+
+def painter(job: Job, run, originals, folder: Path) -> Callable[[int, int, dict], None]:
+    """What to draw: the held-out originals now, the job's picture after every epoch."""
+    if job.picture is None:
+        return lambda epoch, step, results: None
+    import torch
+
+    from vqvae import figures
+
+    figures.image_grid(originals, folder / "original.png", title=f"{run.folder.name}: held-out originals")
+    run.pictures("originals", figures.montage(originals), 0)
+
+    def paint(epoch: int, step: int, results: dict) -> None:
+        job.module.eval()
+        with torch.random.fork_rng():
+            pictures = job.picture().cpu()
+        job.module.train()
+        path = folder / f"epoch_{epoch:03d}.png"
+        figures.image_grid(pictures, path, title=f"{run.folder.name}: {job.caption}, epoch {epoch}")
+        run.pictures(job.caption, figures.montage(pictures), step)
+
+    return paint
+
+
+def evaluate_checkpoint(given: dict) -> int:
+    """Print the held-out figures of a checkpoint, and store them beside it as JSON."""
+    from vqvae import checkpoint
+    from vqvae.devices import choose_device
+    from vqvae.evaluation import evaluate
+    from vqvae.members import convert
+
+    if "checkpoint" not in given:
+        raise UserError("--evaluate: name the model with --checkpoint logs/<run>/checkpoint.pt")
+    samples = convert(given.pop("iw_samples", 100), int, "--iw-samples")
+    if samples < 1:
+        raise UserError(f"--iw-samples {samples}: must be at least 1")
+    path = Path(given.pop("checkpoint"))
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    content = checkpoint.read(path)
+    config = configure(given, resumed=Config.from_dict(content["config"]))
+    dataset = load_data(config)
+    model = checkpoint.restore(content, str(path)).to(choose_device(config.device))
+    results = evaluate(model, dataset.test.images, dataset.test.labels, iw_samples=samples, seed=config.seed)
+    results.pop("usage", None)
+    if dataset.entropy is not None:
+        results |= {"entropy": dataset.entropy, "gap": results["neg_elbo"] - dataset.entropy}
+    held = {
+        "run": content["run"],
+        "data": dataset.name,
+        "note": dataset.note,
+        "likelihood": config.likelihood.name,
+        "prior": config.prior.name,
+        "images": len(dataset.test.images),
+        "step": content["step"],
+        "seed": config.seed,
+        "iw_samples": samples,
+        **results,
+    }
+    out = path.with_name("evaluation.json")
+    out.write_text(json.dumps(held, indent=2) + "\n")
+    width = max(map(len, held))
+    print("\n".join(f"{key:{width}}  {value:,.6g}" if isinstance(value, float) else f"{key:{width}}  {value}"
+                    for key, value in held.items()))  # fmt: skip
+    print(f"stored in {out}")
     return 0
 
 
-def choose_device(name: str):
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, present in there.items() if present)
-    if not there[name]:
-        raise UserError(f"--device {name}: not available here; there is {', '.join(k for k, v in there.items() if v)}")
-    return torch.device(name)
-
-
-def claim_pictures(folder: Path) -> None:
+def claim_pictures(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise UserError(f"--plot-dir {folder.parent}: cannot write there ({problem.strerror})") from None
+    return folder
 
 
-def introduce(config, dataset, model, device, folder, stopped) -> str:
+def introduce(config: Config, plan, dataset, module, folder: Path, stopped: dict | None) -> str:
     """What is about to happen, in four lines."""
     shape = "x".join(map(str, dataset.train.images.shape[1:]))
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
     lines = [
-        f"run        {folder}" + (f", resumed at step {stopped['step']}" if stopped else ""),
-        f"data       {dataset.name}: {len(dataset.train.images):,} train, {len(dataset.test.images):,} held out, {shape}"
+        f"run    {folder}" + (f", resumed at step {stopped['step']}" if stopped else ""),
+        f"data   {dataset.name}: {len(dataset.train.images):,} train, {len(dataset.test.images):,} held out, {shape}"
         + (f" ({dataset.note})" if dataset.note else ""),
-        f"model      {config.nets.name} nets, {config.bottleneck}, {config.likelihood.name} likelihood, "
-        f"{config.prior.name} prior; {parameters:,} parameters",
-        f"on         {device}, {config.precision}, batch {config.batch_size}, seed {config.seed}",
+        f"model  {config.nets.name} nets, {config.bottleneck}",
+        f"       {config.likelihood.name} likelihood, {config.prior} prior; {parameters:,} parameters to train",
+        f"on     {plan.device}, {config.precision}, batch {config.batch_size}, seed {config.seed}",
     ]
     return "\n".join(lines)
 

@@ -14,7 +14,16 @@ from vqvae.nets import NETS
 from vqvae.priors import PRIORS
 from vqvae.schedules import Schedule
 
-SMALL = {"num_codes": 7, "code_dim": 4, "hidden": 8, "layers": 1, "blocks": 1, "channels": 8, "width": 8, "heads": 2}
+SMALL = {
+    "num_codes": 7,
+    "code_dim": 4,
+    "hidden": 8,
+    "layers": 1,
+    "blocks": 1,
+    "channels": 8,
+    "width": 8,
+    "heads": 2,
+}
 
 
 def choose(slot: str, name: str, **options) -> Choice:

@@ -156,7 +156,9 @@ def test_revived_codes_are_used():
     assert len(codes.unique()) > 24
 
 
-@pytest.mark.parametrize("options", [{"num_codes": 0}, {"code_dim": 0}, {"beta": -1.0}, {"decay": 1.0}, {"revive": 2.0}])
+@pytest.mark.parametrize(
+    "options", [{"num_codes": 0}, {"code_dim": 0}, {"beta": -1.0}, {"decay": 1.0}, {"revive": 2.0}]
+)
 def test_vq_refuses_options_out_of_range(options):
     name = next(iter(options))
     with pytest.raises(UserError, match=name):

@@ -9,8 +9,8 @@ from vqvae.errors import UserError
 from vqvae.members import Choice
 
 
-def typed(line: str, base: Config | None = None) -> Config:
-    return configure(vars(parser("", "").parse_args(line.split())), base)
+def typed(line: str, **earlier: Config) -> Config:
+    return configure(vars(parser("", "").parse_args(line.split())), **earlier)
 
 
 def test_defaults_train_a_vq_vae_on_digits():
@@ -76,7 +76,23 @@ def test_bad_values_name_the_flag_and_the_value(line, message):
 
 def test_a_resumed_run_may_go_on_longer_but_not_be_another():
     base = typed("--epochs 2 --lr 1e-3")
-    assert typed("--epochs 4", base) == dataclasses.replace(base, epochs=4)
-    assert typed("--lr 1e-3", base) == base
+    assert typed("--epochs 4", resumed=base) == dataclasses.replace(base, epochs=4)
+    assert typed("--lr 1e-3", resumed=base) == base
     with pytest.raises(UserError, match="--lr 1e-4: a resumed run keeps its settings"):
-        typed("--lr 1e-4", base)
+        typed("--lr 1e-4", resumed=base)
+
+
+def test_a_prior_takes_model_and_data_from_stage_one():
+    first = typed("--dataset mnist --codes 64 --lr 1e-3 --limit 50")
+    second = typed("--prior pixelcnn blocks=3 --checkpoint logs/a/checkpoint.pt --epochs 9", stage_one=first)
+    assert (second.dataset, second.bottleneck, second.limit) == (first.dataset, first.bottleneck, 50)
+    assert second.prior == Choice("pixelcnn", {"blocks": "3"})
+    assert (second.epochs, second.lr) == (
+        9,
+        Config.lr,
+    )  # how long and how fast is the second stage's own affair
+    assert default_name(second) == "a-pixelcnn"
+    with pytest.raises(UserError, match="--codes 3: the model and data come from --checkpoint"):
+        typed("--prior pixelcnn --codes 3", stage_one=first)
+    with pytest.raises(UserError, match="name the prior"):
+        typed("--epochs 3", stage_one=first)

@@ -46,10 +46,10 @@ def test_one_draw_of_a_point_posterior_is_the_importance_weighted_bound():
 
 
 def test_evaluation_leaves_the_model_and_the_random_state_alone():
-    model = make().train()
+    model, images = make().train(), pictures(10)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    evaluate(model, pictures(10), LABELS)
+    evaluate(model, images, LABELS)
     assert model.training
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

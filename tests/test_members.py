@@ -15,7 +15,13 @@ class Ladder:
     """
 
     def __init__(
-        self, *, wall: str, rungs: int = 5, width: float = 0.5, safe: bool = True, wood: Literal["oak", "ash"] = "oak"
+        self,
+        *,
+        wall: str,
+        rungs: int = 5,
+        width: float = 0.5,
+        safe: bool = True,
+        wood: Literal["oak", "ash"] = "oak",
     ):
         self.values = (wall, rungs, width, safe, wood)
 
@@ -40,7 +46,12 @@ def test_options_take_their_declared_types():
 
 
 def test_resolve_fills_in_every_default():
-    assert resolve(SLOT, parse("ladder rungs=3")).options == {"rungs": 3, "width": 0.5, "safe": True, "wood": "oak"}
+    assert resolve(SLOT, parse("ladder rungs=3")).options == {
+        "rungs": 3,
+        "width": 0.5,
+        "safe": True,
+        "wood": "oak",
+    }
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,18 @@ class Objective(NamedTuple):
 class Autoencoder(nn.Module):
     """An encoder, a bottleneck, a decoder, a likelihood and a prior over the latent."""
 
+    monitor = "neg_elbo"
+    headline = {
+        "mse": "MSE {:.5f}",
+        "nmse": "(/variance {:.4f})",
+        "psnr": "PSNR {:.2f} dB",
+        "neg_elbo": "-ELBO {:,.1f} nats",
+        "bits_per_dim": "{:.3f} bits/dim",
+        "commitment": "commitment {:.4f}",
+        "perplexity": "perplexity {:.0f}",
+        "active_codes": "active {}",
+    }
+
     def __init__(
         self,
         *,
@@ -168,7 +180,7 @@ class Autoencoder(nn.Module):
         if codes.ndim != 3 or tuple(codes.shape[1:]) != tuple(self.bottleneck.grid):
             expected = ", ".join(map(str, self.bottleneck.grid))
             raise ValueError(f"codes must have shape [B, {expected}], not {list(codes.shape)}")
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < self.bottleneck.num_codes):
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.bottleneck.num_codes):
             raise ValueError(
                 f"codes must be from 0 to {self.bottleneck.num_codes - 1}, not {int(codes.min())} to {int(codes.max())}"
             )
@@ -180,6 +192,15 @@ class Autoencoder(nn.Module):
         return self.pictures(self._latent(self._pixels(images)).z)
 
     @torch.no_grad()
+    def posterior_mean(self, images: Tensor) -> Tensor:
+        """The mean `[B, D, 1, 1]` of q(z|x) for images `[B, C, H, W]`, of a model whose latent is continuous."""
+        if self.bottleneck.num_codes is not None:
+            raise ValueError(
+                "posterior_mean needs a continuous latent; this model's is discrete: encode gives its codes"
+            )
+        return self.bottleneck.posterior(self._features(self._pixels(images)).float())[0]
+
+    @torch.no_grad()
     def pictures(self, z: Tensor) -> Tensor:
         """The likelihood's mean pictures `[B, C, H, W]` of latents `[B, D, h, w]`."""
         return self.likelihood.mean(self.decoder(z).float())
@@ -189,6 +210,11 @@ class Autoencoder(nn.Module):
         """n pictures `[n, C, H, W]` decoded from draws of the prior; options are those of the prior's `sample`."""
         draws = self.prior.sample(n, **options)
         return self.pictures(draws if self.bottleneck.num_codes is None else self.bottleneck.embed(draws))
+
+    @property
+    def shows_pictures(self) -> bool:
+        """False for points of the plane, which are `[2, 1, 1]`."""
+        return self.image_shape[1:] != (1, 1)
 
     @property
     def device(self) -> torch.device:
@@ -205,8 +231,7 @@ class Autoencoder(nn.Module):
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"images must have shape [B, {expected}], not {list(images.shape)}")
         x = unit_range(images.to(self.device))
-        is_picture = self.image_shape[1:] != (1, 1)  # 2-D points live on the whole plane
-        if is_picture and x.numel() and not (x.min() >= 0 and x.max() <= 1):
+        if self.shows_pictures and x.numel() and not (x.min() >= 0 and x.max() <= 1):
             raise ValueError("images of floats must lie in [0, 1]; give uint8 for 0 to 255")
         return x
 
@@ -237,7 +262,9 @@ def build_autoencoder(
     Raises `UserError` where members do not fit each other or the images.
     """
     likelihood = build(
-        SLOTS["likelihood"], choices["likelihood"], {"image_shape": image_shape, "data_variance": data_variance}
+        SLOTS["likelihood"],
+        choices["likelihood"],
+        {"image_shape": image_shape, "data_variance": data_variance},
     )
     nets = build(SLOTS["nets"], choices["nets"], {"image_shape": image_shape})
     bottleneck = build(SLOTS["bottleneck"], choices["bottleneck"], {"channels": nets.channels, "grid": nets.grid})

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ def read(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"--checkpoint {path}: no such file; a run keeps its own at logs/<run>/checkpoint.pt")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol of files that are refused anyway
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"--checkpoint {path}: not a checkpoint of this program: it holds objects other than plain values and "
@@ -46,7 +49,7 @@ def read(path: str | Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as problem:
         reason = str(problem).split("\n")[0]
         raise UserError(f"--checkpoint {path}: truncated, or not a checkpoint at all ({reason})") from None
-    if not isinstance(content, dict) or not FIELDS <= set(content):
+    if not isinstance(content, dict) or not set(content) >= FIELDS:
         raise UserError(f"--checkpoint {path}: not a checkpoint of this program")
     if content["format"] != FORMAT:
         raise UserError(f"--checkpoint {path}: format {content['format']}, but this version reads format {FORMAT}")
@@ -63,16 +66,24 @@ def load(path: str | Path, device: str = "cpu") -> Autoencoder:
     return restore(read(path), str(path)).to(device).eval()
 
 
-def restore(content: dict[str, Any], name: str = "") -> Autoencoder:
-    """The model that a checkpoint's content describes, with its weights."""
-    config = Config.from_dict(content["config"])
+def restore(content: dict[str, Any], name: str = "", *, new_prior: Config | None = None) -> Autoencoder:
+    """The model that a checkpoint's content describes, with its weights.
+
+    With `new_prior`, the prior is the untrained one of those settings instead of the checkpoint's.
+    """
+    config = new_prior or Config.from_dict(content["config"])
     model = build_autoencoder(
         {slot: getattr(config, slot) for slot in SLOTS},
         image_shape=tuple(content["data"]["shape"]),
         data_variance=content["data"]["variance"],
+        num_classes=len(content["data"]["classes"]) if config.conditional else 0,
     )
+    weights = content["model"]
+    if new_prior:
+        weights = {key: value for key, value in weights.items() if not key.startswith("prior.")}
+        weights |= {f"prior.{key}": value for key, value in model.prior.state_dict().items()}
     try:
-        model.load_state_dict(content["model"])
+        model.load_state_dict(weights)
     except RuntimeError as problem:
         reason = " ".join(str(problem).split())[:200]
         raise UserError(f"--checkpoint {name}: its weights are those of another model ({reason})") from None

@@ -10,11 +10,13 @@ import math
 import re
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from vqvae.errors import UserError, near_misses
 from vqvae.members import Choice, convert
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
 GROUPS = ("model", "data", "training", "run", "machine")
 LISTINGS = ("data", "nets", "bottlenecks", "priors", "likelihoods", "presets")
 
@@ -23,7 +25,13 @@ def option(default: Any, help: str, *, group: str, metavar: str | None = None, c
     """A field of `Config`; `on_resume` marks what a resumed run may change."""
     return dataclasses.field(
         default=default,
-        metadata={"help": help, "group": group, "metavar": metavar, "choices": choices, "on_resume": on_resume},
+        metadata={
+            "help": help,
+            "group": group,
+            "metavar": metavar,
+            "choices": choices,
+            "on_resume": on_resume,
+        },
     )
 
 
@@ -35,40 +43,107 @@ def slot(default: str, help: str):
 class Config:
     """The settings of one run; the slots hold `Choice`s (a member's name and options)."""
 
-    dataset: Choice | str = slot("digits", "what to learn from: digits, photos (built in), mnist, cifar10, svhn, folder ...")
+    dataset: Choice | str = slot(
+        "digits", "what to learn from: digits, photos (built in), mnist, cifar10, svhn, folder ..."
+    )
     bottleneck: Choice | str = slot("vq", "features to latent: vq codebook=ema decay=0.99 revive=0.03 ...")
     nets: Choice | str = slot("sonnet", "encoder and decoder")
     likelihood: Choice | str = slot("mse", "what the decoder's output means: mse, bernoulli, discretised-logistic ...")
-    prior: Choice | str = slot("uniform", "distribution over the latent; with --checkpoint, the stage-two prior to train")
+    prior: Choice | str = slot(
+        "uniform", "distribution over the latent; with --checkpoint, the stage-two prior to train"
+    )
     preset: str | None = option(None, "a published set-up, see --list presets; flags beside it win", group="model")
+    checkpoint: str | None = option(
+        None, "train --prior on the codes of this trained model (stage two)", group="model", metavar="PATH"
+    )
+    conditional: bool = option(False, "let the prior know the labels", group="model")
     codes: int | None = option(None, "codebook size K (the bottleneck's num_codes)", group="model", metavar="K")
     code_dim: int | None = option(None, "code dimension D (the bottleneck's code_dim)", group="model", metavar="D")
     beta: float | None = option(None, "commitment weight (the bottleneck's beta)", group="model")
     hidden: int | None = option(None, "width of the nets (their hidden)", group="model", metavar="N")
 
-    data_dir: str = option("data", "folder with the data's files, or the pictures of --dataset folder", group="data", on_resume=True)
+    data_dir: str = option(
+        "data",
+        "folder with the data's files, or the pictures of --dataset folder",
+        group="data",
+        on_resume=True,
+    )
     image_size: int | None = option(None, "scale pictures to this many pixels a side", group="data", metavar="PIXELS")
-    limit: int | None = option(None, "use at most this many images of each split, for quick looks", group="data", metavar="N")
+    limit: int | None = option(
+        None, "use at most this many images of each split, for quick looks", group="data", metavar="N"
+    )
 
     epochs: int = option(20, "passes over the training data", group="training", on_resume=True)
-    max_steps: int | None = option(None, "stop after this many updates, whatever --epochs says", group="training", metavar="N", on_resume=True)
+    max_steps: int | None = option(
+        None,
+        "stop after this many updates, whatever --epochs says",
+        group="training",
+        metavar="N",
+        on_resume=True,
+    )
     batch_size: int = option(128, "images per update", group="training", metavar="N")
     lr: str = option("3e-4", "learning rate: a number, or a schedule such as cosine:3e-4:1e-6 (to the end of the run), "
                      "linear:0:3e-4:500,cosine:3e-4:0:20000", group="training", metavar="RATE")  # fmt: skip
-    weight_decay: float = option(0.0, "decoupled weight decay (AdamW) on convolution and linear weights", group="training")
-    reduction: str = option("mean", "train on nats per dimension (mean: with mse, Sonnet's MSE / variance) or per image (sum)", group="training", choices=("mean", "sum"))
-    kl_weight: str = option("1", "weight of log q(z|x) - log p(z) in training, a number or a schedule as for --lr", group="training", metavar="WEIGHT")
-    seed: int = option(0, "seed of weights, order and noise; the same seed gives the same run, bit for bit on a CPU", group="training")
+    weight_decay: float = option(
+        0.0, "decoupled weight decay (AdamW) on convolution and linear weights", group="training"
+    )
+    reduction: str = option(
+        "mean",
+        "train on nats per dimension (mean: with mse, Sonnet's MSE / variance) or per image (sum)",
+        group="training",
+        choices=("mean", "sum"),
+    )
+    kl_weight: str = option(
+        "1",
+        "weight of log q(z|x) - log p(z) in training, a number or a schedule as for --lr",
+        group="training",
+        metavar="WEIGHT",
+    )
+    patience: int | None = option(
+        None,
+        "stop when so many epochs brought no better held-out figure",
+        group="training",
+        metavar="EPOCHS",
+        on_resume=True,
+    )
+    seed: int = option(
+        0,
+        "seed of weights, order and noise; the same seed gives the same run, bit for bit on a CPU",
+        group="training",
+    )
 
     name: str | None = option(None, "name of the run; default: the model and data, such as vqvae-cifar10", group="run")
-    log_dir: str = option("logs", "where logs/<run> goes: config, metrics, TensorBoard events, checkpoints", group="run")
+    log_dir: str = option(
+        "logs", "where logs/<run> goes: config, metrics, TensorBoard events, checkpoints", group="run"
+    )
     plot_dir: str = option("plots", "where plots/<run> goes: pictures", group="run")
-    log_every: int = option(100, "write training metrics every so many steps", group="run", metavar="STEPS", on_resume=True)
-    checkpoint_every: str = option("300s", "save within epochs too: every so many steps (500) or seconds (300s)", group="run", metavar="WHEN", on_resume=True)
+    log_every: int = option(
+        100, "write training metrics every so many steps", group="run", metavar="STEPS", on_resume=True
+    )
+    checkpoint_every: str = option(
+        "300s",
+        "save within epochs too: every so many steps (500) or seconds (300s)",
+        group="run",
+        metavar="WHEN",
+        on_resume=True,
+    )
 
-    device: str = option("auto", "where to compute; auto takes the first there is of cuda, mps, cpu", group="machine", choices=("auto", "cpu", "cuda", "mps"), on_resume=True)
-    precision: str = option("fp32", "bf16 runs the nets in bfloat16; distances and losses stay fp32", group="machine", choices=("fp32", "bf16"))
-    compile: bool = option(False, "torch.compile the nets: slower to start, faster after", group="machine", on_resume=True)
+    device: str = option(
+        "auto",
+        "where to compute; auto takes the first there is of cuda, mps, cpu",
+        group="machine",
+        choices=DEVICES,
+        on_resume=True,
+    )
+    precision: str = option(
+        "fp32",
+        "bf16 runs the nets in bfloat16; distances and losses stay fp32",
+        group="machine",
+        choices=("fp32", "bf16"),
+    )
+    compile: bool = option(
+        False, "torch.compile the nets: slower to start, faster after", group="machine", on_resume=True
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as config.json and checkpoints hold them."""
@@ -104,12 +179,19 @@ class Preset(NamedTuple):
 
     source: str
     settings: dict[str, Any]
+    prior: dict[str, Any] | None = None  # settings of the second stage, where there is one
 
 
 PRESETS = {
     "sonnet-cifar10": Preset(
         "github.com/google-deepmind/sonnet, VQ-VAE example: EMA codebook, batch 32, 10,000 steps",
-        {"dataset": "cifar10", "bottleneck": "vq init=fan-in", "batch_size": 32, "epochs": 7, "max_steps": 10_000},
+        {
+            "dataset": "cifar10",
+            "bottleneck": "vq init=fan-in",
+            "batch_size": 32,
+            "epochs": 7,
+            "max_steps": 10_000,
+        },
     ),
     "sonnet-mnist": Preset(
         "the same nets and codebook on MNIST, 20 epochs at batch 128",
@@ -163,14 +245,17 @@ def parser(description: str, epilog: str) -> argparse.ArgumentParser:
     return cli
 
 
-def configure(given: dict[str, Any], base: Config | None = None) -> Config:
+def configure(given: dict[str, Any], *, resumed: Config | None = None, stage_one: Config | None = None) -> Config:
     """The run's settings: defaults, then the preset's, then what was typed; each checked, with its flag's name.
 
-    With `base`, the settings of a run to resume, only those marked `on_resume` may differ from it.
+    Of the settings of a run that is `resumed`, only those marked `on_resume` may change. A prior for the codes of
+    `stage_one` takes its model and data from there.
     """
     settings = {key: _value(key, value) for key, value in given.items()}
-    if base is not None:
-        return _resumed(base, settings)
+    if resumed is not None:
+        return _resumed(resumed, settings)
+    if stage_one is not None:
+        return _stage_two(stage_one, settings)
     preset = settings.get("preset")
     if preset is not None and preset not in PRESETS:
         raise UserError(f"--preset {preset}: no such name{near_misses(preset, PRESETS)}; known: {', '.join(PRESETS)}")
@@ -194,9 +279,36 @@ def _resumed(base: Config, settings: dict[str, Any]) -> Config:
         field = Config.__dataclass_fields__[key]
         if not field.metadata["on_resume"] and value != getattr(base, key):
             flag = "--" + key.replace("_", "-")
-            may = ", ".join("--" + f.name.replace("_", "-") for f in dataclasses.fields(Config) if f.metadata["on_resume"])
+            may = ", ".join(
+                "--" + f.name.replace("_", "-") for f in dataclasses.fields(Config) if f.metadata["on_resume"]
+            )
             raise UserError(f"{flag} {value}: a resumed run keeps its settings; only these may change: {may}")
     config = dataclasses.replace(base, **settings)
+    _check(config)
+    return config
+
+
+FROM_STAGE_ONE = (
+    "dataset",
+    "nets",
+    "bottleneck",
+    "likelihood",
+    "image_size",
+    "codes",
+    "code_dim",
+    "beta",
+    "hidden",
+)
+
+
+def _stage_two(stage_one: Config, settings: dict[str, Any]) -> Config:
+    for key in FROM_STAGE_ONE:
+        if key in settings:
+            raise UserError(f"--{key.replace('_', '-')} {settings[key]}: the model and data come from --checkpoint")
+    if "prior" not in settings:
+        raise UserError("--checkpoint: name the prior to train on its codes, such as --prior pixelcnn")
+    kept = {key: getattr(stage_one, key) for key in (*FROM_STAGE_ONE, "data_dir", "limit")}
+    config = Config(**(kept | settings))
     _check(config)
     return config
 
@@ -207,14 +319,29 @@ def _value(key: str, value: Any) -> Any:
         raise UserError(f"unknown setting '{key}'{near_misses(key, Config.__dataclass_fields__)}")
     flag = "--" + key.replace("_", "-")
     if key in SLOT_FIELDS:
-        return value if isinstance(value, Choice) else Choice.parse(flag, value.split() if isinstance(value, str) else value)
+        return (
+            value
+            if isinstance(value, Choice)
+            else Choice.parse(flag, value.split() if isinstance(value, str) else value)
+        )
     declared = Config.__dataclass_fields__[key].type
     kind = next((t for t in typing.get_args(declared) if t is not type(None)), declared)  # int of int | None
     return value if value is None else convert(value, kind, f"{flag} {value}")
 
 
 def _check(config: Config) -> None:
-    for key in ("codes", "code_dim", "hidden", "image_size", "limit", "epochs", "max_steps", "batch_size", "log_every"):
+    for key in (
+        "codes",
+        "code_dim",
+        "hidden",
+        "image_size",
+        "limit",
+        "epochs",
+        "max_steps",
+        "batch_size",
+        "log_every",
+        "patience",
+    ):
         value = getattr(config, key)
         if value is not None and value < 1:
             raise UserError(f"--{key.replace('_', '-')} {value}: must be at least 1")
@@ -243,6 +370,8 @@ def default_name(config: Config) -> str:
     """`vqvae-cifar10`, `sonnet-mnist`, `gumbel-digits` ...: the preset, or the bottleneck and the data."""
     if config.preset:
         return config.preset
+    if config.checkpoint:
+        return f"{Path(config.checkpoint).resolve().parent.name}-{config.prior.name}"
     bottleneck = config.bottleneck.name
     return f"{bottleneck + 'vae' if bottleneck == 'vq' else bottleneck}-{config.dataset.name}"
 
@@ -251,6 +380,7 @@ def describe_presets() -> str:
     """What `--list presets` prints: each preset as the flags it stands for, and its source."""
     blocks = []
     for name, preset in PRESETS.items():
-        flags = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in preset.settings.items())
-        blocks.append(f"--preset {name}\n    {preset.source}\n    {flags}")
+        stages = [settings for settings in (preset.settings, preset.prior) if settings]
+        flags = [" ".join(f"--{key.replace('_', '-')} {value}" for key, value in stage.items()) for stage in stages]
+        blocks.append("\n    then ".join([f"--preset {name}\n    {preset.source}\n    {flags[0]}", *flags[1:]]))
     return "\n\n".join(blocks)

@@ -14,7 +14,16 @@ from typing import Any, Literal, NamedTuple
 from vqvae.errors import UserError, near_misses
 
 Member = Callable[..., Any]
-TRUTHS = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false": False, "off": False, "0": False}
+TRUTHS = {
+    "yes": True,
+    "true": True,
+    "on": True,
+    "1": True,
+    "no": False,
+    "false": False,
+    "off": False,
+    "0": False,
+}
 
 
 class Slot(NamedTuple):
@@ -63,7 +72,9 @@ def signature(member: Member) -> tuple[dict[str, inspect.Parameter], dict[str, i
 def find(slot: Slot, name: str) -> Member:
     """The member of that name, or a `UserError` that lists the near misses and what there is."""
     if name not in slot.table:
-        raise UserError(f"{slot.flag} {name}: no such name{near_misses(name, slot.table)}; known: {', '.join(slot.table)}")
+        raise UserError(
+            f"{slot.flag} {name}: no such name{near_misses(name, slot.table)}; known: {', '.join(slot.table)}"
+        )
     return slot.table[name]
 
 

@@ -6,6 +6,7 @@ bottleneck, so that nets and bottlenecks combine freely.
 B batch, C channels, H W pixels, h w code grid, D code dimension.
 """
 
+import itertools
 import math
 
 from torch import Tensor, nn
@@ -73,9 +74,7 @@ class Sonnet:
     the decoder mirrors it. Code grid [H/4, W/4], `hidden` feature channels.
     """
 
-    def __init__(
-        self, *, image_shape: tuple, hidden: int = 128, residual_hidden: int = 32, residual_layers: int = 2
-    ):
+    def __init__(self, *, image_shape: tuple, hidden: int = 128, residual_hidden: int = 32, residual_layers: int = 2):
         at_least(2, hidden=hidden)
         at_least(1, residual_hidden=residual_hidden)
         at_least(0, residual_layers=residual_layers)
@@ -238,7 +237,7 @@ class MLP:
 
     def _hidden(self, inputs: int) -> list[nn.Module]:
         widths = [inputs] + [self.channels] * self.layers
-        return [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+        return [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
 
 
 NETS = {

@@ -84,7 +84,9 @@ class Run:
 def claim(folder: Path) -> None:
     """Make a run's folder; `UserError` if it holds a run already or cannot be written."""
     if (folder / "config.json").exists() or (folder / "checkpoint.pt").exists():
-        raise UserError(f"--name {folder.name}: {folder} already holds a run; --resume {folder}, or choose another --name")
+        raise UserError(
+            f"--name {folder.name}: {folder} already holds a run; --resume {folder}, or choose another --name"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"

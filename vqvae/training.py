@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     log_every: int  # steps
     save_every: tuple[int | None, float | None]  # steps, seconds
     max_steps: int | None = None
+    patience: int | None = None  # epochs without a better held-out figure before stopping
 
     def steps_per_epoch(self, examples: int) -> int:
         return examples // self.batch_size
@@ -101,9 +102,7 @@ def optimiser(module: nn.Module, plan: Plan) -> torch.optim.Optimizer:
         {"params": [p for p in trained if id(p) in decayed], "weight_decay": plan.weight_decay},
         {"params": [p for p in trained if id(p) not in decayed], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=1e-3, fused=plan.device.type in ("cpu", "cuda")
-    )
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=1e-3, fused=plan.device.type in ("cpu", "cuda"))
 
 
 def fit(
@@ -129,7 +128,7 @@ def fit(
     state = resume or {}
     if resume:
         optim.load_state_dict(state["optimizer"])
-    step, best = state.get("step", 0), state.get("best", math.inf)
+    step, best, best_epoch = state.get("step", 0), state.get("best", math.inf), state.get("best_epoch", 0)
     usage, figures = state.get("usage"), None
     epoch_means, window = Means(state.get("epoch_means")), Means(state.get("window"))
     per_epoch, total = plan.steps_per_epoch(len(examples)), plan.total_steps(len(examples))
@@ -141,6 +140,7 @@ def fit(
             "step": step,
             "epoch": epoch,
             "best": best,
+            "best_epoch": best_epoch,
             "usage": usage,
             "epoch_means": epoch_means.state(),
             "window": window.state(),
@@ -210,7 +210,7 @@ def fit(
                 run.histogram("held_out_usage", usage, step)
             after_epoch(epoch + 1, step, figures)
             if figures[module.monitor] < best:
-                best = figures[module.monitor]
+                best, best_epoch = figures[module.monitor], epoch + 1
                 run.save(content(epoch + 1), "best.pt")
             run.save(content(epoch + 1))
             bar.write(
@@ -219,6 +219,9 @@ def fit(
             )
             if interrupt.wanted and step < total:
                 return None
+            if plan.patience and epoch + 1 - best_epoch >= plan.patience:
+                bar.write(f"no better held-out figure for {plan.patience} epochs: best.pt is of epoch {best_epoch}")
+                break
     return figures
 
 
@@ -242,6 +245,4 @@ def _line(headline: dict[str, str], numbers: dict[str, float]) -> str:
 
 def _need_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
-        raise UserError(
-            f"the training loss is {loss} at step {step}; the last checkpoint is kept. Try a lower --lr"
-        )
+        raise UserError(f"the training loss is {loss} at step {step}; the last checkpoint is kept. Try a lower --lr")

@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae.bottlenecks.codebook import code_usage, first_codebook, kmeans_codebook, nearest_code, straight_through
+from vqvae.bottlenecks.codebook import (
+    code_usage,
+    first_codebook,
+    kmeans_codebook,
+    nearest_code,
+    straight_through,
+)
 from vqvae.errors import UserError
 from vqvae.latent import Latent
 
