@@ -278,7 +278,9 @@ def test_adding_pictures_moves_none_between_the_splits(tmp_path):
     def held_out(count: int) -> set[int]:
         for i in range(count):
             Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "tree" / f"{i}.png")
-        return {int(x[0, 0, 0]) for x in load("folder", data_dir=tmp_path / "tree", image_size=8, holdout=0.3).test.images}
+        return {
+            int(x[0, 0, 0]) for x in load("folder", data_dir=tmp_path / "tree", image_size=8, holdout=0.3).test.images
+        }
 
     assert held_out(30) == {i for i in held_out(60) if i < 30}
 

@@ -118,12 +118,14 @@ def embed_plane(vectors: Tensor, seed: int = 0) -> np.ndarray:
     from sklearn.manifold import TSNE
 
     x = vectors.detach().float().cpu().numpy()
-    if len(x) >= 5 and len(np.unique(x, axis=0)) >= 5:
-        perplexity = min(30, (len(x) - 1) / 3)
-        return TSNE(2, perplexity=perplexity, init="random", random_state=seed, max_iter=750).fit_transform(x)
-    parts = min(2, *x.shape)
-    flat = PCA(parts).fit_transform(x) if len(x) > 1 else np.zeros((1, 1))
-    return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
+    different = len(np.unique(x, axis=0))
+    if different < 2:
+        return np.zeros((len(x), 2))
+    if different < 5:
+        flat = PCA(min(2, *x.shape)).fit_transform(x)
+        return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
+    perplexity = min(30, (len(x) - 1) / 3)
+    return TSNE(2, perplexity=perplexity, init="random", random_state=seed, max_iter=750).fit_transform(x)
 
 
 def codebook_map(vectors: Tensor, usage: Tensor | None, patches: Tensor, path: Path, *, title: str) -> None:

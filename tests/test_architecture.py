@@ -1,0 +1,82 @@
+"""Who may import whom, held by the syntax tree."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "vqvae"
+
+# module -> what of ours it may import; a new module needs a row
+ALLOWED = {
+    "__init__": {"checkpoint"},
+    "errors": set(),
+    "latent": set(),
+    "flows": {"errors"},
+    "members": {"errors"},
+    "schedules": {"errors"},
+    "devices": {"errors"},
+    "config": {"errors", "members"},
+    "pictures": {"errors"},
+    "data": {"errors", "members", "pictures"},
+    "nets": {"errors"},
+    "likelihoods": {"errors"},
+    "bottlenecks": {"bottlenecks", "errors", "flows", "latent"},
+    "priors": {"priors", "errors", "flows", "latent"},
+    "autoencoder": {"bottlenecks", "errors", "latent", "likelihoods", "members", "nets", "priors", "schedules"},
+    "stage_two": {"autoencoder", "latent"},
+    "evaluation": {"bottlenecks"},
+    "checkpoint": {"autoencoder", "config", "errors"},
+    "runs": {"checkpoint", "errors"},
+    "training": {"data", "errors", "runs", "schedules"},
+    "figures": set(),
+}
+HEAVY = {"matplotlib", "sklearn", "scipy", "tensorboard", "torchvision", "imageio", "PIL"}
+
+
+def modules() -> dict[str, list[ast.Module]]:
+    """Every module, a package's files under the package's name."""
+    found: dict[str, list[ast.Module]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        found.setdefault(name, []).append(ast.parse(path.read_text()))
+    return found
+
+
+def imports(nodes) -> set[str]:
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def ours(trees: list[ast.Module]) -> set[str]:
+    names = imports(node for tree in trees for node in ast.walk(tree))
+    return {name.split(".")[1] for name in names if name.startswith("vqvae.")}
+
+
+def test_every_module_imports_only_what_it_may():
+    for name, trees in modules().items():
+        assert ours(trees) <= ALLOWED[name], name
+
+
+def test_there_is_no_cycle():
+    graph = {name: ours(trees) - {name} for name, trees in modules().items() if name != "__init__"}
+    while graph:
+        leaves = [name for name, uses in graph.items() if not uses & set(graph)]
+        assert leaves, f"a cycle among {sorted(graph)}"
+        for leaf in leaves:
+            del graph[leaf]
+
+
+def test_heavy_libraries_are_imported_where_they_are_used():
+    for name, trees in modules().items():
+        top = imports(node for tree in trees for node in tree.body)
+        assert not {n.split(".")[0] for n in top} & HEAVY, name
+
+
+def test_no_assert_guards_against_users():
+    for path in [*PACKAGE.rglob("*.py"), ROOT / "train.py", ROOT / "visualize_codes.py"]:
+        assert not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(path.read_text()))), path
