@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -157,7 +158,8 @@ def samples(show: Show, path: Path) -> bool | None:
     prior = show.content["config"]["prior"]["name"]
     known = " (which knows nothing of pictures: train one with --prior)" if prior == "uniform" else ""
     title = f"{show.name}: samples of the {prior} prior{known}"
-    figures.image_grid(show.sample(show.options.samples), path, title=title, columns=10)
+    columns = math.ceil(math.sqrt(show.options.samples))
+    figures.image_grid(show.sample(show.options.samples), path, title=title, columns=columns)
 
 
 def class_rows(show: Show, path: Path) -> bool | None:

@@ -1,4 +1,4 @@
-"""Data sets: readers on small files in the published formats, splits that stay apart, order as a function of the seed."""
+"""Data sets: readers on small files in the published formats, splits that stay apart, order by the seed."""
 
 import gzip
 import io

@@ -18,7 +18,22 @@ import visualize_codes
 from vqvae import load
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--limit 60 --batch-size 20 --hidden 8 --codes 16 --code-dim 4 --image-size 16 --device cpu".split()
+SMALL = [
+    "--limit",
+    "60",
+    "--batch-size",
+    "20",
+    "--hidden",
+    "8",
+    "--codes",
+    "16",
+    "--code-dim",
+    "4",
+    "--image-size",
+    "16",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture
