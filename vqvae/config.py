@@ -184,10 +184,10 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "sonnet-cifar10": Preset(
-        "github.com/google-deepmind/sonnet, VQ-VAE example: EMA codebook, batch 32, 10,000 steps",
+        "github.com/google-deepmind/sonnet, VQ-VAE example: EMA codebook, batch 32, 10,000 steps; with our "
+        "k-means start and revival (the original's own: --bottleneck vq init=fan-in revive=0)",
         {
             "dataset": "cifar10",
-            "bottleneck": "vq init=fan-in",
             "batch_size": 32,
             "epochs": 7,
             "max_steps": 10_000,
@@ -195,7 +195,7 @@ PRESETS = {
     ),
     "sonnet-mnist": Preset(
         "the same nets and codebook on MNIST, 20 epochs at batch 128",
-        {"dataset": "mnist", "bottleneck": "vq init=fan-in", "epochs": 20},
+        {"dataset": "mnist", "epochs": 20},
     ),
     "henrhoi-vqvae": Preset(
         "github.com/henrhoi/vae-pytorch: K = 128, D = 256, gradient codebook from ±1/K, pixels in [-1, 1]; its loss "

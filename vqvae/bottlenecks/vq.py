@@ -136,11 +136,13 @@ class VQ(nn.Module):
 
     def _revive(self, f: Tensor) -> None:
         average = self.counts.sum() / self.num_codes
-        # a code is judged only after the running counts have seen a window's worth of batches
-        dead = (self.counts < self.revive * average) & (self.debias > 0.6)  # [K]
+        # a code is judged only once the running counts rest on enough batches (23 with a decay of 0.99)
+        dead = (self.counts < self.revive * average) & (self.debias > 0.2)  # [K]
         replacement = f[torch.randint(len(f), (self.num_codes,), device=f.device)]  # [K, D]
         self.codebook.copy_(torch.where(dead.unsqueeze(1), replacement, self.codebook))
-        # count and mean start afresh too, else the next update would drag the code back
-        self.counts.copy_(torch.where(dead, average, self.counts))
+        # count and mean start afresh too, else the next update would drag the code back; the small count lets the
+        # code follow its first vectors quickly, and lets it move again soon if none comes
+        fresh = 2 * self.revive * average
+        self.counts.copy_(torch.where(dead, fresh, self.counts))
         if self.learns_by_ema:
-            self.totals.copy_(torch.where(dead.unsqueeze(1), replacement * average, self.totals))
+            self.totals.copy_(torch.where(dead.unsqueeze(1), replacement * fresh, self.totals))
