@@ -40,8 +40,11 @@ def make(shape=(3, 8, 8), objective=None, num_classes=0, **names):
     )
 
 
-def prior_for(bottleneck: str) -> str:
-    return "normal" if BOTTLENECKS[bottleneck](channels=4, grid=(1, 1)).num_codes is None else "uniform"
+def fitting(bottleneck: str) -> dict[str, str]:
+    """The bottleneck with nets and a prior that go with it."""
+    if bottleneck == "gaussian":
+        return {"bottleneck": bottleneck, "prior": "normal", "nets": "conv-vae"}
+    return {"bottleneck": bottleneck, "prior": "uniform"}
 
 
 def pictures(n: int, shape=(3, 8, 8)) -> torch.Tensor:
@@ -50,7 +53,8 @@ def pictures(n: int, shape=(3, 8, 8)) -> torch.Tensor:
 
 ROWS = (
     [{"nets": name} for name in NETS]
-    + [{"bottleneck": name, "prior": prior_for(name)} for name in BOTTLENECKS]
+    + [fitting(name) for name in BOTTLENECKS]
+    + [fitting("gaussian") | {"prior": "made-flow", "nets": "mlp"}]
     + [{"likelihood": name} for name in LIKELIHOODS]
     + [{"prior": name} for name in PRIORS if "num_codes" in signature(PRIORS[name])[0]]
 )

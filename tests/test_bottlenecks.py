@@ -172,8 +172,9 @@ def test_vq_without_projection_needs_equal_widths():
 
 @pytest.mark.parametrize("name", BOTTLENECKS)
 def test_every_bottleneck_keeps_the_contract(name):
-    bottleneck = BOTTLENECKS[name](channels=6, grid=(2, 3))
-    features = torch.randn(4, 6, 2, 3, requires_grad=True)
+    grid = (1, 1) if name == "gaussian" else (2, 3)
+    bottleneck = BOTTLENECKS[name](channels=6, grid=grid)
+    features = torch.randn(4, 6, *grid, requires_grad=True)
     latent = bottleneck(features, 0)
     assert len(latent.z) % 4 == 0
     assert latent.z.shape[1] == bottleneck.code_dim
@@ -188,3 +189,29 @@ def test_every_bottleneck_keeps_the_contract(name):
         assert 0 <= again.codes.min() <= again.codes.max() < bottleneck.num_codes
         assert torch.allclose(bottleneck.embed(again.codes), again.z, atol=1e-6)
         assert torch.equal(again.codes, bottleneck(features.detach(), 1).codes)
+
+
+def test_gaussians_log_q_is_torchs_and_its_gradient_reaches_both_heads():
+    gaussian = BOTTLENECKS["gaussian"](channels=5, grid=(1, 1), latents=3)
+    features = torch.randn(7, 5, 1, 1)
+    latent = gaussian(features, 0)
+    mean, log_std = gaussian.posterior(features)
+    expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(latent.z).flatten(1).sum(1)
+    assert torch.allclose(latent.log_q, expected, atol=1e-4)
+    (latent.log_q.sum() + latent.z.square().sum()).backward()
+    assert (gaussian.head.weight.grad.abs().sum(dim=(1, 2, 3)) > 0).all()
+
+
+def test_gaussian_draws_have_its_moments():
+    gaussian = BOTTLENECKS["gaussian"](channels=5, grid=(1, 1), latents=2)
+    features = torch.randn(1, 5, 1, 1).expand(50_000, -1, -1, -1)
+    mean, log_std = (t[0].flatten() for t in gaussian.posterior(features))
+    z = gaussian(features, 0).z.flatten(1)
+    assert torch.allclose(z.mean(0), mean, atol=0.05)
+    assert torch.allclose(z.std(0), log_std.exp(), rtol=0.03)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"latents": 0}, "latents=0"), ({"grid": (2, 2)}, "--nets conv-vae")])
+def test_gaussian_refuses_what_it_cannot_do(options, message):
+    with pytest.raises(UserError, match=message):
+        BOTTLENECKS["gaussian"](**({"channels": 3, "grid": (1, 1)} | options))

@@ -3,6 +3,8 @@
 B batch, d dimensions.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ class MADE(nn.Module):
         hidden_degrees = torch.arange(hidden) % max(dimensions - 1, 1) + 1
         degrees = [inputs] + [hidden_degrees] * layers
         net: list[nn.Module] = []
-        for before, after in zip(degrees[:-1], degrees[1:], strict=True):
+        for before, after in itertools.pairwise(degrees):
             net += [MaskedLinear(after[:, None] >= before), nn.ReLU()]
         last = MaskedLinear(inputs.repeat(outputs)[:, None] > degrees[-1])
         nn.init.zeros_(last.bias)

@@ -1,7 +1,9 @@
 """Bottlenecks: features to a latent, and what it costs. One class each; the table below names them."""
 
+from vqvae.bottlenecks.gaussian import Gaussian
 from vqvae.bottlenecks.vq import VQ
 
 BOTTLENECKS = {
     "vq": VQ,
+    "gaussian": Gaussian,
 }

@@ -1,7 +1,16 @@
 """Priors: log p(z) in nats, and samples of z. One class each; the table below names them."""
 
-from vqvae.priors.simple import Uniform
+from vqvae.priors.continuous import MadeFlow, Normal
+from vqvae.priors.pixelcnn import GatedPixelCNN, PixelCNN
+from vqvae.priors.simple import Uniform, Unigram
+from vqvae.priors.transformer import Transformer
 
 PRIORS = {
     "uniform": Uniform,
+    "unigram": Unigram,
+    "pixelcnn": PixelCNN,
+    "gated-pixelcnn": GatedPixelCNN,
+    "transformer": Transformer,
+    "normal": Normal,
+    "made-flow": MadeFlow,
 }

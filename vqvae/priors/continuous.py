@@ -29,8 +29,8 @@ class Normal(nn.Module):
         return log_normal(latent.z)
 
     def sample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        noise = torch.randn(n, self.latent_dim, *self.grid, generator=generator, device=self.anchor.device)
-        return temperature * noise
+        like = {"device": self.anchor.device, "dtype": self.anchor.dtype}
+        return temperature * torch.randn(n, self.latent_dim, *self.grid, generator=generator, **like)
 
 
 class MadeFlow(Normal):
