@@ -249,6 +249,8 @@ def autoencoder_job(config: Config, dataset, plan, stopped: dict | None) -> tupl
             plan.total_steps(len(train.images)),
         ),
     )
+    if hasattr(model.likelihood, "check"):
+        model.likelihood.check(train.images)
     if stopped:
         model.load_state_dict(stopped["model"])
     model.to(plan.device)
@@ -351,7 +353,7 @@ def evaluate_checkpoint(given: dict) -> int:
     results = evaluate(model, dataset.test.images, dataset.test.labels, iw_samples=samples, seed=config.seed)
     results.pop("usage", None)
     if dataset.entropy is not None:
-        results |= {"entropy": dataset.entropy, "gap": results["neg_elbo"] - dataset.entropy}
+        results |= {"data_entropy": dataset.entropy, "gap": results["neg_elbo"] - dataset.entropy}
     held = {
         "run": content["run"],
         "data": dataset.name,

@@ -113,7 +113,7 @@ def test_sum_and_mean_reductions_differ_by_the_dimensions():
 
 def test_kl_weight_follows_its_schedule():
     schedule = Schedule.parse("--kl-weight", "linear:0:1:10")
-    model = make(prior="unigram", objective=Objective("sum", schedule, 100)).eval()
+    model = make(prior="unigram", objective=Objective("sum", schedule, total_steps=100)).eval()
     images = pictures(3)
     at = [model(images, None, step) for step in (0, 5, 10)]
     rate = at[0].metrics["rate"].item()
@@ -178,3 +178,17 @@ def test_members_that_do_not_fit_are_named():
         make(prior="normal")
     with pytest.raises(UserError, match="--conditional.*uniform"):
         make(num_classes=3)
+
+
+def test_below_the_free_bits_the_rate_has_no_gradient():
+    def encoder_gradient(free_bits: float) -> float:
+        torch.manual_seed(0)
+        objective = Objective("sum", free_bits=free_bits)
+        model = make(nets="conv-vae", bottleneck="gaussian", prior="normal", objective=objective)
+        for p in model.decoder.parameters():
+            p.data.zero_()  # the reconstruction tells the encoder nothing
+        model(pictures(4), None, 0).loss.backward()
+        return float(model.bottleneck.head.weight.grad.abs().sum())
+
+    assert encoder_gradient(0) > 0
+    assert encoder_gradient(1e4) == 0

@@ -60,3 +60,31 @@ def test_bits_per_dim_only_where_pixels_are_discrete():
     results = evaluate(make(likelihood="softmax256"), pictures(10), LABELS)
     assert results["bits_per_dim"] == pytest.approx(results["neg_elbo"] / (192 * math.log(2)))
     assert 7 < results["bits_per_dim"] < 10  # untrained: about 8 bits a pixel, and the codes
+
+
+def test_a_collapsed_latent_is_counted_out():
+    model = make(nets="conv-vae", bottleneck="gaussian", prior="normal")
+    assert evaluate(model, pictures(10), LABELS)["active_units"] <= 16
+    with torch.no_grad():
+        model.bottleneck.head.weight[:16].mul_(100)  # the means' half
+        model.bottleneck.head.weight[3:16] = 0  # all but three constant
+    assert evaluate(model, pictures(10), LABELS)["active_units"] == 3
+
+
+def test_the_importance_weighted_bound_lies_above_and_rises():
+    model = make(nets="conv-vae", bottleneck="gaussian", prior="normal")
+    images = pictures(10)
+    bounds = [evaluate(model, images, LABELS, iw_samples=s)["iw_bound"] for s in (1, 5, 50)]
+    assert bounds[0] > bounds[1] > bounds[2]  # as costs: lower is tighter
+
+
+def test_the_rate_of_a_gaussian_is_its_divergence_on_average():
+    model = make(nets="conv-vae", bottleneck="gaussian", prior="normal").eval()
+    x = unit_range(pictures(3))
+    with torch.no_grad():
+        mean, log_std = model.bottleneck.posterior(model._features(x))
+        posterior = torch.distributions.Normal(mean, log_std.exp())
+        exact = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0, 1)).flatten(1).sum(1)
+        terms = [model.elbo(x) for _ in range(1500)]
+        rates = torch.stack([t.log_posterior - t.log_prior for t in terms])
+    assert torch.allclose(rates.mean(0), exact, atol=4 * float(rates.std(0).max()) / 1500**0.5)

@@ -56,17 +56,20 @@ class Objective(NamedTuple):
     """What training descends: the -ELBO as published recipes weigh it. Evaluation knows nothing of this.
 
     reduction `mean` divides the nats of an image by its dimensions, so that with the mse likelihood the loss is
-    Sonnet's MSE / variance; `sum` keeps whole nats. kl_weight multiplies log q(z|x) - log p(z).
+    Sonnet's MSE / variance; `sum` keeps whole nats. kl_weight multiplies the rate log q(z|x) - log p(z), whose mean
+    over the batch has no gradient below free_bits bits per image (1606.04934, appendix C.8, with all of z one group).
     """
 
     reduction: str = "mean"
     kl_weight: Schedule = Schedule.parse("--kl-weight", "1")
+    free_bits: float = 0.0
     total_steps: int = 1  # the length of the run, where a schedule ends
 
     def __call__(self, elbo: Elbo, floor: float, dimensions: int, step: int) -> Tensor:
         nats = -elbo.log_likelihood.mean() - floor
         rate = (elbo.log_posterior - elbo.log_prior).mean()
         if rate.requires_grad:  # a fixed prior over a deterministic code costs a constant: nothing to descend
+            rate = rate.clamp(min=self.free_bits * math.log(2)) if self.free_bits else rate
             nats = nats + self.kl_weight(step, self.total_steps) * rate
         return nats / (dimensions if self.reduction == "mean" else 1) + elbo.latent.loss
 
@@ -84,6 +87,7 @@ class Autoencoder(nn.Module):
         "commitment": "commitment {:.4f}",
         "perplexity": "perplexity {:.0f}",
         "active_codes": "active {}",
+        "active_units": "active units {}",
     }
 
     def __init__(
@@ -198,7 +202,7 @@ class Autoencoder(nn.Module):
             raise ValueError(
                 "posterior_mean needs a continuous latent; this model's is discrete: encode gives its codes"
             )
-        return self.bottleneck.posterior(self._features(self._pixels(images)).float())[0]
+        return self._latent(self._pixels(images)).mean
 
     @torch.no_grad()
     def pictures(self, z: Tensor) -> Tensor:

@@ -99,6 +99,12 @@ class Config:
         group="training",
         metavar="WEIGHT",
     )
+    free_bits: float = option(
+        0.0,
+        "bits per image of log q(z|x) - log p(z) that training does not charge for",
+        group="training",
+        metavar="BITS",
+    )
     patience: int | None = option(
         None,
         "stop when so many epochs brought no better held-out figure",
@@ -182,6 +188,25 @@ class Preset(NamedTuple):
     prior: dict[str, Any] | None = None  # settings of the second stage, where there is one
 
 
+VAE_2D = {
+    "nets": "mlp",
+    "bottleneck": "gaussian latents=2",
+    "likelihood": "gaussian",
+    "prior": "normal",
+    "reduction": "sum",
+    "lr": "1e-3",
+    "batch_size": 64,
+    "epochs": 10,
+}
+IMAGE_VAE = {
+    "nets": "conv-vae",
+    "bottleneck": "gaussian latents=16",
+    "likelihood": "logit-gaussian",
+    "prior": "normal",
+    "reduction": "sum",
+    "lr": "1e-3",
+}
+
 PRESETS = {
     "sonnet-cifar10": Preset(
         "github.com/google-deepmind/sonnet, VQ-VAE example: EMA codebook, batch 32, 10,000 steps; with our "
@@ -209,6 +234,22 @@ PRESETS = {
             "lr": "1e-3",
             "epochs": 40,
         },
+    ),
+    "vae-2d-1": Preset("github.com/henrhoi/vae-pytorch, 2-D VAE, data set 1", VAE_2D | {"dataset": "gauss2d set=1"}),
+    "vae-2d-2": Preset("github.com/henrhoi/vae-pytorch, 2-D VAE, data set 2", VAE_2D | {"dataset": "gauss2d set=2"}),
+    "vae-cifar10": Preset(
+        "github.com/henrhoi/vae-pytorch, image VAE, 16 latents", IMAGE_VAE | {"dataset": "cifar10", "epochs": 50}
+    ),
+    "vae-svhn": Preset(
+        "github.com/henrhoi/vae-pytorch, image VAE, 16 latents", IMAGE_VAE | {"dataset": "svhn", "epochs": 20}
+    ),
+    "vlae-cifar10": Preset(
+        "github.com/henrhoi/vae-pytorch, VAE with an autoregressive-flow prior (the prior half of 1611.02731)",
+        IMAGE_VAE | {"dataset": "cifar10", "prior": "made-flow", "epochs": 30},
+    ),
+    "vlae-svhn": Preset(
+        "github.com/henrhoi/vae-pytorch, VAE with an autoregressive-flow prior (the prior half of 1611.02731)",
+        IMAGE_VAE | {"dataset": "svhn", "prior": "made-flow", "epochs": 30},
     ),
 }
 
@@ -345,7 +386,7 @@ def _check(config: Config) -> None:
         value = getattr(config, key)
         if value is not None and value < 1:
             raise UserError(f"--{key.replace('_', '-')} {value}: must be at least 1")
-    for key in ("beta", "weight_decay"):
+    for key in ("beta", "weight_decay", "free_bits"):
         value = getattr(config, key)
         if value is not None and not (value >= 0 and math.isfinite(value)):
             raise UserError(f"--{key.replace('_', '-')} {value}: must be a number from 0 up")

@@ -23,10 +23,13 @@ def evaluate(
 
     neg_elbo, neg_elbo_se      -log p(x|z) + log q(z|x) - log p(z)
     reconstruction_nats, rate  its two halves: -log p(x|z), and log q(z|x) - log p(z)
+    prior_nats, entropy        the rate's two parts: -log p(z), and -log q(z|x)
     iw_bound, iw_bound_se      the importance-weighted bound with S = iw_samples draws (1509.00519, eq. 8), if asked
     bits_per_dim               neg_elbo in bits per pixel and channel, where the likelihood is of 8-bit pixels
     mse, nmse, psnr            of the mean pictures in [0, 1]; nmse is mse over the training data's variance; psnr in
                                dB, the mean over images
+    active_units               latent dimensions whose posterior mean varies over images by more than 0.01
+                               (1509.00519, section 4): the others have collapsed onto the prior
     perplexity, active_codes   of the code usage over the whole split; `usage` are its counts `[K]`
     and the mean of every monitor that the bottleneck reports (commitment ...).
     """
@@ -34,7 +37,7 @@ def evaluate(
     model.eval()
     rows: dict[str, list[Tensor]] = {}
     sums: dict[str, Tensor] = {}
-    usage = None
+    usage, means = None, []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for batch, batch_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
@@ -47,6 +50,8 @@ def evaluate(
                 "neg_elbo": -elbo.nats,
                 "reconstruction_nats": -elbo.log_likelihood,
                 "rate": elbo.log_posterior - elbo.log_prior,
+                "prior_nats": -elbo.log_prior,
+                "entropy": -elbo.log_posterior,
                 "mse": mse,
                 "psnr": -10 * mse.clamp(min=1e-10).log10(),
             }
@@ -57,6 +62,8 @@ def evaluate(
                 rows.setdefault(name, []).append(value.double().cpu())
             for name, value in elbo.latent.stats.items():
                 sums[name] = sums.get(name, 0) + len(x) * value.double()
+            if elbo.latent.mean is not None:
+                means.append(elbo.latent.mean.flatten(1).double().cpu())
             if elbo.latent.codes is not None:
                 counts = code_usage(elbo.latent.codes, model.bottleneck.num_codes)
                 usage = counts.double() if usage is None else usage + counts
@@ -70,6 +77,8 @@ def evaluate(
     results["nmse"] = results["mse"] / model.data_variance
     if model.likelihood.discrete:
         results["bits_per_dim"] = results["neg_elbo"] / (model.dimensions * math.log(2))
+    if means:
+        results["active_units"] = int((torch.cat(means).var(dim=0) > 0.01).sum())
     if usage is not None:
         results["perplexity"] = float(perplexity(usage))
         results["active_codes"] = int((usage > 0).sum())

@@ -20,6 +20,7 @@ class Latent(NamedTuple):
     log_q: Tensor  # [B] nats, log q(z|x) of this draw; 0 where the posterior is a point of a discrete set
     loss: Tensor  # scalar, training only: commitment, codebook, diversity ...
     stats: dict[str, Tensor]  # detached scalars worth watching, by name
+    mean: Tensor | None = None  # [B, D, h, w], the mean of q(z|x), of continuous latents
 
     @classmethod
     def of_codes(cls, codes: Tensor) -> "Latent":

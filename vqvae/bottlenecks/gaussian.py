@@ -46,4 +46,4 @@ class Gaussian(nn.Module):
         noise = torch.randn_like(mean)
         z = mean + log_std.exp() * noise
         log_q = (-0.5 * (noise.square() + math.log(2 * math.pi)) - log_std).flatten(1).sum(1)  # [B]
-        return Latent(z, None, log_q, loss=z.new_zeros(()), stats={})
+        return Latent(z, None, log_q, loss=z.new_zeros(()), stats={}, mean=mean)
