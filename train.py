@@ -203,6 +203,7 @@ def plan_of(config: Config):
         log_every=config.log_every,
         save_every=checkpoint_interval(config.checkpoint_every),
         max_steps=config.max_steps,
+        max_minutes=config.max_minutes,
         patience=config.patience,
     )
 
@@ -244,9 +245,10 @@ def autoencoder_job(config: Config, dataset, plan, stopped: dict | None) -> tupl
         data_variance=stopped["data"]["variance"] if stopped else pixel_variance(train.images),
         num_classes=len(dataset.classes) if config.conditional else 0,
         objective=Objective(
-            config.reduction,
-            Schedule.parse("--kl-weight", config.kl_weight),
-            plan.total_steps(len(train.images)),
+            reduction=config.reduction,
+            kl_weight=Schedule.parse("--kl-weight", config.kl_weight),
+            free_bits=config.free_bits,
+            total_steps=plan.total_steps(len(train.images)),
         ),
     )
     if hasattr(model.likelihood, "check"):

@@ -378,7 +378,7 @@ def draw(options: argparse.Namespace) -> None:
         if options.only and name not in options.only:
             continue
         bar.reset()
-        torch.manual_seed(options.seed)
+        torch.manual_seed(options.seed + 1)  # the decoder's noise; the prior's draws have the seed itself
         if figure(show, plots / name) is not False:
             written.append(name)
             print(plots / name)

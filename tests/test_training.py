@@ -162,6 +162,12 @@ def test_max_steps_ends_within_an_epoch(tmp_path):
     assert rows(tmp_path / "run")[-1]["kind"] == "epoch"
 
 
+def test_max_minutes_ends_the_run_with_an_evaluation(tmp_path):
+    train(tmp_path / "run", plan(epochs=1000, max_minutes=1e-6))
+    assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["step"] == 1
+    assert rows(tmp_path / "run")[-1]["kind"] == "epoch"
+
+
 def test_best_keeps_the_lowest_held_out_figure(tmp_path):
     figures = iter([3.0, 1.0, 2.0, 5.0])
     train(tmp_path / "run", plan(), evaluate=lambda: {"loss": next(figures)})

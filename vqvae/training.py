@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     log_every: int  # steps
     save_every: tuple[int | None, float | None]  # steps, seconds
     max_steps: int | None = None
+    max_minutes: float | None = None  # of this process, evaluation included
     patience: int | None = None  # epochs without a better held-out figure before stopping
 
     def steps_per_epoch(self, examples: int) -> int:
@@ -132,6 +133,7 @@ def fit(
     usage, figures = state.get("usage"), None
     epoch_means, window = Means(state.get("epoch_means")), Means(state.get("window"))
     per_epoch, total = plan.steps_per_epoch(len(examples)), plan.total_steps(len(examples))
+    deadline = time.perf_counter() + 60 * plan.max_minutes if plan.max_minutes else math.inf
 
     def content(epoch: int) -> dict[str, Any]:
         return {
@@ -181,6 +183,8 @@ def fit(
                 window.add(metrics)
                 step += 1
                 bar.update()
+                if time.perf_counter() > deadline:
+                    total = step
                 if step % plan.log_every == 0:
                     log_window()
                 steps, seconds = plan.save_every
