@@ -80,16 +80,23 @@ def main(argv: list[str] | None = None) -> int:
             return evaluate_checkpoint(given)
         if "iw_samples" in given:
             raise UserError(f"--iw-samples {given['iw_samples']}: goes with --evaluate")
-        folder = train(given, given.pop("resume", None))
+        resume = given.pop("resume", None)
         preset = PRESETS.get(given.get("preset", ""))
-        if folder and preset and preset.prior:
-            own = {key: given[key] for key in ("device", "seed", "log_dir", "plot_dir", "data_dir") if key in given}
-            own |= {"name": f"{folder.name}-prior", "checkpoint": str(folder / "checkpoint.pt")}
-            train(preset.prior | own, None)
+        second = second_stage(given, preset.prior) if preset and preset.prior else None
+        folder = train(given, resume)
+        if folder and second:
+            train(second | {"name": f"{folder.name}-prior", "checkpoint": str(folder / "checkpoint.pt")}, None)
         return 0
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
+
+
+def second_stage(given: dict, settings: dict) -> dict:
+    """The settings of a preset's second stage: its own, what was typed for the prior, and where and how long to run."""
+    own = {key: given.pop(key) for key in ("prior", "conditional", "patience") if key in given}
+    shared = ("device", "precision", "seed", "log_dir", "plot_dir", "log_every", "max_steps", "max_minutes")
+    return settings | own | {key: given[key] for key in shared if key in given}
 
 
 def print_list(what: str) -> int:
@@ -123,7 +130,7 @@ def train(given: dict, resume: str | None) -> Path | None:
 
     torch.manual_seed(config.seed)
     if config.checkpoint:
-        job, model = prior_job(config, dataset, plan, folder.parent / config.name, stopped or stage_one)
+        job, model = prior_job(config, dataset, plan, stopped or stage_one)
     else:
         job, model = autoencoder_job(config, dataset, plan, stopped)
     if plan.batch_size > len(job.examples):
@@ -270,15 +277,16 @@ def autoencoder_job(config: Config, dataset, plan, stopped: dict | None) -> tupl
     return job, model
 
 
-def prior_job(config: Config, dataset, plan, folder: Path, start: dict) -> tuple[Job, Any]:
+def prior_job(config: Config, dataset, plan, start: dict) -> tuple[Job, Any]:
     """Stage two: a prior, on the codes of a frozen autoencoder."""
     import torch
 
     from vqvae.checkpoint import restore
     from vqvae.stage_two import PriorTraining, extract_codes
 
-    stage_one = Path(config.checkpoint)
-    stage_one = stage_one / "checkpoint.pt" if stage_one.is_dir() else stage_one
+    # beside the autoencoder, so that every prior trained on its codes finds them
+    beside = Path(config.checkpoint)
+    beside = beside if beside.is_dir() else beside.parent
     if config.conditional and not dataset.classes:
         raise UserError(f"--conditional: --dataset {dataset.name} has no labels")
     if start["kind"] == "prior":  # resumed: the checkpoint holds the new prior
@@ -288,9 +296,11 @@ def prior_job(config: Config, dataset, plan, folder: Path, start: dict) -> tuple
     model.to(plan.device)
     if model.bottleneck.num_codes is None:
         raise UserError(f"--checkpoint {config.checkpoint}: its latent is continuous; a prior is learnt over codes")
+    if not any(True for _ in model.prior.parameters()):
+        raise UserError(f"--prior {config.prior.name}: has nothing to learn; try unigram, pixelcnn or transformer")
     train, test = dataset.train, dataset.test
     codes = {
-        name: extract_codes(model, split.images, stage_one.with_name(f"codes-{name}.npz"))
+        name: extract_codes(model, split.images, beside / f"codes-{name}.npz")
         for name, split in (("train", train), ("test", test))
     }
     module = PriorTraining(model, conditional=config.conditional)

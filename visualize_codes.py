@@ -352,7 +352,7 @@ def draw(options: argparse.Namespace) -> None:
     path = Path(options.checkpoint)
     path = path / "checkpoint.pt" if path.is_dir() else path
     content = checkpoint.read(path)
-    model = checkpoint.restore(content, str(path)).to(choose_device(options.device)).eval()
+    model = checkpoint.restore(content, str(path)).to(choose_device(options.device))
     classes = len(content["data"]["classes"]) if content["config"]["conditional"] else 0
     if options.class_ is not None and not 0 <= options.class_ < classes:
         way_out = f"must be from 0 to {classes - 1}" if classes else "this model's prior knows no classes"

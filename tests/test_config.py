@@ -37,6 +37,9 @@ def test_flags_win_over_the_preset_option_by_option():
 def test_every_preset_is_well_formed_and_names_its_source(name):
     assert typed(f"--preset {name}").preset == name
     assert PRESETS[name].source in describe_presets()
+    if PRESETS[name].prior:
+        second = configure(PRESETS[name].prior, stage_one=typed(f"--preset {name}"))
+        assert second.bottleneck == typed(f"--preset {name}").bottleneck
 
 
 def test_settings_survive_a_round_trip_through_plain_values():

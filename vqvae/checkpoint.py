@@ -63,11 +63,11 @@ def load(path: str | Path, device: str = "cpu") -> Autoencoder:
     >>> codes = model.encode(images)        # uint8, or float in [0, 1], [B, C, H, W] -> int64 [B, h, w]
     >>> pictures = model.decode(codes)      # float in [0, 1], [B, C, H, W]
     """
-    return restore(read(path), str(path)).to(device).eval()
+    return restore(read(path), str(path)).to(device)
 
 
 def restore(content: dict[str, Any], name: str = "", *, new_prior: Config | None = None) -> Autoencoder:
-    """The model that a checkpoint's content describes, with its weights.
+    """The model that a checkpoint's content describes, with its weights, in evaluation mode.
 
     With `new_prior`, the prior is the untrained one of those settings instead of the checkpoint's.
     """
@@ -87,4 +87,4 @@ def restore(content: dict[str, Any], name: str = "", *, new_prior: Config | None
     except RuntimeError as problem:
         reason = " ".join(str(problem).split())[:200]
         raise UserError(f"--checkpoint {name}: its weights are those of another model ({reason})") from None
-    return model
+    return model.eval()

@@ -211,6 +211,16 @@ IMAGE_VAE = {
     "lr": "1e-3",
 }
 
+HENRHOI_VQVAE = {
+    "dataset": "cifar10",
+    "nets": "henrhoi",
+    "likelihood": "mse pixels=symmetric variance=0.125",
+    "bottleneck": "vq num_codes=128 code_dim=256 codebook=gradient init=uniform revive=0 beta=1 weight=5.3333 "
+    "projection=no",
+    "lr": "1e-3",
+    "epochs": 40,
+}
+
 PRESETS = {
     "sonnet-cifar10": Preset(
         "github.com/google-deepmind/sonnet, VQ-VAE example: EMA codebook, batch 32, 10,000 steps; with our "
@@ -229,15 +239,17 @@ PRESETS = {
     "henrhoi-vqvae": Preset(
         "github.com/henrhoi/vae-pytorch: K = 128, D = 256, gradient codebook from ±1/K, pixels in [-1, 1]; its loss "
         "divides both codebook terms by the number of pixels, which weighs their means 64 * 256 / 3072",
-        {
-            "dataset": "cifar10",
-            "nets": "henrhoi",
-            "likelihood": "mse pixels=symmetric variance=0.125",
-            "bottleneck": "vq num_codes=128 code_dim=256 codebook=gradient init=uniform revive=0 beta=1 "
-            "weight=5.3333 projection=no",
-            "lr": "1e-3",
-            "epochs": 40,
-        },
+        HENRHOI_VQVAE,
+    ),
+    "vqvae-pixelcnn": Preset(
+        "github.com/henrhoi/vae-pytorch: its VQ-VAE, then a PixelCNN on the codes",
+        HENRHOI_VQVAE,
+        {"prior": "pixelcnn", "lr": "1e-3", "epochs": 30, "patience": 5},
+    ),
+    "vqvae-gated-pixelcnn": Preset(
+        "github.com/henrhoi/vae-pytorch: its VQ-VAE, then a Gated PixelCNN on the codes",
+        HENRHOI_VQVAE | {"lr": "8e-4", "batch_size": 64, "epochs": 30},
+        {"prior": "gated-pixelcnn", "lr": "8e-4", "batch_size": 64, "epochs": 30, "patience": 5},
     ),
     "vae-2d-1": Preset("github.com/henrhoi/vae-pytorch, 2-D VAE, data set 1", VAE_2D | {"dataset": "gauss2d set=1"}),
     "vae-2d-2": Preset("github.com/henrhoi/vae-pytorch, 2-D VAE, data set 2", VAE_2D | {"dataset": "gauss2d set=2"}),

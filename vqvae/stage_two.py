@@ -111,6 +111,7 @@ def extract_codes(model: Autoencoder, images: Tensor, cache: Path, *, batch_size
     smallest = np.uint8 if model.bottleneck.num_codes <= 256 else np.uint16
     if model.bottleneck.num_codes > 1 << 16:
         smallest = np.int32
+    cache.parent.mkdir(parents=True, exist_ok=True)
     partial = cache.with_name(cache.name + ".partial")
     with open(partial, "wb") as file:
         np.savez_compressed(file, codes=codes.numpy().astype(smallest), weights=checksum)

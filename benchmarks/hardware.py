@@ -1,0 +1,18 @@
+"""What a benchmark ran on, in words for its table."""
+
+import platform
+from pathlib import Path
+
+import torch
+
+
+def describe(device: str = "cpu") -> str:
+    """`AMD EPYC, 2 threads, torch 2.15.0`, or the name of the GPU."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].split(":", 1)[1].strip() if lines else name
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
