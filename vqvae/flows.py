@@ -24,7 +24,7 @@ class MaskedLinear(nn.Linear):
 
 
 class MADE(nn.Module):
-    """Masked autoencoder for distribution estimation (1502.03509, section 3): x `[B, d]` to `[B, outputs, d]`.
+    """Masked autoencoder for distribution estimation (1502.03509): x `[B, d]` to `[B, outputs, d]`.
 
     Entry i of every output sees only the inputs before i in the ordering (after i, when `reverse`). Inputs have
     degrees 1..d, hidden units cycle through 1..d - 1; weights connect where the later degree is at least the earlier

@@ -210,7 +210,7 @@ class DiscretisedLogistic(nn.Module):
     """Logistic integrated over each of the 256 levels (1701.05517, eq. 2, with one component): nats, bits/dim.
 
     Levels are 1/255 apart in [0, 1]; the outermost bins reach to infinity, so the 256 probabilities sum to one. The
-    decoder gives the mean (on x - 0.5) and the log-scale in units of that, kept at -7 or more.
+    decoder gives the mean (on x - 0.5) and the log-scale plus 2; the log-scale is kept in [-7, 7].
     """
 
     discrete = True
@@ -229,8 +229,7 @@ class DiscretisedLogistic(nn.Module):
         upper = (x + 0.5 / 255 - mean) * inverse
         lower = (x - 0.5 / 255 - mean) * inverse
         # log(sigmoid(upper) - sigmoid(lower)), without the difference of two numbers near 1
-        gap = (inverse / 255).clamp(min=1e-12)
-        between = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-gap))
+        between = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-inverse / 255))
         log_p = torch.where(x < 0.5 / 255, F.logsigmoid(upper), between)
         log_p = torch.where(x > 254.5 / 255, F.logsigmoid(-lower), log_p)
         return log_p.flatten(1).sum(1)
@@ -280,7 +279,7 @@ class Softmax256(nn.Module):
 
 def _view(params: Tensor, count: int) -> Tensor:
     """`[B, P*C, H, W]` as `[B, P, C, H, W]`."""
-    return params.view(len(params), count, -1, *params.shape[2:])
+    return params.unflatten(1, (count, -1))
 
 
 def _split(params: Tensor, count: int) -> tuple[Tensor, ...]:
