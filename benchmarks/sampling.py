@@ -21,7 +21,7 @@ from vqvae.priors import PRIORS
 CASES = {
     "pixelcnn": ({}, {8: 16, 16: 8}),
     "gated-pixelcnn": ({}, {8: 4, 16: 2}),
-    "transformer": ({}, {8: 64, 16: 32}),
+    "transformer": ({}, {8: 16, 16: 4}),
 }
 SMALL = {"gated-pixelcnn": {"channels": 64, "layers": 6}}
 

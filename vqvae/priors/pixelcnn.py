@@ -14,7 +14,22 @@ from vqvae.errors import UserError
 from vqvae.priors.codes import ChannelNorm, CodePrior, check_dropout, check_sizes
 
 
-class MaskedConv(nn.Conv2d):
+class Conv(nn.Conv2d):
+    """A convolution without padding, which on an input of its kernel's size is one matrix product.
+
+    That is the case at every step of sampling, where starting a convolution costs far more than computing it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.with_weight(x, self.weight)
+
+    def with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        if x.shape[2:] == self.kernel_size:
+            return F.linear(x.flatten(1), weight.flatten(1), self.bias)[:, :, None, None]
+        return F.conv2d(x, weight, self.bias)
+
+
+class MaskedConv(Conv):
     """k x k convolution that sees the rows above, and of its own row what is to the left (and itself: type B)."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, centre: bool):
@@ -28,7 +43,7 @@ class MaskedConv(nn.Conv2d):
         return self.on_padded(F.pad(x, (self.reach, self.reach, self.reach, 0)))
 
     def on_padded(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight * self.mask, self.bias)
+        return self.with_weight(x, self.weight * self.mask)
 
 
 class Block(nn.Module):
@@ -37,9 +52,9 @@ class Block(nn.Module):
     def __init__(self, channels: int, kernel: int, dropout: float):
         super().__init__()
         half = max(1, channels // 2)
-        self.before = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, half, 1), nn.ReLU())
+        self.before = nn.Sequential(nn.ReLU(), Conv(channels, half, 1), nn.ReLU())
         self.conv = MaskedConv(half, half, kernel, centre=True)
-        self.after = nn.Sequential(nn.ReLU(), nn.Conv2d(half, channels, 1), nn.Dropout(dropout))
+        self.after = nn.Sequential(nn.ReLU(), Conv(half, channels, 1), nn.Dropout(dropout))
         self.norm = ChannelNorm(channels)
 
     def forward(self, x: Tensor, convolve) -> Tensor:
@@ -78,7 +93,7 @@ class PixelCNN(CodePrior):
         self.first = MaskedConv(channels, channels, kernel, centre=False)
         self.classes = nn.Embedding(num_classes, channels) if num_classes else None
         self.blocks = nn.ModuleList(Block(channels, kernel, dropout) for _ in range(blocks))
-        self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, head, 1), nn.ReLU(), nn.Conv2d(head, num_codes, 1))
+        self.head = nn.Sequential(nn.ReLU(), Conv(channels, head, 1), nn.ReLU(), Conv(head, num_codes, 1))
 
     def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
         return self._net(_embed(self.embedding, codes), labels, lambda layer, x: layer(x))
@@ -134,10 +149,10 @@ class GatedLayer(nn.Module):
     def __init__(self, inputs: int, channels: int, kernel: int, *, centre: bool, num_classes: int, dropout: float):
         super().__init__()
         self.reach, self.centre = kernel // 2, centre
-        self.vertical = nn.Conv2d(inputs, 2 * channels, (self.reach + 1, kernel), bias=False)
-        self.horizontal = nn.Conv2d(inputs, 2 * channels, (1, self.reach + centre), bias=False)
-        self.down = nn.Conv2d(2 * channels, 2 * channels, 1)
-        self.out = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.Dropout(dropout))
+        self.vertical = Conv(inputs, 2 * channels, (self.reach + 1, kernel), bias=False)
+        self.horizontal = Conv(inputs, 2 * channels, (1, self.reach + centre), bias=False)
+        self.down = Conv(2 * channels, 2 * channels, 1)
+        self.out = nn.Sequential(Conv(channels, channels, 1), nn.Dropout(dropout))
         self.norm_v, self.norm_h = ChannelNorm(channels), ChannelNorm(channels)
         self.classes = nn.Embedding(num_classes, 2 * channels) if num_classes else None
 
@@ -199,7 +214,7 @@ class GatedPixelCNN(CodePrior):
             [GatedLayer(embedding, channels, kernel, centre=False, **shared)]
             + [GatedLayer(channels, channels, kernel, centre=True, **shared) for _ in range(layers)]
         )
-        self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, head, 1), nn.ReLU(), nn.Conv2d(head, num_codes, 1))
+        self.head = nn.Sequential(nn.ReLU(), Conv(channels, head, 1), nn.ReLU(), Conv(head, num_codes, 1))
 
     def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
         v = h = _embed(self.embedding, codes)

@@ -1,0 +1,39 @@
+#!/usr/bin/env python3
+"""A run of `--preset sonnet-cifar10` beside the figures that Sonnet's own example prints, as a Markdown table.
+
+Both are means over the last 100 training steps of MSE / data variance and of the batch's perplexity, at batch 32.
+
+  python train.py --preset sonnet-cifar10
+  python benchmarks/anchor.py logs/sonnet-cifar10
+"""
+
+import json
+import sys
+from pathlib import Path
+
+# step: (MSE / variance, perplexity), github.com/google-deepmind/sonnet, VQ-VAE example, EMA codebook
+SONNET = {
+    100: (0.483, 10.4),
+    500: (0.147, 34),
+    1000: (0.105, 72),
+    2000: (0.081, 154),
+    3000: (0.071, 227),
+    5000: (0.061, 327),
+    10000: (0.056, 326),
+}
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    rows = [json.loads(line) for line in (Path(sys.argv[1]) / "metrics.jsonl").read_text().splitlines()]
+    ours = {row["step"]: row for row in rows if row["kind"] == "train"}
+    print("| step | Sonnet: MSE / variance | ours | Sonnet: perplexity | ours |\n|---|---|---|---|---|")
+    for step, (error, perplexity) in SONNET.items():
+        if step in ours:
+            mine = (ours[step]["reconstruction"], ours[step]["batch_perplexity"])
+            print(f"| {step:,} | {error:.3f} | {mine[0]:.3f} | {perplexity:g} | {mine[1]:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
