@@ -157,8 +157,8 @@ def main() -> None:
         "# Priors over codes at equal training time",
         "",
         f"Written by `benchmarks/priors.py` on {describe()}, commit {commit.strip()}. bits/code is the held-out cost "
-        f"of a code; uniform is log2 K. *sure of samples* is the share of {SAMPLES} pictures to which a classifier of real "
-        "digits gives one class more than 0.9; *classes* is the perplexity of the classes it names.",
+        f"of a code; uniform is log2 K. *sure of samples* is the share of {SAMPLES} pictures to which a classifier of "
+        "real digits gives one class more than 0.9; *classes* is the perplexity of the classes it names.",
     ]
     minutes = args.minutes * len(args.checkpoint) if len(args.minutes) == 1 else args.minutes
     for folder, each in zip(args.checkpoint, minutes, strict=True):

@@ -312,4 +312,4 @@ def _axes(size: tuple[float, float], rows: int = 1, columns: int = 1):
 
 def _save_chart(figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
