@@ -145,6 +145,18 @@ def test_signals_save_and_stop_between_two_steps(tmp_path, number, stop_at):
     assert torch.equal(straight.point, resumed.point)
 
 
+def test_a_finished_run_says_how_to_go_on(tmp_path):
+    train(tmp_path / "run", plan())
+    with pytest.raises(UserError, match="has done all of its 12 steps; raise --epochs"):
+        train(tmp_path / "run", plan(), resume=True)
+
+
+def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
+    figures = iter([3.0, 1.0, 2.0, 2.0, 0.5])
+    train(tmp_path / "run", plan(epochs=9, patience=2), evaluate=lambda: {"loss": next(figures)})
+    assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["epoch"] == 4
+
+
 def test_checkpoints_by_seconds(tmp_path):
     saved = []
 

@@ -45,16 +45,7 @@ def evaluate(
             x = x.float() / 255 if x.dtype == torch.uint8 else x
             y = batch_labels.to(model.device)
             elbo = model.elbo(x, y)
-            mse = (model.likelihood.mean(elbo.params) - x).square().flatten(1).mean(1)
-            values = {
-                "neg_elbo": -elbo.nats,
-                "reconstruction_nats": -elbo.log_likelihood,
-                "rate": elbo.log_posterior - elbo.log_prior,
-                "prior_nats": -elbo.log_prior,
-                "entropy": -elbo.log_posterior,
-                "mse": mse,
-                "psnr": -10 * mse.clamp(min=1e-10).log10(),
-            }
+            values = _per_example(model, x, elbo)
             if iw_samples:
                 draws = torch.stack([model.elbo(x, y).nats.double() for _ in range(iw_samples)])  # [S, B]
                 values["iw_bound"] = math.log(iw_samples) - draws.logsumexp(0)
@@ -84,3 +75,17 @@ def evaluate(
         results["active_codes"] = int((usage > 0).sum())
         results["usage"] = usage.long().cpu()
     return results
+
+
+def _per_example(model, x: Tensor, elbo) -> dict[str, Tensor]:
+    """The figures that every example has one of, each `[B]`."""
+    mse = (model.likelihood.mean(elbo.params) - x).square().flatten(1).mean(1)
+    return {
+        "neg_elbo": -elbo.nats,
+        "reconstruction_nats": -elbo.log_likelihood,
+        "rate": elbo.log_posterior - elbo.log_prior,
+        "prior_nats": -elbo.log_prior,
+        "entropy": -elbo.log_posterior,
+        "mse": mse,
+        "psnr": -10 * mse.clamp(min=1e-10).log10(),
+    }

@@ -124,109 +124,138 @@ def fit(
     """
     if plan.batch_size > len(examples):
         raise UserError(f"--batch-size {plan.batch_size}: larger than the {len(examples)} training examples")
-    examples, labels = _resident(examples, plan.device), _resident(labels, plan.device)
-    optim = optimiser(module, plan)
-    state = resume or {}
-    if resume:
-        optim.load_state_dict(state["optimizer"])
-    step, best, best_epoch = state.get("step", 0), state.get("best", math.inf), state.get("best_epoch", 0)
-    usage, figures = state.get("usage"), None
-    epoch_means, window = Means(state.get("epoch_means")), Means(state.get("window"))
-    per_epoch, total = plan.steps_per_epoch(len(examples)), plan.total_steps(len(examples))
-    deadline = time.perf_counter() + 60 * plan.max_minutes if plan.max_minutes else math.inf
-
-    def content(epoch: int) -> dict[str, Any]:
-        return {
-            "model": module.state_dict(),
-            "optimizer": optim.state_dict(),
-            "step": step,
-            "epoch": epoch,
-            "best": best,
-            "best_epoch": best_epoch,
-            "usage": usage,
-            "epoch_means": epoch_means.state(),
-            "window": window.state(),
-        }
-
-    def log_window() -> None:
-        nonlocal window
-        if window.count:
-            means = module.summary(window.values())
-            _need_finite(means["loss"], step)
-            run.log("train", step, epoch, means)
-            bar.set_postfix_str(_line(module.headline, means), refresh=False)
-            window = Means()
-
+    loop = Loop(module, _resident(examples, plan.device), _resident(labels, plan.device), plan, run, resume or {})
+    if loop.step >= loop.total:
+        raise UserError(f"--resume {run.folder}: has done all of its {loop.step} steps; raise --epochs or --max-steps")
+    figures = None
     module.train()
-    if step == 0 and hasattr(module, "initialise"):
+    if loop.step == 0 and hasattr(module, "initialise"):
         seed_step(plan.seed, -1)
         order = batch_indices(len(examples), 1, seed=plan.seed, epoch=0).flatten()
-        module.initialise(lambda n: _take(examples, order[:n], plan.device))
-
-    with Interrupt() as interrupt, tqdm(total=total, initial=step, unit="step", disable=None) as bar:
-        while step < total:
-            epoch = step // per_epoch  # epochs completed before this one
-            bar.set_description(f"epoch {epoch + 1}/{math.ceil(total / per_epoch)}", refresh=False)
-            order = batch_indices(len(examples), plan.batch_size, seed=plan.seed, epoch=epoch)
-            started, first, saved = time.perf_counter(), step, time.perf_counter()
-            for index in order[step - epoch * per_epoch :]:
-                for group in optim.param_groups:
-                    group["lr"] = plan.lr(step, total)
-                seed_step(plan.seed, step)
-                batch, batch_labels = _take(examples, index, plan.device), _take(labels, index, plan.device)
-                with torch.autocast(plan.device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
-                    loss, metrics = module(batch, batch_labels, step)
-                loss.backward()
-                optim.step()
-                optim.zero_grad()
-                epoch_means.add(metrics)
-                window.add(metrics)
-                step += 1
-                bar.update()
-                if time.perf_counter() > deadline:
-                    total = step
-                if step % plan.log_every == 0:
-                    log_window()
-                steps, seconds = plan.save_every
-                due = step % steps == 0 if steps else time.perf_counter() - saved > seconds
-                ends = step % per_epoch == 0 or step == total
-                if (due or interrupt.wanted) and not ends:
-                    _need_finite(float(loss.detach()), step)
-                    run.save(content(epoch))
-                    saved = time.perf_counter()
-                if interrupt.wanted or step == total:
-                    break
-            if interrupt.wanted and step % per_epoch and step < total:
+        module.initialise(lambda n: _take(loop.examples, order[:n], plan.device))
+    with Interrupt() as interrupt, loop.bar:
+        while loop.step < loop.total:
+            whole = loop.train_epoch(interrupt)
+            if whole:
+                figures = loop.close_epoch(evaluate(), after_epoch)
+            if interrupt.wanted and loop.step < loop.total:
                 return None
-            _synchronise(plan.device)
-            speed = (step - first) * plan.batch_size / (time.perf_counter() - started)
-            log_window()
-            trained = module.summary(epoch_means.values())
-            epoch_means = Means()
-            figures = evaluate()
-            usage = figures.pop("usage", None)
-            run.log("epoch", step, epoch + 1, {
-                **{f"train_{name}": value for name, value in trained.items()},
-                **{f"held_out_{name}": value for name, value in figures.items()},
-                "images_per_s": speed,
-            })  # fmt: skip
-            if usage is not None:
-                run.histogram("held_out_usage", usage, step)
-            after_epoch(epoch + 1, step, figures)
-            if figures[module.monitor] < best:
-                best, best_epoch = figures[module.monitor], epoch + 1
-                run.save(content(epoch + 1), "best.pt")
-            run.save(content(epoch + 1))
-            bar.write(
-                f"epoch {epoch + 1:3d} | train {_line(module.headline, trained)} | "
-                f"held-out {_line(module.headline, figures)} | {speed:,.0f} images/s"
-            )
-            if interrupt.wanted and step < total:
-                return None
-            if plan.patience and epoch + 1 - best_epoch >= plan.patience:
-                bar.write(f"no better held-out figure for {plan.patience} epochs: best.pt is of epoch {best_epoch}")
+            if plan.patience and loop.epoch - loop.best_epoch >= plan.patience:
+                loop.bar.write(f"no better held-out figure for {plan.patience} epochs: best.pt is of {loop.best_epoch}")
                 break
     return figures
+
+
+class Loop:
+    """A training run between two steps: all that a checkpoint must hold, and the steps themselves."""
+
+    def __init__(
+        self, module: nn.Module, examples: Tensor, labels: Tensor, plan: Plan, run: Run, state: dict[str, Any]
+    ):
+        self.module, self.examples, self.labels, self.plan, self.run = module, examples, labels, plan, run
+        self.optimiser = optimiser(module, plan)
+        if state:
+            self.optimiser.load_state_dict(state["optimizer"])
+        self.step, self.epoch = state.get("step", 0), state.get("epoch", 0)  # epoch: those evaluated so far
+        self.best, self.best_epoch = state.get("best", math.inf), state.get("best_epoch", 0)
+        self.usage = state.get("usage")
+        self.epoch_means, self.window = Means(state.get("epoch_means")), Means(state.get("window"))
+        self.per_epoch, self.total = plan.steps_per_epoch(len(examples)), plan.total_steps(len(examples))
+        self.deadline = time.perf_counter() + 60 * plan.max_minutes if plan.max_minutes else math.inf
+        self.speed = 0.0  # images/s of the last stretch of training
+        self.bar = tqdm(total=self.total, initial=self.step, unit="step", disable=None)
+
+    def train_epoch(self, interrupt: Interrupt) -> bool:
+        """Train to the end of the epoch or of the run; False if interrupted before, with everything saved."""
+        plan, epoch = self.plan, self.step // self.per_epoch
+        self.bar.set_description(f"epoch {epoch + 1}/{math.ceil(self.total / self.per_epoch)}", refresh=False)
+        order = batch_indices(len(self.examples), plan.batch_size, seed=plan.seed, epoch=epoch)
+        first, started = self.step, time.perf_counter()
+        saved = started
+        for index in order[self.step - epoch * self.per_epoch :]:
+            loss = self.train_step(index)
+            now = time.perf_counter()
+            if now > self.deadline:
+                self.total = self.step
+            if self.step % plan.log_every == 0:
+                self.log_window()
+            if self.step == self.total:
+                break
+            steps, seconds = plan.save_every
+            due = self.step % steps == 0 if steps else now - saved > seconds
+            if (due or interrupt.wanted) and self.step % self.per_epoch:
+                _need_finite(float(loss), self.step)
+                self.save()
+                saved = now
+                if interrupt.wanted:
+                    return False
+        _synchronise(plan.device)
+        self.speed = (self.step - first) * plan.batch_size / (time.perf_counter() - started)
+        return True
+
+    def train_step(self, index: Tensor) -> Tensor:
+        """One update on the examples of an index; its loss."""
+        plan, device = self.plan, self.plan.device
+        for group in self.optimiser.param_groups:
+            group["lr"] = plan.lr(self.step, self.total)
+        seed_step(plan.seed, self.step)
+        batch, labels = _take(self.examples, index, device), _take(self.labels, index, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
+            loss, metrics = self.module(batch, labels, self.step)
+        loss.backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.epoch_means.add(metrics)
+        self.window.add(metrics)
+        self.step += 1
+        self.bar.update()
+        return loss.detach()
+
+    def log_window(self) -> None:
+        """Log the monitors' means since the last time; here alone, within an epoch, the loop waits for the device."""
+        if self.window.count:
+            means = self.module.summary(self.window.values())
+            _need_finite(means["loss"], self.step)
+            self.run.log("train", self.step, self.epoch, means)
+            self.bar.set_postfix_str(_line(self.module.headline, means), refresh=False)
+            self.window = Means()
+
+    def close_epoch(self, figures: dict[str, Any], after_epoch: Callable) -> dict[str, float]:
+        """Log the epoch's training and held-out figures, draw, and save; the held-out figures that are numbers."""
+        self.log_window()
+        self.epoch = math.ceil(self.step / self.per_epoch)
+        trained = self.module.summary(self.epoch_means.values())
+        self.epoch_means = Means()
+        self.usage = figures.pop("usage", None)
+        numbers = {f"train_{name}": value for name, value in trained.items()}
+        numbers |= {f"held_out_{name}": value for name, value in figures.items()}
+        self.run.log("epoch", self.step, self.epoch, numbers | {"images_per_s": self.speed})
+        if self.usage is not None:
+            self.run.histogram("held_out_usage", self.usage, self.step)
+        after_epoch(self.epoch, self.step, figures)
+        if figures[self.module.monitor] < self.best:
+            self.best, self.best_epoch = figures[self.module.monitor], self.epoch
+            self.save("best.pt")
+        self.save()
+        self.bar.write(
+            f"epoch {self.epoch:3d} | train {_line(self.module.headline, trained)} | "
+            f"held-out {_line(self.module.headline, figures)} | {self.speed:,.0f} images/s"
+        )
+        return figures
+
+    def save(self, name: str = "checkpoint.pt") -> None:
+        state = {
+            "model": self.module.state_dict(),
+            "optimizer": self.optimiser.state_dict(),
+            "step": self.step,
+            "epoch": self.epoch,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "usage": self.usage,
+            "epoch_means": self.epoch_means.state(),
+            "window": self.window.state(),
+        }
+        self.run.save(state, name)
 
 
 def _resident(tensor: Tensor, device: torch.device) -> Tensor:
