@@ -192,3 +192,13 @@ def test_below_the_free_bits_the_rate_has_no_gradient():
 
     assert encoder_gradient(0) > 0
     assert encoder_gradient(1e4) == 0
+
+
+def test_models_that_differ_in_their_prior_alone_start_from_the_same_nets():
+    states = []
+    for prior in ("normal", "made-flow"):
+        torch.manual_seed(0)
+        states.append(make(nets="mlp", bottleneck="gaussian", prior=prior).state_dict())
+    shared = [name for name in states[0] if not name.startswith("prior.")]
+    assert shared
+    assert all(torch.equal(states[0][name], states[1][name]) for name in shared)

@@ -121,6 +121,8 @@ class Autoencoder(nn.Module):
                 # with the mse likelihood's own variance this is Sonnet's printed MSE / variance
                 "reconstruction": (-elbo.log_likelihood.mean() - self.likelihood.floor) / self.dimensions,
                 "mse": (self.likelihood.mean(elbo.params) - x).square().mean(),
+                "neg_elbo": -elbo.nats.mean(),
+                "reconstruction_nats": -elbo.log_likelihood.mean(),
                 "rate": (elbo.log_posterior - elbo.log_prior).mean(),
                 **elbo.latent.stats,
             }
@@ -272,13 +274,16 @@ def build_autoencoder(
     )
     nets = build(SLOTS["nets"], choices["nets"], {"image_shape": image_shape})
     bottleneck = build(SLOTS["bottleneck"], choices["bottleneck"], {"channels": nets.channels, "grid": nets.grid})
+    encoder = nets.encoder()
+    decoder = nets.decoder(bottleneck.code_dim, image_shape[0] * likelihood.params_per_channel)
+    # last, so that from one seed models that differ in their prior alone start from the same nets
     prior = build(SLOTS["prior"], choices["prior"], {**bottleneck.prior_context(), "num_classes": num_classes})
     if num_classes and "num_classes" not in signature(find(SLOTS["prior"], choices["prior"].name))[0]:
         raise UserError(f"--conditional: --prior {choices['prior'].name} cannot use labels")
     model = Autoencoder(
-        encoder=nets.encoder(),
+        encoder=encoder,
         bottleneck=bottleneck,
-        decoder=nets.decoder(bottleneck.code_dim, image_shape[0] * likelihood.params_per_channel),
+        decoder=decoder,
         likelihood=likelihood,
         prior=prior,
         image_shape=image_shape,

@@ -62,6 +62,13 @@ class Config:
     beta: float | None = option(None, "commitment weight (the bottleneck's beta)", group="model")
     hidden: int | None = option(None, "width of the nets (their hidden)", group="model", metavar="N")
 
+    prior_flows: int | None = option(
+        None,
+        "flows of an autoregressive-flow prior, every second one reversed (the prior's flows)",
+        group="model",
+        metavar="N",
+    )
+
     data_dir: str = option(
         "data",
         "folder with the data's files, or the pictures of --dataset folder",
@@ -180,6 +187,7 @@ SHORTHANDS = {  # plain flag -> (slot, the member's option it stands for)
     "code_dim": ("bottleneck", "code_dim"),
     "beta": ("bottleneck", "beta"),
     "hidden": ("nets", "hidden"),
+    "prior_flows": ("prior", "flows"),
 }
 
 
@@ -391,6 +399,7 @@ def _check(config: Config) -> None:
         "codes",
         "code_dim",
         "hidden",
+        "prior_flows",
         "image_size",
         "limit",
         "epochs",

@@ -80,12 +80,12 @@ def evaluate(
 def _per_example(model, x: Tensor, elbo) -> dict[str, Tensor]:
     """The figures that every example has one of, each `[B]`."""
     mse = (model.likelihood.mean(elbo.params) - x).square().flatten(1).mean(1)
-    return {
+    psnr = {"psnr": -10 * mse.clamp(min=1e-10).log10()} if model.shows_pictures else {}
+    return psnr | {
         "neg_elbo": -elbo.nats,
         "reconstruction_nats": -elbo.log_likelihood,
         "rate": elbo.log_posterior - elbo.log_prior,
         "prior_nats": -elbo.log_prior,
         "entropy": -elbo.log_posterior,
         "mse": mse,
-        "psnr": -10 * mse.clamp(min=1e-10).log10(),
     }

@@ -197,6 +197,7 @@ CURVES = {  # metric -> (label, logarithmic)
     "nmse": ("MSE / data variance", True),
     "neg_elbo": ("-ELBO, nats per image", False),
     "bits_per_dim": ("bits/dim", False),
+    "reconstruction_nats": ("reconstruction: -log p(x|z), nats", False),
     "rate": ("rate: log q - log p, nats", False),
     "commitment": ("commitment", False),
     "perplexity": ("perplexity of code use", False),
