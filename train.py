@@ -127,6 +127,8 @@ def train(given: dict, resume: str | None) -> Path | None:
     plan = plan_of(config)
     folder = Path(resume) if resume else name_run(config)
     dataset = load_data(config)
+    if config.conditional and not dataset.classes:
+        raise UserError(f"--conditional: --dataset {dataset.name} has no labels")
 
     torch.manual_seed(config.seed)
     if config.checkpoint:
@@ -287,8 +289,6 @@ def prior_job(config: Config, dataset, plan, start: dict) -> tuple[Job, Any]:
     # beside the autoencoder, so that every prior trained on its codes finds them
     beside = Path(config.checkpoint)
     beside = beside if beside.is_dir() else beside.parent
-    if config.conditional and not dataset.classes:
-        raise UserError(f"--conditional: --dataset {dataset.name} has no labels")
     if start["kind"] == "prior":  # resumed: the checkpoint holds the new prior
         model = restore(start, config.checkpoint)
     else:
