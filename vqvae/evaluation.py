@@ -36,7 +36,7 @@ def evaluate(
     training = model.training
     model.eval()
     rows: dict[str, list[Tensor]] = {}
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, float] = {}
     usage, means = None, []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -47,20 +47,20 @@ def evaluate(
             elbo = model.elbo(x, y)
             values = _per_example(model, x, elbo)
             if iw_samples:
-                draws = torch.stack([model.elbo(x, y).nats.double() for _ in range(iw_samples)])  # [S, B]
+                draws = torch.stack([model.elbo(x, y).nats.cpu().double() for _ in range(iw_samples)])  # [S, B]
                 values["iw_bound"] = math.log(iw_samples) - draws.logsumexp(0)
             for name, value in values.items():
-                rows.setdefault(name, []).append(value.double().cpu())
+                rows.setdefault(name, []).append(value.cpu().double())
             for name, value in elbo.latent.stats.items():
-                sums[name] = sums.get(name, 0) + len(x) * value.double()
+                sums[name] = sums.get(name, 0) + len(x) * float(value)
             if elbo.latent.mean is not None:
-                means.append(elbo.latent.mean.flatten(1).double().cpu())
+                means.append(elbo.latent.mean.flatten(1).cpu().double())
             if elbo.latent.codes is not None:
                 counts = code_usage(elbo.latent.codes, model.bottleneck.num_codes)
-                usage = counts.double() if usage is None else usage + counts
+                usage = counts.cpu().double() if usage is None else usage + counts.cpu()
     model.train(training)
 
-    results: dict[str, Any] = {name: float(value) / len(images) for name, value in sums.items()}
+    results: dict[str, Any] = {name: value / len(images) for name, value in sums.items()}
     for name, parts in rows.items():
         values = torch.cat(parts)
         results[name] = float(values.mean())

@@ -56,7 +56,7 @@ class PriorTraining(nn.Module):
         self.eval()
         parts = zip(codes.split(batch_size), labels.split(batch_size), strict=True)
         device = self.autoencoder.device
-        nats = torch.cat([self._nats(c.to(device), y.to(device)).double().cpu() for c, y in parts])
+        nats = torch.cat([self._nats(c.to(device), y.to(device)).cpu().double() for c, y in parts])
         self.train(training)
         per_code = float(nats.mean()) / codes[0].numel()
         return {

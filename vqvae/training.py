@@ -62,7 +62,8 @@ class Means:
     def add(self, metrics: dict[str, Tensor]) -> None:
         for name, value in metrics.items():
             total = self.sums.get(name)
-            self.sums[name] = value.double() if total is None else total.to(value.device) + value
+            precise = torch.float32 if value.device.type == "mps" else torch.float64  # which MPS does not have
+            self.sums[name] = value.to(precise) if total is None else total.to(value.device) + value
         self.count += 1
 
     def values(self) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ def code_usage(codes: Tensor, num_codes: int) -> Tensor:
 
 def perplexity(usage: Tensor) -> Tensor:
     """exp(-sum p log p) of usage counts or shares `[K]`: how many codes, equally used, would be as varied."""
-    share = usage.double() / usage.double().sum().clamp(min=1e-12)
+    share = usage.float() / usage.float().sum().clamp(min=1e-12)
     return torch.special.entr(share).sum().exp()
 
 

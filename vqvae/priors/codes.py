@@ -107,13 +107,16 @@ class Naive:
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int) -> Tensor:
     """Codes `[B]` of logits `[B, K]` by inverting the distribution function at uniform numbers `[B]`."""
+    device = logits.device
+    if device.type == "mps":  # which has no float64
+        logits, uniform = logits.cpu(), uniform.cpu()
     logits = logits.double() / temperature
     if top_k and top_k < logits.shape[1]:
         least = logits.topk(top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     cumulative = logits.softmax(1).cumsum(1)
     reached = uniform.double().unsqueeze(1) * cumulative[:, -1:]
-    return (cumulative <= reached).sum(1).clamp(max=logits.shape[1] - 1)
+    return (cumulative <= reached).sum(1).clamp(max=logits.shape[1] - 1).to(device)
 
 
 class ChannelNorm(nn.LayerNorm):
