@@ -34,6 +34,7 @@ def test_figures_match_a_computation_by_hand():
     assert results["psnr"] == pytest.approx((10 * torch.log10(1 / errors)).mean().item())
     assert results["rate"] == pytest.approx(4 * math.log(7), rel=1e-5)  # a 2x2 grid of 7 codes, uniform prior
     assert results["neg_elbo"] == pytest.approx(results["reconstruction_nats"] + results["rate"], rel=1e-6)
+    assert results["bits_per_code"] == pytest.approx(results["uniform_bits_per_code"]) == pytest.approx(math.log2(7))
     codes = model.encode(images)
     assert results["usage"].sum() == 40
     assert results["active_codes"] == len(codes.unique())

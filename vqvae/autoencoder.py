@@ -82,7 +82,7 @@ class Autoencoder(nn.Module):
         "mse": "MSE {:.5f}",
         "nmse": "(/variance {:.4f})",
         "psnr": "PSNR {:.2f} dB",
-        "neg_elbo": "-ELBO {:,.1f} nats",
+        "neg_elbo": "-ELBO {:,.2f} nats",
         "bits_per_dim": "{:.3f} bits/dim",
         "commitment": "commitment {:.4f}",
         "perplexity": "perplexity {:.0f}",
