@@ -137,7 +137,8 @@ def train(given: dict, resume: str | None) -> Path | None:
         job, model = autoencoder_job(config, dataset, plan, stopped)
     if plan.batch_size > len(job.examples):
         raise UserError(f"--batch-size {plan.batch_size}: larger than the {len(job.examples)} training examples")
-    plot_folder = claim_pictures(Path(config.plot_dir).resolve() / config.name)
+    # a resumed run goes on drawing where it drew, from whichever folder it is resumed
+    plot_folder = claim_pictures(Path(stopped["plots"]) if stopped else Path(config.plot_dir).resolve() / config.name)
     kept = EXAMPLES_KEPT if job.picture else POINTS_KEPT
     facts = {
         "kind": "prior" if config.checkpoint else "autoencoder",

@@ -98,3 +98,10 @@ def test_weights_of_another_model_are_refused(tmp_path):
     checkpoint.write(tmp_path / "checkpoint.pt", other)
     with pytest.raises(UserError, match="another model"):
         load(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("changes", [{"config": {}}, {"config": {"nets": 3}}, {"data": {}}, {"data": None}])
+def test_settings_of_something_else_are_refused(tmp_path, changes):
+    checkpoint.write(tmp_path / "checkpoint.pt", content(**changes))
+    with pytest.raises(UserError, match="checkpoint.pt: its settings"):
+        load(tmp_path / "checkpoint.pt")

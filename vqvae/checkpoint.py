@@ -71,13 +71,16 @@ def restore(content: dict[str, Any], name: str = "", *, new_prior: Config | None
 
     With `new_prior`, the prior is the untrained one of those settings instead of the checkpoint's.
     """
-    config = new_prior or Config.from_dict(content["config"])
-    model = build_autoencoder(
-        {slot: getattr(config, slot) for slot in SLOTS},
-        image_shape=tuple(content["data"]["shape"]),
-        data_variance=content["data"]["variance"],
-        num_classes=len(content["data"]["classes"]) if config.conditional else 0,
-    )
+    try:
+        config = new_prior or Config.from_dict(content["config"])
+        model = build_autoencoder(
+            {slot: getattr(config, slot) for slot in SLOTS},
+            image_shape=tuple(content["data"]["shape"]),
+            data_variance=content["data"]["variance"],
+            num_classes=len(content["data"]["classes"]) if config.conditional else 0,
+        )
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"--checkpoint {name}: its settings are not those of a model of this program") from None
     weights = content["model"]
     if new_prior:
         weights = {key: value for key, value in weights.items() if not key.startswith("prior.")}
