@@ -267,7 +267,8 @@ def posterior_map(means: Tensor, labels: Tensor, classes: Sequence[str], path: P
         axes.legend(title="class", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
     else:
         axes.scatter(*x.T, s=8, color="#4477aa", linewidths=0)
-    axes.set(xlabel="$z_1$", ylabel="$z_2$", title=title, aspect="equal")
+    reach = max(3.5, float(np.abs(x).max()) * 1.05)  # both axes alike, so that a collapsed latent shows as a line
+    axes.set(xlabel="$z_1$", ylabel="$z_2$", title=title, aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach))
     _save_chart(figure, path)
 
 
