@@ -230,12 +230,13 @@ def traversals(show: Show, path: Path) -> bool | None:
     if show.discrete or not show.model.shows_pictures:
         return False
     means = show.model.posterior_mean(show.images)
-    spread = means.var(dim=0).flatten()
+    centre, spread = means.mean(dim=0).flatten(), means.std(dim=0).flatten()
     rows = []
     for unit in spread.argsort(descending=True)[:10].tolist():
         z = means[:1].repeat(9, 1, 1, 1)
-        z[:, unit, 0, 0] = torch.linspace(-3, 3, 9)
-        rows.append((f"z{unit + 1} from -3 to 3", show.model.pictures(z)))
+        # in the unit's own spread: under a learnt prior latents need not have unit variance
+        z[:, unit, 0, 0] = centre[unit] + spread[unit] * torch.linspace(-3, 3, 9, device=z.device)
+        rows.append((f"z{unit + 1}, ± 3 s.d.", show.model.pictures(z)))
     title = f"{show.name}: one latent at a time, those that vary most, around the first held-out picture"
     figures.rows_of_pictures(rows, path, title=title)
 

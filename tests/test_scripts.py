@@ -261,3 +261,33 @@ def test_help_teaches_and_imports_no_heavy_library():
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         assert re.search(r"^examples$", done.stdout, re.M)
         assert done.stdout.strip().endswith("[]")
+
+
+def drawn_for(name: str) -> set[str]:
+    assert visualize_codes.main(["--checkpoint", f"logs/{name}"]) == 0
+    return {p.name for p in Path(f"plots/{name}").iterdir() if p.is_file()}
+
+
+def test_points_of_the_plane_train_evaluate_and_draw(there):
+    line = "--preset vae-2d-2 --epochs 2 --limit 640 --name points"
+    assert train.main(line.split()) == 0
+    assert train.main(["--evaluate", "--checkpoint", "logs/points", "--iw-samples", "2"]) == 0
+    held = json.loads(Path("logs/points/evaluation.json").read_text())
+    assert held["gap"] == pytest.approx(held["neg_elbo"] - held["data_entropy"])
+    assert held["data_entropy"] == pytest.approx(4.4473, abs=1e-4)
+    assert drawn_for("points") == {"curves.png", "scatter_2d.png", "posterior_map.png"}
+
+
+@pytest.mark.parametrize("prior", ["normal", "made-flow"])
+def test_a_vae_trains_and_draws(there, prior):
+    line = f"--preset vae-cifar10 --dataset digits --prior {prior} --limit 60 --batch-size 20 --hidden 4"
+    line += " --bottleneck gaussian latents=2 --image-size 16 --epochs 2 --kl-weight linear:0:1:3 --name vae"
+    assert train.main(line.split()) == 0
+    last = json.loads(Path("logs/vae/metrics.jsonl").read_text().splitlines()[-1])
+    for name in ("neg_elbo", "reconstruction_nats", "rate"):
+        assert {f"train_{name}", f"held_out_{name}"} <= set(last)
+    assert last["held_out_bits_per_dim"] > 0
+    assert 0 <= last["held_out_active_units"] <= 2
+    expected = {"samples.png", "interpolations.png", "traversals.png", "reconstructions.png", "posterior_map.png"}
+    assert expected <= drawn_for("vae")
+    assert "codebook.png" not in drawn_for("vae")
