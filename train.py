@@ -3,6 +3,7 @@
 
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -412,4 +413,5 @@ def introduce(config: Config, plan, dataset, module, folder: Path, stopped: dict
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # for people, not for debuggers
     sys.exit(main())

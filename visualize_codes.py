@@ -5,6 +5,7 @@ import argparse
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -396,4 +397,5 @@ def _generator(show: Show):
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # for people, not for debuggers
     sys.exit(main())
