@@ -186,7 +186,7 @@ def completions(show: Show, path: Path) -> bool | None:
     codes = show.model.encode(images)
     kept = codes.shape[1] // 2
     top_half = images.clone()
-    top_half[:, :, images.shape[2] // 2 :] = 127
+    top_half[:, :, images.shape[2] * kept // codes.shape[1] :] = 127
     more = {"labels": labels} if show.conditional else {}
     completed = []
     for i in range(4):

@@ -1,9 +1,12 @@
 """Data sets: readers on small files in the published formats, splits that stay apart, order by the seed."""
 
 import gzip
+import http.client
 import io
 import math
+import os
 import pickle
+import socket
 import struct
 import urllib.error
 import warnings
@@ -152,6 +155,42 @@ def test_a_damaged_idx_file_is_named(tmp_path, damage):
         quietly("mnist", data_dir=tmp_path)
 
 
+def test_a_damaged_gzip_file_is_named(tmp_path):
+    write_mnist(tmp_path, zipped=True)
+    path = tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte.gz"
+    whole = path.read_bytes()
+    for damaged in (whole[:-12], whole[:10] + b"\xff" * 4 + whole[14:], b"junk"):  # cut, no deflate stream, no gzip
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="train-labels-idx1-ubyte.gz"):
+            quietly("mnist", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("train-images-idx3-ubyte", np.zeros(6, np.uint8)),  # labels in the place of pictures
+        ("train-images-idx3-ubyte", np.zeros((6, 8, 8), np.uint8)),
+        ("train-images-idx3-ubyte", np.zeros((0, 28, 28), np.uint8)),
+        ("train-labels-idx1-ubyte", np.zeros(5, np.uint8)),
+        ("t10k-labels-idx1-ubyte", np.array([0, 1, 10], np.uint8)),
+        ("t10k-labels-idx1-ubyte", np.zeros((3, 1), np.uint8)),
+    ],
+)
+def test_an_idx_file_of_something_else_is_named(tmp_path, name, values):
+    write_mnist(tmp_path)
+    (tmp_path / "MNIST" / "raw" / name).write_bytes(idx(values))
+    with pytest.raises(UserError, match=f"{name}: "):
+        quietly("mnist", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("binarisation", ["threshold", "bernoulli"])
+def test_binary_mnist_is_binary_at_every_size(tmp_path, binarisation):
+    write_mnist(tmp_path)
+    scaled = quietly("mnist-binary", data_dir=tmp_path, image_size=16, binarisation=binarisation)
+    assert scaled.train.images.shape == (6, 1, 16, 16)
+    assert sorted(scaled.train.images.unique().tolist()) == [0, 255]
+
+
 def test_binary_mnist_is_cut_or_drawn(tmp_path):
     held = write_mnist(tmp_path)["train-images-idx3-ubyte"]
     cut = quietly("mnist-binary", data_dir=tmp_path)
@@ -176,18 +215,87 @@ def test_cifar_is_read_from_its_pickles(tmp_path):
 
 
 class Payload:
+    """Unpickles by calling a function of any module: as an attack would, or as a harmless stand-in."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
     def __reduce__(self):
-        return (open, ("executed", "w"))
+        return self.call
 
 
-@pytest.mark.parametrize("content", [pickle.dumps({"data": Payload()}, 2), b"", b"junk", pickle.dumps([1], 2)])
+PIXELS = np.zeros((2, 3072), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps({"data": Payload(open, "executed", "w")}, 2),
+        cifar_batch(PIXELS, [1, Payload(os.mkdir, "executed")]),  # beside pixels that are as they should be
+        pickle.dumps({"data": Payload(eval, "open('executed', 'w')"), "labels": [1]}, 4),
+        pickle.dumps({"data": Payload(np.load, "executed"), "labels": [1]}, 2),  # of NumPy's own, yet not an array
+        b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.",  # a dotted name, which protocol 4 would follow
+    ],
+)
 def test_a_pickle_with_code_is_refused_unexecuted(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     write_cifar(tmp_path)
     (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(content)
-    with pytest.raises(UserError, match="data_batch_3: not a CIFAR-10 batch"):
+    with pytest.raises(UserError, match="data_batch_3: not a CIFAR-10 batch .it asks for"):
         quietly("cifar10", data_dir=tmp_path)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"junk",
+        pickle.dumps([1], 2),
+        cifar_batch(PIXELS, [1, 2])[:-40],
+        cifar_batch(PIXELS[:, :100], [1, 2]),
+        cifar_batch(PIXELS + 0.5, [1, 2]),
+        cifar_batch(PIXELS.astype(np.int64) + 300, [1, 2]),
+        cifar_batch(PIXELS, [1]),
+        cifar_batch(PIXELS, [1, 10]),
+        cifar_batch(PIXELS, [1, -1]),
+        cifar_batch(PIXELS, [1, 2.5]),
+    ],
+)
+def test_a_garbled_cifar_batch_is_named(tmp_path, content):
+    write_cifar(tmp_path)
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(content)
+    with pytest.raises(UserError, match="data_batch_3: ") as caught:
+        quietly("cifar10", data_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_arrays_of_old_and_recent_numpy_are_rebuilt(module, protocol):
+    content = pickle.dumps(PIXELS + 7, protocol)
+    for known in (b"numpy._core.multiarray", b"numpy.core.multiarray"):
+        if protocol == 2:  # names as lines of text; with their lengths before them in later protocols
+            content = content.replace(b"c" + known + b"\n", b"c" + module.encode() + b"\n")
+        else:
+            old, new = (b"\x8c" + bytes([len(name)]) + name for name in (known, module.encode()))
+            body = content[11:].replace(old, new)
+            content = content[:3] + struct.pack("<Q", len(body)) + body
+    assert np.array_equal(data.ArraysOnly(io.BytesIO(content), encoding="latin1").load(), PIXELS + 7)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    write_cifar(tmp_path)
+    read = Path.read_bytes
+
+    def refuse(path):
+        if path.name == "data_batch_2":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match="data_batch_2: cannot be read .*Permission denied"):
+        quietly("cifar10", data_dir=tmp_path)
 
 
 def test_svhn_is_read_from_its_mat_files(tmp_path):
@@ -200,6 +308,66 @@ def test_svhn_is_read_from_its_mat_files(tmp_path):
     (tmp_path / "test_32x32.mat").write_bytes(b"junk")
     with pytest.raises(UserError, match="test_32x32.mat: not an SVHN file"):
         quietly("svhn", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "labels"),
+    [
+        (np.zeros((32, 32, 3, 2), np.uint8), [[57], [1]]),
+        (np.zeros((32, 32, 3, 2), np.uint8), [[1]]),
+        (np.zeros((32, 32, 3, 2)), [[1], [2]]),
+        (np.zeros((16, 32, 3, 2), np.uint8), [[1], [2]]),
+    ],
+)
+def test_an_svhn_file_of_something_else_is_named(tmp_path, pixels, labels):
+    for split in ("train", "test"):
+        scipy.io.savemat(tmp_path / f"{split}_32x32.mat", {"X": pixels, "y": np.array(labels)})
+    with pytest.raises(UserError, match="train_32x32.mat: "):
+        quietly("svhn", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("before", [None, 99.0])
+def test_a_download_waits_for_a_silent_network_only_so_long(tmp_path, monkeypatch, before):
+    import torchvision
+
+    seen = []
+
+    def silent(*args, **options):
+        seen.append(socket.getdefaulttimeout())
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(torchvision.datasets, "SVHN", silent)
+    usual = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(before)
+    try:
+        with pytest.raises(UserError, match="cannot be downloaded .timed out"):
+            load("svhn", data_dir=tmp_path)
+        assert socket.getdefaulttimeout() == before  # as it was for everybody else
+    finally:
+        socket.setdefaulttimeout(usual)
+    assert seen == [pytest.approx(20, abs=15)]
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (RuntimeError("Error downloading a file:\nTried https://a.b/, got:\nno such host\n"), "no such host"),
+        (RuntimeError("File not found or corrupted."), "File not found or corrupted."),
+        (http.client.BadStatusLine("<html>"), "<html>"),
+        (ConnectionResetError(), "ConnectionResetError"),
+    ],
+)
+def test_why_a_download_failed_is_said_in_one_line(tmp_path, monkeypatch, problem, reason):
+    import torchvision
+
+    def refuse(*args, **options):
+        raise problem
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", refuse)
+    with pytest.raises(UserError) as caught:
+        load("mnist", data_dir=tmp_path)
+    assert f"cannot be downloaded ({reason}); try --data-dir" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "svhn"])
@@ -217,7 +385,12 @@ def picture_tree(folder: Path) -> None:
     Image.new("RGB", (24, 24), (200, 100, 50)).save(folder / "web.webp", lossless=True)
     Image.new("L", (24, 24), 77).save(folder / "grey.png")
     Image.new("RGBA", (24, 24), (0, 0, 0, 0)).save(folder / "clear.png")
+    Image.new("RGBA", (24, 24), (255, 0, 0, 128)).save(folder / "half.png")
     Image.fromarray(np.full((24, 24), 257 * 128, np.uint16)).save(folder / "deep.png")
+    Image.fromarray(np.full((24, 24), 300, np.uint16)).save(folder / "dark.png")
+    wide = Image.new("RGB", (60, 20), "white")
+    wide.paste((1, 2, 3), (20, 0, 40, 20))  # only the middle square is kept
+    wide.save(folder / "wide.png")
     palette = Image.new("P", (24, 24), 1)
     palette.putpalette([0, 0, 0, 10, 220, 30])
     palette.save(folder / "palette.png")
@@ -234,6 +407,8 @@ EXPECTED = {
     "web.webp": (200, 100, 50),
     "grey.png": (77, 77, 77),
     "clear.png": (255, 255, 255),
+    "half.png": (255, 127, 127),
+    "dark.png": (1, 1, 1),  # 300 of 65,535
     "deep.png": (128, 128, 128),
     "palette.png": (10, 220, 30),
 }
@@ -244,28 +419,31 @@ def test_pictures_of_every_kind_come_out_in_their_colours(tmp_path):
 
     picture_tree(tmp_path / "tree")
     images, paths, note = read_tree(tmp_path / "tree", 8, 3, order=lambda path: 0)
-    assert images.shape == (8, 3, 8, 8)
+    assert images.shape == (11, 3, 8, 8)
     assert note == ""
     by_name = dict(zip(paths, images, strict=True))
     for name, colour in EXPECTED.items():
         error = (by_name[name].float() - torch.tensor(colour).view(3, 1, 1)).abs().max()
         assert error <= 3, name  # JPEG is not exact
+    assert by_name["wide.png"][:, :, 2:6].max() <= 6  # the filter's lobes reach past the cut
     turned = by_name["turned.png"]
     assert turned[:, 4, 0].tolist() == [0, 0, 255]
     assert turned[:, 4, 7].tolist() == [255, 0, 0]
     grey, _, _ = read_tree(tmp_path / "tree", 8, 1, order=lambda path: 0)
-    assert grey.shape == (8, 1, 8, 8)
+    assert grey.shape == (11, 1, 8, 8)
 
 
 def test_a_folder_is_split_classed_and_cached(tmp_path, monkeypatch):
-    for kind in ("cats", "dogs"):
+    for label, kind in enumerate(("cats", "dogs")):
         (tmp_path / "tree" / kind).mkdir(parents=True)
         for i in range(20):
-            Image.new("RGB", (9, 9), (i, 0, 0)).save(tmp_path / "tree" / kind / f"{i}.png")
+            Image.new("RGB", (9, 9), (i, 0, label)).save(tmp_path / "tree" / kind / f"{i}.png")
     first = load("folder", data_dir=tmp_path / "tree", image_size=8, holdout=0.25)
     assert first.classes == ("cats", "dogs")
     assert len(first.train.images) + len(first.test.images) == 40
     assert 3 <= len(first.test.images) <= 20
+    for split in (first.train, first.test):
+        assert torch.equal(split.labels, split.images[:, 2, 0, 0].long())
     monkeypatch.setattr("vqvae.pictures.read_picture", None)  # a second run opens no picture
     again = load("folder", data_dir=tmp_path / "tree", image_size=8, holdout=0.25)
     assert torch.equal(again.train.images, first.train.images)
@@ -290,8 +468,49 @@ def test_unreadable_pictures_are_counted_named_and_left_out(tmp_path):
     (tmp_path / "tree" / "broken.png").write_bytes(b"not a picture")
     with pytest.warns(UserWarning, match="1 unreadable files left out: broken.png"):
         folder = load("folder", data_dir=tmp_path / "tree", image_size=8)
-    assert len(folder.train.images) + len(folder.test.images) == 8
+    assert len(folder.train.images) + len(folder.test.images) == 11
     assert "1 unreadable" in folder.note
+
+
+def test_a_decompression_bomb_is_an_unreadable_picture(tmp_path, monkeypatch):
+    for name, side in (("a.png", 8), ("b.png", 8), ("bomb.png", 64)):
+        (tmp_path / "tree").mkdir(exist_ok=True)
+        Image.new("RGB", (side, side)).save(tmp_path / "tree" / name)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.warns(UserWarning, match="1 unreadable files left out: bomb.png"):
+        load("folder", data_dir=tmp_path / "tree", image_size=8)
+
+
+def test_a_picture_that_was_changed_is_read_again(tmp_path):
+    (tmp_path / "tree").mkdir()
+    for name in "ab":
+        Image.new("RGB", (8, 8), (1, 1, 1)).save(tmp_path / "tree" / f"{name}.png")
+    load("folder", data_dir=tmp_path / "tree", image_size=8)
+    Image.new("RGB", (8, 8), (250, 1, 1)).save(tmp_path / "tree" / "b.png")
+    again = load("folder", data_dir=tmp_path / "tree", image_size=8)
+    assert torch.cat([again.train.images, again.test.images]).max() == 250
+
+
+def test_reading_a_folder_warns_of_nothing_and_leaves_its_cache_alone(tmp_path):
+    (tmp_path / "tree").mkdir()
+    for name in "ab":
+        Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "tree" / f"{name}.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load("folder", data_dir=tmp_path / "tree", image_size=8).train.images.zero_()
+        assert load("folder", data_dir=tmp_path / "tree", image_size=8).train.images.min() == 9
+
+
+def test_names_that_are_not_utf8_are_read_like_any(tmp_path):
+    (tmp_path / "tree").mkdir()
+    for name in (b"\xe9.png", b"\xff.png"):
+        try:
+            with open(os.path.join(os.fsencode(tmp_path / "tree"), name), "wb") as file:
+                Image.new("RGB", (8, 8)).save(file, "PNG")
+        except OSError:
+            pytest.skip("this file system knows only UTF-8")
+    both = load("folder", data_dir=tmp_path / "tree", image_size=8)
+    assert len(both.train.images) == len(both.test.images) == 1
 
 
 @pytest.mark.parametrize(
@@ -351,8 +570,32 @@ def test_unknown_names_and_options_are_refused():
         load("mnits")
     with pytest.raises(UserError, match="set=3"):
         load("gauss2d", set=3)
-    with pytest.raises(UserError, match="--image-size"):
+    with pytest.raises(UserError, match="--image-size: points"):
         load("gauss2d", image_size=8)
+    with pytest.raises(UserError, match="unknown option 'crop'.*did you mean 'crops'"):
+        load("photos", crop=3)
+    with pytest.raises(UserError, match="did you mean 'threshold'"):
+        load("mnist-binary", binarisation="treshold")
+
+
+@pytest.mark.parametrize("options", [{"limit": 0}, {"limit": -5}, {"image_size": 0}, {"image_size": -3}])
+def test_sizes_and_limits_are_from_one_up(options):
+    with pytest.raises(UserError, match="must be at least 1"):
+        load("digits", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("photos", {"crops": 0}),
+        ("photos", {"test_crops": 0}),
+        ("gauss2d", {"train_points": 0}),
+        ("gauss2d", {"test_points": -1}),
+    ],
+)
+def test_counts_are_from_one_up(name, options):
+    with pytest.raises(UserError, match="must be at least 1"):
+        load(name, **options)
 
 
 def test_an_epochs_order_is_a_permutation_and_a_function_of_seed_and_epoch():

@@ -8,11 +8,14 @@ N pictures, C channels, H W pixels.
 
 import gzip
 import hashlib
+import http.client
 import io
 import math
+import os
 import pickle
-import urllib.error
+import socket
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqvae.errors import UserError
-from vqvae.members import Slot, find
+from vqvae.members import Choice, Slot, resolve
 
 
 class Images(NamedTuple):
@@ -91,31 +94,36 @@ def mnist(*, data_dir: Path, image_size: int | None) -> Dataset:
     folder = data_dir / "MNIST" / "raw"
     if not all(_idx_path(folder / name) for name in MNIST_MD5):
         _download("mnist", "MNIST", data_dir, train=True)
-    images, strange = {}, False
+    paths, values, strange = {}, {}, False
     for name, md5 in MNIST_MD5.items():
-        path = _idx_path(folder / name)
-        raw = _unzipped(path)
+        paths[name] = _idx_path(folder / name)
+        raw = _contents(paths[name])
         strange |= hashlib.md5(raw).hexdigest() != md5
-        images[name] = _idx(raw, path)
-    train = Images(images["train-images-idx3-ubyte"][:, None], images["train-labels-idx1-ubyte"].long())
-    test = Images(images["t10k-images-idx3-ubyte"][:, None], images["t10k-labels-idx1-ubyte"].long())
+        values[name] = _idx(raw, paths[name])
+
+    def split(images: str, labels: str) -> Images:
+        return _ten_classes(values[images].unsqueeze(1), values[labels], (1, 28, 28), paths[images], paths[labels])
+
+    train = split("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+    test = split("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
     return Dataset("mnist", train, test, DIGITS, _note("mnist", folder, strange))
 
 
 def mnist_binary(
     *, data_dir: Path, image_size: int | None, binarisation: Literal["threshold", "bernoulli"] = "threshold"
 ) -> Dataset:
-    """MNIST with pixels 0 or 255.
+    """MNIST with pixels 0 or 255, scaled to --image-size before they are made so.
 
     binarisation   threshold: white above one half; bernoulli: drawn once with the pixel as its probability, fixed seed.
     """
     grey = mnist(data_dir=data_dir, image_size=image_size)
 
     def binary(split: Images, seed: int) -> Images:
+        images = _scaled(split.images, image_size)
         cut = torch.full((), 127.5)
         if binarisation == "bernoulli":
-            cut = torch.rand(split.images.shape, generator=torch.Generator().manual_seed(seed)) * 255
-        return Images((split.images > cut).to(torch.uint8) * 255, split.labels)
+            cut = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed)) * 255
+        return Images((images > cut).to(torch.uint8) * 255, split.labels)
 
     return grey._replace(name="mnist-binary", train=binary(grey.train, 0), test=binary(grey.test, 1))
 
@@ -127,7 +135,7 @@ def cifar10(*, data_dir: Path, image_size: int | None) -> Dataset:
         _download("cifar10", "CIFAR10", data_dir, train=True)
     batches, strange = {}, False
     for name, md5 in CIFAR_MD5.items():
-        raw = (folder / name).read_bytes()
+        raw = _contents(folder / name)
         strange |= hashlib.md5(raw).hexdigest() != md5
         batches[name] = _cifar_batch(raw, folder / name)
     train = [batches[name] for name in CIFAR_MD5 if name != "test_batch"]
@@ -142,8 +150,9 @@ def svhn(*, data_dir: Path, image_size: int | None) -> Dataset:
         path = data_dir / f"{split}_32x32.mat"
         if not path.is_file():
             _download("svhn", "SVHN", data_dir, split=split)
-        strange |= hashlib.md5(path.read_bytes()).hexdigest() != md5
-        splits[split] = _svhn_split(path)
+        raw = _contents(path)
+        strange |= hashlib.md5(raw).hexdigest() != md5
+        splits[split] = _svhn_split(raw, path)
     return Dataset("svhn", splits["train"], splits["test"], DIGITS, _note("svhn", data_dir, strange))
 
 
@@ -200,7 +209,8 @@ def folder(*, data_dir: Path, image_size: int | None, holdout: float = 0.1, chan
     train = min(max(sum(_share(path) >= holdout for path in paths), 1), len(paths) - 1)
     names = sorted({path.split("/")[0] for path in paths if "/" in path})
     classes = tuple(names) if len(names) > 1 and all("/" in path for path in paths) else ()
-    labels = torch.tensor([classes.index(path.split("/")[0]) if classes else -1 for path in paths])
+    index = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([index.get(path.split("/")[0], -1) for path in paths])
     return Dataset(
         "folder",
         Images(images[:train], labels[:train]),
@@ -233,21 +243,20 @@ def load(
 ) -> Dataset:
     """A data set by name, scaled to `image_size` and cut to at most `limit` pictures in each split.
 
-    Raises `UserError` for an unknown name, and for files that are absent, garbled, or cannot be downloaded.
+    Raises `UserError` for an unknown name or option, a value out of range, and files that are absent, garbled, or
+    cannot be downloaded.
     """
+    choice = resolve(SLOT, Choice(name, options))
+    for key, value in (("--image-size", image_size), ("--limit", limit)):
+        if value is not None and value < 1:
+            raise UserError(f"{key} {value}: must be at least 1")
     if name == "gauss2d" and image_size:
         raise UserError("--image-size: points of gauss2d have no size")
-    data = find(SLOT, name)(data_dir=Path(data_dir).expanduser(), image_size=image_size, **options)
-    splits = []
-    for split in (data.train, data.test):
-        images, labels = split.images[:limit], split.labels[:limit]
-        if image_size and images.shape[-2:] != (image_size, image_size):
-            tiles = [
-                _resized(tile.float(), image_size).round().clamp(0, 255).to(torch.uint8) for tile in images.split(4096)
-            ]
-            images = torch.cat(tiles)
-        splits.append(Images(images, labels))
-    return data._replace(train=splits[0], test=splits[1])
+    data = DATASETS[name](data_dir=Path(data_dir).expanduser(), image_size=image_size, **choice.options)
+    train, test = (
+        Images(_scaled(split.images[:limit], image_size), split.labels[:limit]) for split in (data.train, data.test)
+    )
+    return data._replace(train=train, test=test)
 
 
 def batch_indices(count: int, batch_size: int, *, seed: int, epoch: int) -> Tensor:
@@ -293,11 +302,11 @@ def _idx_path(path: Path) -> Path | None:
     return next((p for p in (path, path.with_name(path.name + ".gz")) if p.is_file()), None)
 
 
-def _unzipped(path: Path) -> bytes:
+def _contents(path: Path) -> bytes:
     try:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, ValueError) as problem:
-        raise UserError(f"{path}: cannot be read ({problem}); delete it to download it again") from None
+    except (OSError, EOFError, zlib.error) as problem:
+        raise UserError(f"{path}: cannot be read ({_reason(problem)}); delete it to download it again") from None
 
 
 def _idx(raw: bytes, path: Path) -> Tensor:
@@ -336,41 +345,58 @@ _NUMPY_2 = int(np.__version__.split(".")[0]) >= 2
 def _cifar_batch(raw: bytes, path: Path) -> Images:
     try:
         content = ArraysOnly(io.BytesIO(raw), encoding="latin1").load()
-        pixels, labels = content["data"], content["labels"]
-        images = torch.from_numpy(np.array(pixels, dtype=np.uint8)).view(-1, 3, 32, 32)
-        labels = torch.tensor(labels, dtype=torch.int64)
+        images = torch.from_numpy(np.array(content["data"])).reshape(-1, 3, 32, 32)
+        labels = torch.tensor(content["labels"])
     except Exception as problem:  # a garbled pickle can raise anything
-        raise UserError(f"{path}: not a CIFAR-10 batch ({problem})") from None
-    if len(images) != len(labels):
-        raise UserError(f"{path}: not a CIFAR-10 batch ({len(images)} pictures, {len(labels)} labels)")
-    return Images(images, labels)
+        raise UserError(f"{path}: not a CIFAR-10 batch ({_reason(problem)})") from None
+    return _ten_classes(images, labels, (3, 32, 32), path)
 
 
-def _svhn_split(path: Path) -> Images:
+def _svhn_split(raw: bytes, path: Path) -> Images:
     import scipy.io
 
     try:
-        content = scipy.io.loadmat(path)
-        pixels, labels = content["X"], content["y"]
-        images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 2, 0, 1)))  # from [H, W, C, N]
-        labels = torch.from_numpy(labels.astype(np.int64).flatten() % 10)  # the digit 0 is written 10
+        content = scipy.io.loadmat(io.BytesIO(raw))
+        images = torch.from_numpy(np.ascontiguousarray(content["X"].transpose(3, 2, 0, 1)))  # from [H, W, C, N]
+        labels = torch.from_numpy(content["y"].astype(np.int64).flatten())
     except Exception as problem:  # as above
-        raise UserError(f"{path}: not an SVHN file ({str(problem) or type(problem).__name__})") from None
-    if images.dtype != torch.uint8 or images.shape[1:] != (3, 32, 32) or len(images) != len(labels):
-        raise UserError(f"{path}: not an SVHN file (pictures {list(images.shape)}, {len(labels)} labels)")
-    return Images(images, labels)
+        raise UserError(f"{path}: not an SVHN file ({_reason(problem)})") from None
+    return _ten_classes(images, labels.where(labels != 10, 0), (3, 32, 32), path)  # the digit 0 is written 10
+
+
+def _ten_classes(
+    images: Tensor, labels: Tensor, shape: tuple[int, int, int], path: Path, labels_path: Path | None = None
+) -> Images:
+    """The pictures and labels of a file, or a `UserError` where they are not bytes of that shape and labels 0..9."""
+    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != shape or not len(images):
+        kind = str(images.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{path}: pictures should be uint8 [N, {', '.join(map(str, shape))}], and are {kind} {list(images.shape)}"
+        )
+    whole = labels.long()
+    if whole.shape != images.shape[:1] or not (whole == labels).all() or whole.min() < 0 or whole.max() > 9:
+        raise UserError(f"{labels_path or path}: should hold {len(images)} labels from 0 to 9, one for each picture")
+    return Images(images, whole)
 
 
 def _download(name: str, reader: str, data_dir: Path, **options: Any) -> None:
     import torchvision
 
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # torchvision sets none, and would wait minutes for a network that never answers
     try:
         getattr(torchvision.datasets, reader)(data_dir, download=True, **options)
-    except (urllib.error.URLError, TimeoutError, ConnectionError, RuntimeError, OSError) as problem:
-        reason = " ".join(str(problem).split())[:120]
+    except (OSError, http.client.HTTPException, RuntimeError) as problem:  # RuntimeError: bytes of another checksum
         raise UserError(
-            f"--dataset {name}: not in {data_dir}, and cannot be downloaded ({reason}); try {NO_DOWNLOAD}"
+            f"--dataset {name}: not in {data_dir}, and cannot be downloaded ({_reason(problem)}); try {NO_DOWNLOAD}"
         ) from None
+    finally:
+        socket.setdefaulttimeout(patience)
+
+
+def _reason(problem: Exception) -> str:
+    """The last line of an exception's message, where the cause is."""
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[-1][:120]
 
 
 def _note(name: str, where: Path, strange: bool) -> str:
@@ -387,10 +413,18 @@ def _resized(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
+def _scaled(images: Tensor, size: int | None) -> Tensor:
+    """Pictures [N, C, H, W] uint8 at `size` pixels a side; as they are where that is None or theirs."""
+    if size is None or images.shape[-2:] == (size, size):
+        return images
+    tiles = images.split(4096)  # float copies of one tile at a time
+    return torch.cat([_resized(tile.float(), size).round().clamp(0, 255).to(torch.uint8) for tile in tiles])
+
+
 def _unlabelled(images: Tensor) -> Images:
     return Images(images, torch.full((len(images),), -1))
 
 
 def _share(path: str) -> float:
     """A number in [0, 1) that depends on a path alone."""
-    return int(hashlib.sha256(path.encode()).hexdigest()[:12], 16) / 16**12
+    return int(hashlib.sha256(os.fsencode(path)).hexdigest()[:12], 16) / 16**12
