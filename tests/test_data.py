@@ -611,3 +611,19 @@ def test_pixel_variance_is_numpys():
     images = torch.randint(256, (3000, 1, 4, 4), dtype=torch.uint8)
     assert pixel_variance(images) == pytest.approx((images.numpy() / 255).var(), rel=1e-9)
     assert pixel_variance(torch.zeros(3, 1, 2, 2, dtype=torch.uint8)) > 0
+
+
+def test_a_cache_that_lost_its_array_is_made_anew(tmp_path):
+    picture_tree(tmp_path / "tree")
+    first = load("folder", data_dir=tmp_path / "tree", image_size=8).train.images.clone()
+    for array in (tmp_path / "cache" / "vqvae").glob("*.npy"):
+        array.unlink()
+    assert torch.equal(load("folder", data_dir=tmp_path / "tree", image_size=8).train.images, first)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    picture_tree(tmp_path / "tree")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot cache pictures there .*XDG_CACHE_HOME"):
+        load("folder", data_dir=tmp_path / "tree", image_size=8)

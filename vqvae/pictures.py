@@ -36,9 +36,15 @@ def read_tree(folder: Path, size: int, channels: int, order: Callable[[str], flo
     key = hashlib.sha256(json.dumps([1, size, channels, stamps]).encode()).hexdigest()[:24]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vqvae"
     array, index = cache / f"{key}.npy", cache / f"{key}.json"
-    if not index.exists():  # written last, so that its presence means that the array is whole
-        cache.mkdir(parents=True, exist_ok=True)
-        _convert(files, folder, size, channels, array, index)
+    if not (index.exists() and array.exists()):  # the index is written last: it means that the array was whole
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            _convert(files, folder, size, channels, array, index)
+        except OSError as problem:
+            reason = problem.strerror or problem
+            raise UserError(
+                f"{cache}: cannot cache pictures there ({reason}); set XDG_CACHE_HOME to a folder that can"
+            ) from None
     content = json.loads(index.read_text())
     paths, unreadable = content["paths"], content["unreadable"]
     note = ""
