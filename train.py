@@ -358,8 +358,7 @@ def evaluate_checkpoint(given: dict) -> int:
     samples = convert(given.pop("iw_samples", 100), int, "--iw-samples")
     if samples < 1:
         raise UserError(f"--iw-samples {samples}: must be at least 1")
-    path = Path(given.pop("checkpoint"))
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    path = checkpoint.locate(given.pop("checkpoint"))
     content = checkpoint.read(path)
     config = configure(given, resumed=Config.from_dict(content["config"]))
     dataset = load_data(config)

@@ -351,8 +351,7 @@ def draw(options: argparse.Namespace) -> None:
     from vqvae import checkpoint
     from vqvae.devices import choose_device
 
-    path = Path(options.checkpoint)
-    path = path / "checkpoint.pt" if path.is_dir() else path
+    path = checkpoint.locate(options.checkpoint)
     content = checkpoint.read(path)
     model = checkpoint.restore(content, str(path)).to(choose_device(options.device))
     classes = len(content["data"]["classes"]) if content["config"]["conditional"] else 0

@@ -26,15 +26,19 @@ def write(path: Path, content: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
+def locate(path: str | Path) -> Path:
+    """The checkpoint's file, named by itself or by its run's folder."""
+    path = Path(path)
+    return path / "checkpoint.pt" if path.is_dir() else path
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint, its tensors on the CPU.
 
     Raises `UserError` in one line for a file that is missing, truncated, not a checkpoint of this program, of another
     version, or a pickle that holds anything but plain values and tensors (which is never executed).
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "checkpoint.pt"
+    path = locate(path)
     if not path.is_file():
         raise UserError(f"--checkpoint {path}: no such file; a run keeps its own at logs/<run>/checkpoint.pt")
     try:
