@@ -260,6 +260,11 @@ def autoencoder_job(config: Config, dataset, plan, stopped: dict | None) -> tupl
             kl_weight=Schedule.parse("--kl-weight", config.kl_weight),
             free_bits=config.free_bits,
             total_steps=plan.total_steps(len(train.images)),
+            entropy_scale=config.entropy_scale,
+            sum_over_latents=config.sum_over_latents,
+            stop_gradient_for_prior=config.stop_gradient_for_prior,
+            iaf_startup_steps=config.iaf_startup_steps,
+            stop_training_encoder_after_startup=config.stop_training_encoder_after_startup,
         ),
     )
     if hasattr(model.likelihood, "check"):

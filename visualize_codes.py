@@ -121,7 +121,9 @@ def codebook(show: Show, path: Path) -> bool | None:
         top, left = h // 2 * high, w // 2 * wide
         patches.append(pictures[..., top : top + high, left : left + wide].cpu())
     title = f"{show.name}: the codebook"
-    figures.codebook_map(bottleneck.codebook, show.content["usage"], torch.cat(patches), path, title=title)
+    usage = show.content["usage"]
+    counts = None if usage is None else usage[0]
+    figures.codebook_map(bottleneck.code_vectors(), counts, torch.cat(patches), path, title=title)
 
 
 def usage(show: Show, path: Path) -> bool | None:

@@ -20,7 +20,7 @@ ALLOWED = {
     "data": {"errors", "members", "pictures"},
     "nets": {"errors"},
     "likelihoods": {"errors"},
-    "bottlenecks": {"bottlenecks", "errors", "flows", "latent"},
+    "bottlenecks": {"bottlenecks", "errors", "flows", "latent", "schedules"},
     "priors": {"priors", "errors", "flows", "latent"},
     "autoencoder": {"bottlenecks", "errors", "latent", "likelihoods", "members", "nets", "priors", "schedules"},
     "stage_two": {"autoencoder", "latent"},

@@ -17,6 +17,7 @@ from vqvae.bottlenecks.codebook import (
 )
 from vqvae.bottlenecks.vq import VQ
 from vqvae.errors import UserError
+from vqvae.members import signature
 
 
 def make_vq(**options) -> VQ:
@@ -82,13 +83,13 @@ def test_commitment_moves_the_encoder_and_codebook_loss_moves_the_codes():
     features = torch.randn(2, 4, 2, 2, requires_grad=True)
     latent = vq(features, 0)
     f = features.detach().permute(0, 2, 3, 1).reshape(-1, 4).double()
-    e = vq.codebook.detach()[latent.codes.flatten()].double()
+    e = vq.codebook.vectors.detach()[latent.codes.flatten()].double()
     assert latent.loss.item() == pytest.approx(1.25 * (f - e).square().mean().item(), rel=1e-5)
     latent.loss.backward()
     expected = 0.25 * 2 * (f - e) / f.numel()  # only beta's term reaches the encoder
     assert torch.allclose(features.grad.permute(0, 2, 3, 1).reshape(-1, 4).double(), expected, atol=1e-6)
     codes = torch.zeros(8, 4).double().index_add_(0, latent.codes.flatten(), 2 * (e - f) / f.numel())
-    assert torch.allclose(vq.codebook.grad.double(), codes, atol=1e-6)  # and only the other reaches the codes
+    assert torch.allclose(vq.codebook.vectors.grad.double(), codes, atol=1e-6)  # and only the other reaches the codes
 
 
 def test_ema_codebook_is_not_trained_by_gradient():
@@ -101,7 +102,7 @@ def test_ema_matches_a_run_by_hand():
     decay, eps = 0.9, 1e-3
     vq = make_vq(num_codes=3, decay=decay, epsilon=eps)
     count, total = np.zeros(3), np.zeros((3, 4))
-    codebook = vq.codebook.double().numpy().copy()
+    codebook = vq.codebook.vectors.double().numpy().copy()
     for t in range(1, 6):
         features = torch.randn(5, 4, 2, 2)
         vq(features, t)
@@ -114,14 +115,14 @@ def test_ema_matches_a_run_by_hand():
         n, m = count / (1 - decay**t), total / (1 - decay**t)
         smoothed = (n + eps) / (n.sum() + 3 * eps) * n.sum()
         codebook = np.where(n[:, None] > 0, m / smoothed[:, None], codebook)
-        assert np.allclose(vq.codebook.numpy(), codebook, atol=1e-5)
+        assert np.allclose(vq.codebook.vectors.numpy(), codebook, atol=1e-5)
 
 
 def test_a_code_never_used_keeps_its_value():
     vq = make_vq(num_codes=2)
-    vq.codebook.copy_(torch.tensor([[0.0] * 4, [100.0] * 4]))
+    vq.codebook.vectors.copy_(torch.tensor([[0.0] * 4, [100.0] * 4]))
     vq(torch.randn(3, 4, 2, 2), 0)
-    assert vq.codebook[1].tolist() == [100.0] * 4
+    assert vq.codebook.vectors[1].tolist() == [100.0] * 4
 
 
 def test_evaluation_changes_nothing():
@@ -137,10 +138,10 @@ def test_revival_moves_dead_codes_onto_data_where_they_stay(codebook):
     def far_codes_after(revive: float, steps: int) -> int:
         vq = make_vq(codebook=codebook, revive=revive, decay=0.9)
         with torch.no_grad():
-            vq.codebook[1:] = 1e3 + torch.arange(7.0)[:, None]  # seven codes that no vector will ever choose
+            vq.codebook.vectors[1:] = 1e3 + torch.arange(7.0)[:, None]  # seven codes that no vector will ever choose
         for step in range(steps):
             vq(torch.randn(16, 4, 2, 2), step)
-        return int((vq.codebook.norm(dim=1) > 100).sum())
+        return int((vq.codebook.vectors.norm(dim=1) > 100).sum())
 
     assert far_codes_after(0.0, 40) == 7
     assert far_codes_after(0.1, 2) == 7  # the counts have yet to settle
@@ -150,7 +151,7 @@ def test_revival_moves_dead_codes_onto_data_where_they_stay(codebook):
 
 def test_revived_codes_are_used():
     vq = make_vq(num_codes=32, revive=0.1, decay=0.9)
-    vq.codebook[1:] += 1e3
+    vq.codebook.vectors[1:] += 1e3
     for step in range(60):
         codes = vq(torch.randn(64, 4, 2, 2), step).codes
     assert len(codes.unique()) > 24
@@ -170,25 +171,40 @@ def test_vq_without_projection_needs_equal_widths():
         make_vq(code_dim=3)
 
 
+def make(name: str, grid: tuple = (2, 3), channels: int = 6, **options):
+    """A member of the table with the wiring that it asks for."""
+    wiring = {"channels": channels, "grid": grid, "total_steps": 10}
+    return BOTTLENECKS[name](**{key: wiring[key] for key in signature(BOTTLENECKS[name])[0]}, **options)
+
+
 @pytest.mark.parametrize("name", BOTTLENECKS)
 def test_every_bottleneck_keeps_the_contract(name):
     grid = (1, 1) if name == "gaussian" else (2, 3)
-    bottleneck = BOTTLENECKS[name](channels=6, grid=grid)
+    bottleneck = make(name, grid)
     features = torch.randn(4, 6, *grid, requires_grad=True)
     latent = bottleneck(features, 0)
     assert len(latent.z) % 4 == 0
     assert latent.z.shape[1] == bottleneck.code_dim
     assert latent.log_q.shape == (len(latent.z),)
     assert latent.loss.shape == ()
+    if latent.assignments is not None:
+        assert latent.assignments.shape == (len(latent.z), bottleneck.num_codes, *bottleneck.grid)
+        assert torch.allclose(latent.assignments.sum(1), torch.ones(len(latent.z), *bottleneck.grid), atol=1e-3)
     (latent.z.square().mean() + latent.loss).backward()
     assert features.grad.abs().sum() > 0
     bottleneck.eval()
-    again = bottleneck(features.detach(), 1)
+    again, mode = bottleneck(features.detach(), 1), bottleneck.mode(features.detach())
+    assert torch.equal(mode.z, bottleneck.mode(features.detach()).z)
     if bottleneck.num_codes is not None:
         assert again.codes.dtype == torch.int64
         assert 0 <= again.codes.min() <= again.codes.max() < bottleneck.num_codes
         assert torch.allclose(bottleneck.embed(again.codes), again.z, atol=1e-6)
-        assert torch.equal(again.codes, bottleneck(features.detach(), 1).codes)
+        assert again.codes.shape == (4, *bottleneck.grid)
+        assert torch.allclose(bottleneck.embed(mode.codes), mode.z, atol=1e-6)
+        assert bottleneck.usage(mode.codes).sum() == mode.codes.numel()
+        assert bottleneck.code_vectors().shape[0] == bottleneck.num_codes
+        if not bottleneck.stochastic:
+            assert torch.equal(again.codes, mode.codes)
 
 
 def test_gaussians_log_q_is_torchs_and_its_gradient_reaches_both_heads():

@@ -83,7 +83,7 @@ def test_the_rate_of_a_gaussian_is_its_divergence_on_average():
     model = make(nets="conv-vae", bottleneck="gaussian", prior="normal").eval()
     x = unit_range(pictures(3))
     with torch.no_grad():
-        mean, log_std = model.bottleneck.posterior(model._features(x))
+        mean, log_std = model.bottleneck.posterior(model.features(x))
         posterior = torch.distributions.Normal(mean, log_std.exp())
         exact = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0, 1)).flatten(1).sum(1)
         terms = [model.elbo(x) for _ in range(1500)]

@@ -50,7 +50,7 @@ def test_codes_are_cached_with_the_weights_they_come_from(tmp_path):
     assert cache.stat().st_mtime_ns == stamp
     before = weights_checksum(model)
     with torch.no_grad():
-        model.bottleneck.codebook.copy_(model.bottleneck.codebook.flip(0))
+        model.bottleneck.codebook.vectors.copy_(model.bottleneck.codebook.vectors.flip(0))
     assert weights_checksum(model) != before
     assert torch.equal(extract_codes(model, images, cache).long(), 6 - codes.long())  # made anew
     cache.write_bytes(b"damaged")

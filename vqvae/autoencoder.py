@@ -2,7 +2,7 @@
 
 -ELBO = -log p(x|z) + log q(z|x) - log p(z), in nats per example, for every choice of members.
 
-B batch, C channels, H W pixels, D code dimension, h w code grid.
+B batch, S samples, C channels, H W pixels, D code dimension, h w code grid.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vqvae.bottlenecks import BOTTLENECKS
-from vqvae.bottlenecks.codebook import code_usage, perplexity
+from vqvae.bottlenecks.codebook import perplexity
 from vqvae.errors import UserError
 from vqvae.latent import Latent
 from vqvae.likelihoods import LIKELIHOODS
@@ -38,17 +38,21 @@ class Step(NamedTuple):
 
 
 class Elbo(NamedTuple):
-    """The three terms of the bound for each example of a batch, and what was drawn on the way."""
+    """The three terms of the bound for each example of a batch, and what was drawn on the way.
 
-    log_likelihood: Tensor  # [B] nats, log p(x|z)
-    log_posterior: Tensor  # [B] nats, log q(z|x)
-    log_prior: Tensor  # [B] nats, log p(z)
+    Bottlenecks that draw S samples in training repeat the batch, sample by sample.
+    """
+
+    log_likelihood: Tensor  # [S*B] nats, log p(x|z)
+    log_posterior: Tensor  # [S*B] nats, log q(z|x)
+    log_prior: Tensor  # [S*B] nats, log p(z)
     latent: Latent
-    params: Tensor  # [B, P*C, H, W], the decoder's output
+    params: Tensor  # [S*B, P*C, H, W], the decoder's output
+    x: Tensor  # [S*B, C, H, W], what it is to explain
 
     @property
     def nats(self) -> Tensor:
-        """[B], the evidence lower bound of log p(x) with this draw of z."""
+        """[S*B], the evidence lower bound of log p(x) with this draw of z."""
         return self.log_likelihood - self.log_posterior + self.log_prior
 
 
@@ -58,16 +62,26 @@ class Objective(NamedTuple):
     reduction `mean` divides the nats of an image by its dimensions, so that with the mse likelihood the loss is
     Sonnet's MSE / variance; `sum` keeps whole nats. kl_weight multiplies the rate log q(z|x) - log p(z), whose mean
     over the batch has no gradient below free_bits bits per image (1606.04934, appendix C.8, with all of z one group).
+
+    The probabilistic VQ-VAEs add: entropy_scale multiplies log q alone; without sum_over_latents the rate is the mean
+    over code positions (Roy et al.); stop_gradient_for_prior keeps the prior from pulling the encoder; flows of the
+    bottleneck train from iaf_startup_steps on, and then stop_training_encoder_after_startup freezes the encoder.
     """
 
     reduction: str = "mean"
     kl_weight: Schedule = Schedule.parse("--kl-weight", "1")
     free_bits: float = 0.0
     total_steps: int = 1  # the length of the run, where a schedule ends
+    entropy_scale: float = 1.0
+    sum_over_latents: bool = True
+    stop_gradient_for_prior: bool = False
+    iaf_startup_steps: int = 0
+    stop_training_encoder_after_startup: bool = False
 
-    def __call__(self, elbo: Elbo, floor: float, dimensions: int, step: int) -> Tensor:
+    def __call__(self, elbo: Elbo, floor: float, dimensions: int, positions: int, step: int) -> Tensor:
         nats = -elbo.log_likelihood.mean() - floor
-        rate = (elbo.log_posterior - elbo.log_prior).mean()
+        rate = (self.entropy_scale * elbo.log_posterior - elbo.log_prior).mean()
+        rate = rate if self.sum_over_latents else rate / positions
         if rate.requires_grad:  # a fixed prior over a deterministic code costs a constant: nothing to descend
             rate = rate.clamp(min=self.free_bits * math.log(2)) if self.free_bits else rate
             nats = nats + self.kl_weight(step, self.total_steps) * rate
@@ -113,21 +127,23 @@ class Autoencoder(nn.Module):
     def forward(self, images: Tensor, labels: Tensor | None, step: int) -> Step:
         """One training step's loss and monitors for a batch of images `[B, C, H, W]` (uint8, or float points)."""
         x = unit_range(images)
+        self._freeze(step)
         elbo = self.elbo(x, labels, step)
-        loss = self.objective(elbo, self.likelihood.floor, self.dimensions, step)
+        positions = math.prod(self.bottleneck.grid)
+        loss = self.objective(elbo, self.likelihood.floor, self.dimensions, positions, step)
         with torch.no_grad():
             metrics = {
                 "loss": loss.detach(),
                 # with the mse likelihood's own variance this is Sonnet's printed MSE / variance
                 "reconstruction": (-elbo.log_likelihood.mean() - self.likelihood.floor) / self.dimensions,
-                "mse": (self.likelihood.mean(elbo.params) - x).square().mean(),
+                "mse": (self.likelihood.mean(elbo.params) - elbo.x).square().mean(),
                 "neg_elbo": -elbo.nats.mean(),
                 "reconstruction_nats": -elbo.log_likelihood.mean(),
                 "rate": (elbo.log_posterior - elbo.log_prior).mean(),
                 **elbo.latent.stats,
             }
             if elbo.latent.codes is not None:
-                usage = code_usage(elbo.latent.codes, self.bottleneck.num_codes)
+                usage = self.bottleneck.usage(elbo.latent.codes)
                 metrics["batch_perplexity"] = perplexity(usage)
                 metrics["usage"] = usage
         return Step(loss, {name: value.detach() for name, value in metrics.items()})
@@ -148,26 +164,46 @@ class Autoencoder(nn.Module):
         """Let the bottleneck fit its first codebook; `batches(n)` gives n training images."""
         if hasattr(self.bottleneck, "initialise"):
             h, w = self.bottleneck.grid
-            features = [self._features(unit_range(tile)) for tile in batches(-(-20_000 // (h * w))).split(128)]
+            features = [self.features(unit_range(tile)) for tile in batches(-(-20_000 // (h * w))).split(128)]
             self.bottleneck.initialise(torch.cat(features))
 
     def elbo(self, x: Tensor, labels: Tensor | None = None, step: int = 0) -> Elbo:
-        """The bound's terms for x in [0, 1], `[B, C, H, W]`, with one draw of z from the posterior."""
-        latent = self._latent(x, step)
+        """The bound's terms for x in [0, 1], `[B, C, H, W]`, with a draw of z from the posterior."""
+        return self.elbo_of(self.features(x), x, labels, step)
+
+    def elbo_of(self, features: Tensor, x: Tensor, labels: Tensor | None = None, step: int = 0) -> Elbo:
+        """The same of images whose features are known, for one draw after another."""
+        with _full_precision(x):  # distances and latent losses overflow or lose codes in half precision
+            latent = self.bottleneck(features.float(), step)
+        samples = len(latent.z) // len(x)
+        if samples > 1:
+            x = x.repeat(samples, 1, 1, 1)
+            labels = None if labels is None else labels.repeat(samples)
         params = self.decoder(latent.z)
         with _full_precision(x):
             params = params.float()
-            log_prior = self.prior.log_prob(latent, labels)
-            return Elbo(self.likelihood.log_prob(params, x), latent.log_q, log_prior, latent, params)
+            known = latent.detached() if self.objective.stop_gradient_for_prior else latent
+            log_prior = self.prior.log_prob(known, labels)
+            return Elbo(self.likelihood.log_prob(params, x), latent.log_q, log_prior, latent, params, x)
 
-    def _features(self, x: Tensor) -> Tensor:
+    def _freeze(self, step: int) -> None:
+        """Let the parameters of this step's stage train, as a function of the step alone."""
+        if self.objective.iaf_startup_steps:
+            started = step >= self.objective.iaf_startup_steps
+            self.bottleneck.flows.requires_grad_(started)
+            encoder_trains = not (started and self.objective.stop_training_encoder_after_startup)
+            self.encoder.requires_grad_(encoder_trains)
+            self.bottleneck.projection.requires_grad_(encoder_trains)
+
+    def features(self, x: Tensor) -> Tensor:
         inputs = self.likelihood.network_input(x).contiguous(memory_format=torch.channels_last)
         return self.encoder(inputs)
 
-    def _latent(self, x: Tensor, step: int = 0) -> Latent:
-        features = self._features(x)
-        with _full_precision(x):  # distances and latent losses overflow or lose codes in half precision
-            return self.bottleneck(features.float(), step)
+    def mode(self, x: Tensor) -> Latent:
+        """The likeliest latent of x in [0, 1], `[B, C, H, W]`, without noise: its likeliest codes, or its mean."""
+        features = self.features(x)
+        with _full_precision(x):
+            return self.bottleneck.mode(features.float())
 
     # pictures in, codes and pictures out
 
@@ -175,7 +211,7 @@ class Autoencoder(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """The codes `[B, h, w]` (int64) of images `[B, C, H, W]`, uint8 or float in [0, 1]."""
         self._need_codes("encode")
-        return self._latent(self._pixels(images)).codes
+        return self.mode(self._pixels(images)).codes
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -195,7 +231,7 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """The pictures `[B, C, H, W]` (float in [0, 1]) that images become on their way through the bottleneck."""
-        return self.pictures(self._latent(self._pixels(images)).z)
+        return self.pictures(self.mode(self._pixels(images)).z)
 
     @torch.no_grad()
     def posterior_mean(self, images: Tensor) -> Tensor:
@@ -204,7 +240,7 @@ class Autoencoder(nn.Module):
             raise ValueError(
                 "posterior_mean needs a continuous latent; this model's is discrete: encode gives its codes"
             )
-        return self._latent(self._pixels(images)).mean
+        return self.mode(self._pixels(images)).z
 
     @torch.no_grad()
     def pictures(self, z: Tensor) -> Tensor:
@@ -273,7 +309,19 @@ def build_autoencoder(
         {"image_shape": image_shape, "data_variance": data_variance},
     )
     nets = build(SLOTS["nets"], choices["nets"], {"image_shape": image_shape})
-    bottleneck = build(SLOTS["bottleneck"], choices["bottleneck"], {"channels": nets.channels, "grid": nets.grid})
+    objective = objective or Objective()
+    bottleneck = build(
+        SLOTS["bottleneck"],
+        choices["bottleneck"],
+        {"channels": nets.channels, "grid": nets.grid, "total_steps": objective.total_steps},
+    )
+    if (objective.iaf_startup_steps or objective.stop_training_encoder_after_startup) and not len(
+        getattr(bottleneck, "flows", ())
+    ):
+        raise UserError(
+            f"--iaf-startup-steps: --bottleneck {choices['bottleneck'].name} has no flows; "
+            "give it some, as in --bottleneck gumbel iaf_flows=1"
+        )
     encoder = nets.encoder()
     decoder = nets.decoder(bottleneck.code_dim, image_shape[0] * likelihood.params_per_channel)
     # last, so that from one seed models that differ in their prior alone start from the same nets
@@ -288,6 +336,6 @@ def build_autoencoder(
         prior=prior,
         image_shape=image_shape,
         data_variance=data_variance,
-        objective=objective or Objective(),
+        objective=objective,
     )
     return model.to(memory_format=torch.channels_last)

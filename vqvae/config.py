@@ -60,6 +60,12 @@ class Config:
     codes: int | None = option(None, "codebook size K (the bottleneck's num_codes)", group="model", metavar="K")
     code_dim: int | None = option(None, "code dimension D (the bottleneck's code_dim)", group="model", metavar="D")
     beta: float | None = option(None, "commitment weight (the bottleneck's beta)", group="model")
+    temperature: str | None = option(
+        None,
+        "of relaxed codes, a number or a schedule as for --lr (the bottleneck's temperature)",
+        group="model",
+        metavar="T",
+    )
     hidden: int | None = option(None, "width of the nets (their hidden)", group="model", metavar="N")
 
     prior_flows: int | None = option(
@@ -114,6 +120,21 @@ class Config:
         "bits per image of log q(z|x) - log p(z) that training does not charge for",
         group="training",
         metavar="BITS",
+    )
+    entropy_scale: float = option(
+        1.0, "weight of log q(z|x) alone in training, 0 for no entropy bonus", group="training", metavar="WEIGHT"
+    )
+    sum_over_latents: bool = option(
+        True, "sum prior and entropy over the code positions, as the bound does; without, their mean", group="training"
+    )
+    stop_gradient_for_prior: bool = option(
+        False, "a jointly trained prior does not pull the encoder towards itself", group="training"
+    )
+    iaf_startup_steps: int = option(
+        0, "flows of the bottleneck (iaf_flows) stay as they are for so many steps", group="training", metavar="STEPS"
+    )
+    stop_training_encoder_after_startup: bool = option(
+        False, "then freeze the encoder, the rest trains on", group="training"
     )
     patience: int | None = option(
         None,
@@ -186,6 +207,7 @@ SHORTHANDS = {  # plain flag -> (slot, the member's option it stands for)
     "codes": ("bottleneck", "num_codes"),
     "code_dim": ("bottleneck", "code_dim"),
     "beta": ("bottleneck", "beta"),
+    "temperature": ("bottleneck", "temperature"),
     "hidden": ("nets", "hidden"),
     "prior_flows": ("prior", "flows"),
 }
@@ -228,6 +250,24 @@ HENRHOI_VQVAE = {
     "lr": "1e-3",
     "epochs": 40,
 }
+
+PROBABILISTIC = {
+    "dataset": "mnist-binary",
+    "nets": "mnist-conv",
+    "likelihood": "bernoulli",
+    "prior": "transformer layers=6 width=16",
+    "reduction": "sum",
+    "lr": "1e-3",
+    "epochs": 22,
+    "max_steps": 10_000,
+}
+ROY = PROBABILISTIC | {
+    "bottleneck": "categorical num_samples=10 average_samples=yes beta=0.05",
+    "stop_gradient_for_prior": True,
+}
+GUMBEL = PROBABILISTIC | {"bottleneck": "gumbel num_samples=10 temperature=0.5 beta=0.05"}
+GUMBEL_IAF = PROBABILISTIC | {"bottleneck": "gumbel num_samples=10 temperature=0.5 beta=0.05 iaf_flows=1"}
+EXPERIMENT = "probabilistic VQ-VAEs on binarised MNIST, experiment "
 
 PRESETS = {
     "sonnet-cifar10": Preset(
@@ -274,6 +314,41 @@ PRESETS = {
     "vlae-svhn": Preset(
         "github.com/henrhoi/vae-pytorch, VAE with an autoregressive-flow prior (the prior half of 1611.02731)",
         IMAGE_VAE | {"dataset": "svhn", "prior": "made-flow", "epochs": 30},
+    ),
+    "probabilistic-1": Preset(
+        EXPERIMENT + "1, baseline: the nearest code",
+        PROBABILISTIC | {"bottleneck": "deterministic", "entropy_scale": 0.0},
+    ),
+    "probabilistic-2.1": Preset(
+        EXPERIMENT + "2.1: ten categorical samples averaged (1805.11063), prior and entropy as means over latents",
+        ROY
+        | {"bottleneck": "categorical num_samples=10 average_samples=yes", "entropy_scale": 0.0}
+        | {"sum_over_latents": False},
+    ),
+    "probabilistic-2.2": Preset(EXPERIMENT + "2.2: 2.1 with the entropy term", ROY | {"sum_over_latents": False}),
+    "probabilistic-2.3": Preset(EXPERIMENT + "2.3: 2.2 summed over latents, the bound's own scale", ROY),
+    "probabilistic-2.4": Preset(
+        EXPERIMENT + "2.4: 2.3 with the prior's gradient to the encoder", ROY | {"stop_gradient_for_prior": False}
+    ),
+    "probabilistic-2.5": Preset(
+        EXPERIMENT + "2.5: 2.2 with a flow on the simplex, trained from step 5,000 with the encoder frozen",
+        ROY
+        | {
+            "bottleneck": "categorical num_samples=10 average_samples=yes beta=0.05 iaf_flows=1",
+            "sum_over_latents": False,
+            "iaf_startup_steps": 5_000,
+            "stop_training_encoder_after_startup": True,
+        },
+    ),
+    "probabilistic-3": Preset(EXPERIMENT + "3: Gumbel-Softmax, ten samples each decoded", GUMBEL),
+    "probabilistic-4.1": Preset(EXPERIMENT + "4.1: 3 with a flow on the simplex, all trained together", GUMBEL_IAF),
+    "probabilistic-4.2.1": Preset(
+        EXPERIMENT + "4.2.1: the flow trains from step 5,000, the encoder too",
+        GUMBEL_IAF | {"iaf_startup_steps": 5_000},
+    ),
+    "probabilistic-4.2.2": Preset(
+        EXPERIMENT + "4.2.2: the flow trains from step 5,000, the encoder no longer",
+        GUMBEL_IAF | {"iaf_startup_steps": 5_000, "stop_training_encoder_after_startup": True},
     ),
 }
 
@@ -362,6 +437,7 @@ FROM_STAGE_ONE = (
     "codes",
     "code_dim",
     "beta",
+    "temperature",
     "hidden",
 )
 
@@ -411,7 +487,7 @@ def _check(config: Config) -> None:
         value = getattr(config, key)
         if value is not None and value < 1:
             raise UserError(f"--{key.replace('_', '-')} {value}: must be at least 1")
-    for key in ("beta", "weight_decay", "free_bits", "max_minutes"):
+    for key in ("beta", "weight_decay", "free_bits", "max_minutes", "entropy_scale", "iaf_startup_steps"):
         value = getattr(config, key)
         if value is not None and not (value >= 0 and math.isfinite(value)):
             raise UserError(f"--{key.replace('_', '-')} {value}: must be a number from 0 up")

@@ -1,6 +1,6 @@
 """Held-out figures: per-example values over a whole split, summed once, exact on the ragged last batch.
 
-B batch, S importance samples, K codes.
+B batch, C channels, H W pixels, S importance samples, K codes.
 """
 
 import math
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqvae.bottlenecks.codebook import code_usage, perplexity
+from vqvae.bottlenecks.codebook import perplexity
 
 
 @torch.no_grad()
@@ -18,7 +18,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """What an autoencoder does to images it was not trained on (`[N, C, H, W]` uint8, or float points).
 
-    Nats are per image, over the whole split, with one draw of z (none where the posterior is a point); `_se` is the
+    Nats are per image, over the whole split, with one draw of z, hard where it is relaxed in training (the one there
+    is, where the posterior is a point); likeness and code usage are of the likeliest z, without noise. `_se` is the
     standard error of the mean over images. Keys:
 
     neg_elbo, neg_elbo_se      -log p(x|z) + log q(z|x) - log p(z)
@@ -31,7 +32,7 @@ def evaluate(
     active_units               latent dimensions whose posterior mean varies over images by more than 0.01
                                (1509.00519, section 4): the others have collapsed onto the prior
     bits_per_code              what the prior pays for a code; uniform_bits_per_code is log2 K, for knowing nothing
-    perplexity, active_codes   of the code usage over the whole split; `usage` are its counts `[K]`
+    perplexity, active_codes   of the code usage over the whole split; `usage` are its counts `[levels, K]`
     and the mean of every monitor that the bottleneck reports (commitment ...).
     """
     training = model.training
@@ -45,19 +46,27 @@ def evaluate(
             x = batch.to(model.device)
             x = x.float() / 255 if x.dtype == torch.uint8 else x
             y = batch_labels.to(model.device)
-            elbo = model.elbo(x, y)
-            values = _per_example(model, x, elbo)
-            if iw_samples:
-                draws = torch.stack([model.elbo(x, y).nats.cpu().double() for _ in range(iw_samples)])  # [S, B]
-                values["iw_bound"] = math.log(iw_samples) - draws.logsumexp(0)
+            features = model.features(x)
+            elbo = model.elbo_of(features, x, y)
+            values = _bound(elbo)
+            if iw_samples and model.bottleneck.stochastic:
+                draws = (model.elbo_of(features, x, y).nats.cpu().double() for _ in range(iw_samples))
+                values["iw_bound"] = math.log(iw_samples) - torch.stack(list(draws)).logsumexp(0)  # of [S, B]
+            elif iw_samples:  # all draws are the same
+                values["iw_bound"] = values["neg_elbo"]
+            latent, pictures = elbo.latent, model.likelihood.mean(elbo.params)
+            if model.bottleneck.stochastic:
+                latent = model.bottleneck.mode(features)
+                pictures = model.pictures(latent.z)
+            values |= _likeness(pictures, x, model.shows_pictures)
             for name, value in values.items():
                 rows.setdefault(name, []).append(value.cpu().double())
             for name, value in elbo.latent.stats.items():
                 sums[name] = sums.get(name, 0) + len(x) * float(value)
-            if elbo.latent.mean is not None:
-                means.append(elbo.latent.mean.flatten(1).cpu().double())
-            if elbo.latent.codes is not None:
-                counts = code_usage(elbo.latent.codes, model.bottleneck.num_codes)
+            if latent.codes is None:
+                means.append(latent.z.flatten(1).cpu().double())
+            else:
+                counts = model.bottleneck.usage(latent.codes)
                 usage = counts.cpu().double() if usage is None else usage + counts.cpu()
     model.train(training)
 
@@ -81,15 +90,18 @@ def evaluate(
     return results
 
 
-def _per_example(model, x: Tensor, elbo) -> dict[str, Tensor]:
-    """The figures that every example has one of, each `[B]`."""
-    mse = (model.likelihood.mean(elbo.params) - x).square().flatten(1).mean(1)
-    psnr = {"psnr": -10 * mse.clamp(min=1e-10).log10()} if model.shows_pictures else {}
-    return psnr | {
+def _bound(elbo) -> dict[str, Tensor]:
+    """The bound and its parts, each `[B]`."""
+    return {
         "neg_elbo": -elbo.nats,
         "reconstruction_nats": -elbo.log_likelihood,
         "rate": elbo.log_posterior - elbo.log_prior,
         "prior_nats": -elbo.log_prior,
         "entropy": -elbo.log_posterior,
-        "mse": mse,
     }
+
+
+def _likeness(pictures: Tensor, x: Tensor, shows_pictures: bool) -> dict[str, Tensor]:
+    """How near pictures `[B, C, H, W]` come to x, each `[B]`."""
+    mse = (pictures - x).square().flatten(1).mean(1)
+    return {"mse": mse, "psnr": -10 * mse.clamp(min=1e-10).log10()} if shows_pictures else {"mse": mse}

@@ -170,25 +170,26 @@ def codebook_map(vectors: Tensor, usage: Tensor | None, patches: Tensor, path: P
 
 
 def usage_chart(usage: Tensor, path: Path, *, title: str) -> None:
-    """How often each code is used on the held-out split, most used first, beside uniform use."""
-    counts = usage.double().sort(descending=True).values.numpy()
-    share = counts / max(counts.sum(), 1)
-    used = share[share > 0]
-    perplexity = float(np.exp(-(used * np.log(used)).sum()))
+    """How often each code of each level `[levels, K]` is used on the held-out split, most used first."""
+    counts = usage.double().sort(dim=1, descending=True).values.numpy()
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     figure, axes = _axes((8, 4))
-    axes.fill_between(np.arange(len(share)), share, step="mid", color="#4477aa")
-    axes.axhline(1 / len(share), color="#cc6677", linestyle="--", label="uniform use")
+    lines = []
+    for level, share in enumerate(shares):
+        used = share[share > 0]
+        perplexity = float(np.exp(-(used * np.log(used)).sum()))
+        name = f"level {level + 1}: " if len(shares) > 1 else ""
+        lines.append(f"{name}perplexity {perplexity:.1f} of {len(share)}, {len(used)} codes in use")
+        axes.fill_between(np.arange(len(share)), share, step="mid", color=f"C{level}", alpha=0.6, label=name or None)
+    axes.axhline(1 / shares.shape[1], color="#cc6677", linestyle="--", label="uniform use")
     axes.set(
         xlabel="codes, most used first",
         ylabel="share of held-out positions",
         title=title,
-        xlim=(0, len(share)),
+        xlim=(0, shares.shape[1]),
     )
-    text = (
-        f"perplexity {perplexity:.1f} of {len(share)}: as varied as so many codes used equally\n"
-        f"{len(used)} codes in use, {len(share) - len(used)} never used"
-    )
-    axes.text(0.98, 0.8, text, transform=axes.transAxes, ha="right", va="top")
+    lines.append("perplexity: as varied as so many codes used equally")
+    axes.text(0.98, 0.5, "\n".join(lines), transform=axes.transAxes, ha="right", va="center")
     axes.legend(loc="upper right", frameon=False)
     _save_chart(figure, path)
 

@@ -1,9 +1,10 @@
-"""Autoregressive flows: invertible maps whose Jacobian is triangular.
+"""Autoregressive flows: invertible maps whose Jacobian is triangular, or block triangular.
 
-B batch, d dimensions.
+B batch, d dimensions; L latents, K codes.
 """
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -104,3 +105,58 @@ class Stack(nn.Module):
         for flow in reversed(self.flows):
             eps = flow.inverse(eps)
         return eps
+
+
+class SimplexFlow(nn.Module):
+    """An inverse autoregressive flow on points of the simplex: w'_k = w_k s_k / n, the last code's scale fixed to 1.
+
+    For assignments w `[B, L, K]`: n = sum_k w_k s_k at each latent, and s = softplus(u) + softplus(b), `[B, L, K - 1]`,
+    with u at latent l a function of the latents before it. b = log(e/2 - 1), so that s = 1 at u = 0, where the flow
+    starts. log |dw'/dw| on the K - 1 free coordinates of each latent is sum_k log s_k - K log n (a projective map of
+    the simplex); latents add up, the Jacobian being block triangular. Corners are mapped to themselves.
+
+    parameters   transformer: u is a causal Transformer's output on the latents shifted by one, times a learnt scalar
+                 that starts at 0; triangular: u = T w with T `[L, L]` strictly lower triangular, from 0.
+    """
+
+    def __init__(self, latents: int, num_codes: int, *, parameters: str, width: int = 32, layers: int = 2):
+        super().__init__()
+        self.latents, self.by_transformer = latents, parameters == "transformer"
+        self.shift = math.log(math.e / 2 - 1)
+        if self.by_transformer:
+            self.read, self.write = nn.Linear(num_codes, width), nn.Linear(width, num_codes - 1)
+            self.where = nn.Parameter(0.02 * torch.randn(latents, width))
+            layer = nn.TransformerEncoderLayer(
+                width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+            self.gate = nn.Parameter(torch.zeros(()))
+            self.register_buffer("future", torch.ones(latents, latents, dtype=torch.bool).triu(1), persistent=False)
+        else:
+            self.weight = nn.Parameter(torch.zeros(latents, latents))
+
+    def scales(self, w: Tensor) -> Tensor:
+        """s `[B, L, K - 1]`."""
+        if self.by_transformer:
+            shifted = F.pad(w, (0, 0, 1, 0))[:, :-1]
+            u = self.gate * self.write(self.layers(self.read(shifted) + self.where, mask=self.future))
+        else:
+            u = torch.einsum("lj,bjk->blk", self.weight.tril(-1), w[..., :-1])
+        return F.softplus(u) + math.log1p(math.exp(self.shift))
+
+    def forward(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """w' `[B, L, K]` and log |dw'/dw| `[B]`."""
+        log_s = F.pad(self.scales(w).log(), (0, 1))
+        scaled = w * log_s.exp()
+        total = scaled.sum(-1, keepdim=True)
+        log_det = log_s.sum(-1) - w.shape[-1] * total.squeeze(-1).log()
+        return scaled / total, log_det.sum(-1)
+
+    def inverse(self, w: Tensor) -> Tensor:
+        """The point that `forward` maps to w, latent by latent."""
+        before = torch.zeros_like(w)
+        for latent in range(self.latents):
+            scaled = w[:, latent] * F.pad(self.scales(before)[:, latent].log(), (0, 1)).neg().exp()
+            before = before.clone()
+            before[:, latent] = scaled / scaled.sum(-1, keepdim=True)
+        return before

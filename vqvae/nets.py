@@ -201,6 +201,60 @@ class ConvVAE:
         )
 
 
+class MnistConv:
+    """Nets of the probabilistic VQ-VAEs: a sequence of `latents` feature vectors of `features` channels, flat in space.
+
+    Encoder 5x5 x32, 5x5 stride 2 x32, 5x5 x64, 5x5 stride 2 x64, then a convolution over all that is left (7x7 at 28
+    pixels) to 4 channels per latent, and a linear map to latents * features; the decoder begins with a transposed
+    convolution as large, then 5x5 x64, 5x5 stride 2 x64, 5x5 x32, 5x5 stride 2 x32, 5x5 x32, conv 5x5. ELU.
+    `hidden` scales the widths (32 as published). Code grid [latents, 1].
+    """
+
+    def __init__(self, *, image_shape: tuple, hidden: int = 32, latents: int = 10, features: int = 16):
+        at_least(1, hidden=hidden, latents=latents, features=features)
+        self.image_channels, self.hidden = image_shape[0], hidden
+        self.channels, self.grid = features, (latents, 1)
+        self.inner = divisible(image_shape, 4, "mnist-conv")
+
+    def encoder(self) -> nn.Module:
+        n, latents = self.hidden, self.grid[0]
+        return nn.Sequential(
+            nn.Conv2d(self.image_channels, n, 5, padding=2),
+            nn.ELU(),
+            nn.Conv2d(n, n, 5, stride=2, padding=2),  # [B, n, H/2, W/2]
+            nn.ELU(),
+            nn.Conv2d(n, 2 * n, 5, padding=2),
+            nn.ELU(),
+            nn.Conv2d(2 * n, 2 * n, 5, stride=2, padding=2),  # [B, 2n, H/4, W/4]
+            nn.ELU(),
+            nn.Conv2d(2 * n, 4 * latents, self.inner),  # [B, 4L, 1, 1]
+            nn.ELU(),
+            nn.Flatten(),
+            nn.Linear(4 * latents, latents * self.channels),
+            nn.Unflatten(1, (self.channels, latents, 1)),  # [B, features, L, 1]
+        )
+
+    def decoder(self, code_dim: int, out_channels: int) -> nn.Module:
+        n = self.hidden
+        return nn.Sequential(
+            nn.Flatten(),
+            nn.Unflatten(1, (code_dim * self.grid[0], 1, 1)),
+            nn.ConvTranspose2d(code_dim * self.grid[0], 2 * n, self.inner),  # [B, 2n, H/4, W/4]
+            nn.ELU(),
+            nn.ConvTranspose2d(2 * n, 2 * n, 5, padding=2),
+            nn.ELU(),
+            nn.ConvTranspose2d(2 * n, 2 * n, 5, stride=2, padding=2, output_padding=1),  # [B, 2n, H/2, W/2]
+            nn.ELU(),
+            nn.ConvTranspose2d(2 * n, n, 5, padding=2),
+            nn.ELU(),
+            nn.ConvTranspose2d(n, n, 5, stride=2, padding=2, output_padding=1),  # [B, n, H, W]
+            nn.ELU(),
+            nn.ConvTranspose2d(n, n, 5, padding=2),
+            nn.ELU(),
+            nn.Conv2d(n, out_channels, 5, padding=2),  # [B, C, H, W]
+        )
+
+
 class CentreCrop(nn.Module):
     def __init__(self, size: tuple[int, int]):
         super().__init__()
@@ -244,5 +298,6 @@ NETS = {
     "sonnet": Sonnet,
     "henrhoi": Henrhoi,
     "conv-vae": ConvVAE,
+    "mnist-conv": MnistConv,
     "mlp": MLP,
 }

@@ -1,15 +1,159 @@
-"""What every bottleneck with a codebook shares: the nearest code, the gradient past it, first values, usage.
+"""What bottlenecks with codes share: the codebook and how it learns, the nearest code, gradients past it, usage.
 
-N vectors, D code dimension, K codes.
+B batch, h w code grid, N vectors, D code dimension, K codes.
 """
 
 import math
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqvae.errors import UserError
+from vqvae.latent import Latent
 
 # Scores held at once while searching, so that a tile stays in a CPU's cache, or in a modest part of a GPU's memory.
 TILE_SCORES = {"cpu": 1 << 17, "cuda": 1 << 26, "mps": 1 << 24}
+
+
+class Discrete(nn.Module):
+    """What the program asks of a bottleneck of codes beside `forward(features, step) -> Latent`.
+
+    num_codes, code_dim   K, and D as the decoder reads it.
+    grid                  (h, w) of its codes. A bottleneck of several codes per position, or of several levels, lays
+                          them out as one grid in the order in which they are best predicted; `maps` takes it apart.
+    """
+
+    num_codes: int
+    code_dim: int
+    grid: tuple[int, int]
+    stochastic = False  # whether a draw may differ from the mode
+
+    def mode(self, features: Tensor) -> Latent:
+        """The latent of the likeliest codes, without noise: what `encode` and reconstructions take."""
+        return self(features, 0)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """What the decoder reads, `[B, D, ...]`, of codes `[B, h, w]`."""
+        raise NotImplementedError
+
+    def code_vectors(self) -> Tensor:
+        """The codebook as a table `[K, D]`, for figures."""
+        raise NotImplementedError
+
+    def maps(self, codes: Tensor) -> dict[str, Tensor]:
+        """The codes `[B, h, w]` as one named map per level, for figures and counts."""
+        return {"codes": codes}
+
+    def usage(self, codes: Tensor) -> Tensor:
+        """How often each code of each level occurs, `[levels, K]`."""
+        return torch.stack([code_usage(level, self.num_codes) for level in self.maps(codes).values()])
+
+    def prior_context(self) -> dict:
+        return {"num_codes": self.num_codes, "grid": self.grid}
+
+
+class Codebook(nn.Module):
+    """K vectors that follow the vectors assigned to them: by EMA, or by the optimiser (1711.00937, appendix A.1).
+
+    EMA: N_k <- decay N_k + (1 - decay) n_k and m_k likewise from the sums of vectors, both zero-debiased, and
+    e_k = m_k / N_k with Laplace-smoothed counts (Sonnet's VectorQuantizerEMA). Members of the table of bottlenecks
+    document the options that they pass on.
+    """
+
+    def __init__(
+        self,
+        num_codes: int,
+        code_dim: int,
+        *,
+        learns: str = "ema",
+        decay: float = 0.99,
+        epsilon: float = 1e-5,
+        init: str = "normal",
+        revive: float = 0.0,
+        unit_norm: bool = False,
+    ):
+        super().__init__()
+        self.decay, self.epsilon, self.init, self.revive = decay, epsilon, init, revive
+        self.learns_by_ema, self.unit_norm = learns == "ema", unit_norm
+        first = first_codebook(init, num_codes, code_dim)
+        first = F.normalize(first, dim=1) if unit_norm else first
+        if self.learns_by_ema:
+            self.register_buffer("vectors", first)
+            self.register_buffer("totals", torch.zeros(num_codes, code_dim))  # m, before debiasing
+        else:
+            self.vectors = nn.Parameter(first)
+        self.register_buffer("counts", torch.zeros(num_codes))  # N, before debiasing
+        self.register_buffer("debias", torch.zeros(()))  # 1 - decay^t after t updates
+
+    def table(self) -> Tensor:
+        """The vectors `[K, D]` as they are compared and decoded."""
+        # an EMA table is kept normalised; a learnt one is normalised where it is read, so that its gradient is right
+        return F.normalize(self.vectors, dim=1) if self.unit_norm and not self.learns_by_ema else self.vectors
+
+    def nearest(self, f: Tensor) -> Tensor:
+        """The nearest code `[N]` of each vector `[N, D]`."""
+        return nearest_code(f, self.table())
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """The vectors `[B, D, h, w]` of codes `[B, h, w]`."""
+        return F.embedding(codes, self.table()).movedim(-1, 1)
+
+    @torch.no_grad()
+    def initialise(self, vectors: Tensor) -> None:
+        """Fit the first vectors to data `[N, D]`, where `init` asks for it."""
+        if self.init == "kmeans":
+            centres = kmeans_codebook(vectors, len(self.vectors))
+            self.vectors.copy_(F.normalize(centres, dim=1) if self.unit_norm else centres)
+
+    @torch.no_grad()
+    def learn(self, f: Tensor, codes: Tensor) -> None:
+        """Follow a batch of vectors `[N, D]` and their codes `[N]`."""
+        sums = torch.zeros_like(self.vectors).index_add_(0, codes, f) if self.learns_by_ema else None
+        self.follow(code_usage(codes, len(self.vectors)), sums, f)
+
+    @torch.no_grad()
+    def follow(self, n: Tensor, sums: Tensor | None, f: Tensor) -> None:
+        """Move the counts by n `[K]` and the running means by sums `[K, D]`; dead codes revive on rows of f."""
+        self.counts.lerp_(n, 1 - self.decay)
+        self.debias.lerp_(torch.ones_like(self.debias), 1 - self.decay)
+        if self.learns_by_ema:
+            self.totals.lerp_(sums, 1 - self.decay)
+            total = self.counts.sum()
+            extra = self.epsilon * self.debias
+            smoothed = (self.counts + extra) / (total + len(self.counts) * extra)
+            means = self.totals / (smoothed * total).unsqueeze(1)
+            means = F.normalize(means, dim=1) if self.unit_norm else means
+            # a code that no vector has ever used keeps its value: debiasing alone would make it the origin
+            self.vectors.copy_(torch.where((self.counts > 0).unsqueeze(1), means, self.vectors))
+        if self.revive:
+            self._revive(f)
+
+    def _revive(self, f: Tensor) -> None:
+        average = self.counts.sum() / len(self.counts)
+        # a code is judged only once the running counts rest on enough batches (23 with a decay of 0.99)
+        dead = (self.counts < self.revive * average) & (self.debias > 0.2)  # [K]
+        replacement = f[torch.randint(len(f), (len(self.counts),), device=f.device)]  # [K, D]
+        self.vectors.copy_(torch.where(dead.unsqueeze(1), replacement, self.vectors))
+        # count and mean start afresh too, else the next update would drag the code back; the small count lets the
+        # code follow its first vectors quickly, and lets it move again soon if none comes
+        fresh = 2 * self.revive * average
+        self.counts.copy_(torch.where(dead, fresh, self.counts))
+        if self.learns_by_ema:
+            self.totals.copy_(torch.where(dead.unsqueeze(1), replacement * fresh, self.totals))
+
+
+def check_options(name: str, **ranges: tuple[float, float, float]) -> None:
+    """Refuse an option of `--bottleneck name` outside its range, each given as (value, least, most)."""
+    for option, (value, low, high) in ranges.items():
+        if not low <= value <= high:
+            limit = f"at least {low:g}" if high in (math.inf, 2**31) else f"from {low:g} to {high:.9g}"
+            raise UserError(f"--bottleneck {name}: {option}={value} is out of range, it must be {limit}")
+
+
+def vectors_of(features: Tensor) -> Tensor:
+    """`[B, D, h, w]` as rows `[N, D]`, N = B h w."""
+    return features.movedim(1, -1).reshape(-1, features.shape[1])
 
 
 @torch.no_grad()
@@ -38,9 +182,12 @@ def code_usage(codes: Tensor, num_codes: int) -> Tensor:
 
 
 def perplexity(usage: Tensor) -> Tensor:
-    """exp(-sum p log p) of usage counts or shares `[K]`: how many codes, equally used, would be as varied."""
-    share = usage.float() / usage.float().sum().clamp(min=1e-12)
-    return torch.special.entr(share).sum().exp()
+    """exp(-sum p log p) of usage counts or shares `[..., K]`: how many codes, equally used, would be as varied.
+
+    The mean over levels, where there are several.
+    """
+    share = usage.float() / usage.float().sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    return torch.special.entr(share).sum(dim=-1).exp().mean()
 
 
 def first_codebook(init: str, num_codes: int, code_dim: int) -> Tensor:

@@ -35,15 +35,18 @@ class CodePrior(nn.Module):
         self.num_codes, self.grid, self.num_classes = num_codes, tuple(grid), num_classes
 
     def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits `[B, K, h, w]` of every position given the codes `[B, h, w]` before it."""
+        """Logits `[B, K, h, w]` of every position given the codes `[B, h, w]`, or assignments, before it."""
         raise NotImplementedError
 
     def stepper(self, n: int, labels: Tensor | None = None) -> Stepper:
         raise NotImplementedError
 
     def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
-        """log p of the codes, `[B]` nats per image."""
+        """log p of the codes, `[B]` nats per image; of assignments w sum_k w_k log p_k, at every position."""
         self._check(labels)
+        w = latent.assignments
+        if w is not None:
+            return (w * self.logits(w, labels).float().log_softmax(1)).flatten(1).sum(1)
         logits = self.logits(latent.codes, labels)
         return -F.cross_entropy(logits.float(), latent.codes, reduction="none").flatten(1).sum(1)
 
@@ -117,6 +120,13 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int) -> Ten
     cumulative = logits.softmax(1).cumsum(1)
     reached = uniform.double().unsqueeze(1) * cumulative[:, -1:]
     return (cumulative <= reached).sum(1).clamp(max=logits.shape[1] - 1).to(device)
+
+
+def look_up(embedding: nn.Embedding, codes: Tensor) -> Tensor:
+    """Embeddings `[B, h, w, n]` of codes `[B, h, w]`, or of assignments `[B, K, h, w]`: mixtures of them."""
+    if codes.is_floating_point():
+        return codes.movedim(1, -1) @ embedding.weight
+    return embedding(codes)
 
 
 class ChannelNorm(nn.LayerNorm):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.errors import UserError
-from vqvae.priors.codes import ChannelNorm, CodePrior, check_dropout, check_sizes
+from vqvae.priors.codes import ChannelNorm, CodePrior, check_dropout, check_sizes, look_up
 
 
 class Conv(nn.Conv2d):
@@ -96,7 +96,7 @@ class PixelCNN(CodePrior):
         self.head = nn.Sequential(nn.ReLU(), Conv(channels, head, 1), nn.ReLU(), Conv(head, num_codes, 1))
 
     def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self._net(_embed(self.embedding, codes), labels, lambda layer, x: layer(x))
+        return self._net(look_up(self.embedding, codes).movedim(-1, 1), labels, lambda layer, x: layer(x))
 
     def stepper(self, n: int, labels: Tensor | None = None) -> "PixelCNNStepper":
         return PixelCNNStepper(self, n, labels)
@@ -217,7 +217,7 @@ class GatedPixelCNN(CodePrior):
         self.head = nn.Sequential(nn.ReLU(), Conv(channels, head, 1), nn.ReLU(), Conv(head, num_codes, 1))
 
     def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        v = h = _embed(self.embedding, codes)
+        v = h = look_up(self.embedding, codes).movedim(-1, 1)
         for layer in self.layers:
             v, h = layer(v, h, labels)
         return self.head(h)
@@ -271,10 +271,6 @@ class GatedStepper:
 def _gate(x: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=1)
     return a.tanh() * b.sigmoid()
-
-
-def _embed(embedding: nn.Embedding, codes: Tensor) -> Tensor:
-    return embedding(codes).permute(0, 3, 1, 2)  # [B, n, h, w]
 
 
 def _check_kernel(name: str, kernel: int) -> None:

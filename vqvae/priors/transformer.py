@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.errors import UserError
-from vqvae.priors.codes import CodePrior, check_dropout, check_sizes
+from vqvae.priors.codes import CodePrior, check_dropout, check_sizes, look_up
 
 
 class Layer(nn.Module):
@@ -74,7 +74,7 @@ class Transformer(CodePrior):
             nn.init.normal_(table, std=0.02)
 
     def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        known = self.embedding(codes.flatten(1))[:, :-1]
+        known = look_up(self.embedding, codes).flatten(1, 2)[:, :-1]
         shifted = torch.cat([self.start.expand(len(codes), 1, -1), known], dim=1)  # [B, L, D]
         x = shifted + self._where(labels)
         for layer in self.layers:
