@@ -207,7 +207,8 @@ class MnistConv:
     Encoder 5x5 x32, 5x5 stride 2 x32, 5x5 x64, 5x5 stride 2 x64, then a convolution over all that is left (7x7 at 28
     pixels) to 4 channels per latent, and a linear map to latents * features; the decoder begins with a transposed
     convolution as large, then 5x5 x64, 5x5 stride 2 x64, 5x5 x32, 5x5 stride 2 x32, 5x5 x32, conv 5x5. ELU.
-    `hidden` scales the widths (32 as published). Code grid [latents, 1].
+    `hidden` scales the widths (32 as published). Code grid [latents, 1]. Weights start at unit gain: with PyTorch's own
+    the features hardly depend on the picture, and soft assignments of such features never leave the uniform.
     """
 
     def __init__(self, *, image_shape: tuple, hidden: int = 32, latents: int = 10, features: int = 16):
@@ -218,7 +219,7 @@ class MnistConv:
 
     def encoder(self) -> nn.Module:
         n, latents = self.hidden, self.grid[0]
-        return nn.Sequential(
+        net = nn.Sequential(
             nn.Conv2d(self.image_channels, n, 5, padding=2),
             nn.ELU(),
             nn.Conv2d(n, n, 5, stride=2, padding=2),  # [B, n, H/2, W/2]
@@ -233,10 +234,12 @@ class MnistConv:
             nn.Linear(4 * latents, latents * self.channels),
             nn.Unflatten(1, (self.channels, latents, 1)),  # [B, features, L, 1]
         )
+        initialise_fan_in(net)
+        return net
 
     def decoder(self, code_dim: int, out_channels: int) -> nn.Module:
         n = self.hidden
-        return nn.Sequential(
+        net = nn.Sequential(
             nn.Flatten(),
             nn.Unflatten(1, (code_dim * self.grid[0], 1, 1)),
             nn.ConvTranspose2d(code_dim * self.grid[0], 2 * n, self.inner),  # [B, 2n, H/4, W/4]
@@ -253,6 +256,8 @@ class MnistConv:
             nn.ELU(),
             nn.Conv2d(n, out_channels, 5, padding=2),  # [B, C, H, W]
         )
+        initialise_fan_in(net)
+        return net
 
 
 class CentreCrop(nn.Module):

@@ -75,6 +75,7 @@ class Assigning(Discrete):
             epsilon=epsilon,
             init=init if self.by_distance else "normal",
             revive=revive if self.by_distance else 0.0,
+            forgets_start=False,
         )
         positions = math.prod(self.grid)
         self.flows = nn.ModuleList(

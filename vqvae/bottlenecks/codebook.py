@@ -57,8 +57,10 @@ class Codebook(nn.Module):
     """K vectors that follow the vectors assigned to them: by EMA, or by the optimiser (1711.00937, appendix A.1).
 
     EMA: N_k <- decay N_k + (1 - decay) n_k and m_k likewise from the sums of vectors, both zero-debiased, and
-    e_k = m_k / N_k with Laplace-smoothed counts (Sonnet's VectorQuantizerEMA). Members of the table of bottlenecks
-    document the options that they pass on.
+    e_k = m_k / N_k with Laplace-smoothed counts (Sonnet's VectorQuantizerEMA). Debiased, the first batch replaces the
+    first values altogether, which soft assignments do not survive: nearly uniform ones at the start would draw every
+    code to the same mean. With `forgets_start=False` the first values count as much as an average batch, and fade.
+    Members of the table of bottlenecks document the options that they pass on.
     """
 
     def __init__(
@@ -72,10 +74,11 @@ class Codebook(nn.Module):
         init: str = "normal",
         revive: float = 0.0,
         unit_norm: bool = False,
+        forgets_start: bool = True,
     ):
         super().__init__()
         self.decay, self.epsilon, self.init, self.revive = decay, epsilon, init, revive
-        self.learns_by_ema, self.unit_norm = learns == "ema", unit_norm
+        self.learns_by_ema, self.unit_norm, self.forgets_start = learns == "ema", unit_norm, forgets_start
         first = first_codebook(init, num_codes, code_dim)
         first = F.normalize(first, dim=1) if unit_norm else first
         if self.learns_by_ema:
@@ -115,6 +118,12 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def follow(self, n: Tensor, sums: Tensor | None, f: Tensor) -> None:
         """Move the counts by n `[K]` and the running means by sums `[K, D]`; dead codes revive on rows of f."""
+        if not self.forgets_start:
+            first = (self.debias == 0).float()
+            self.counts.add_(first * n.mean())
+            self.debias.add_(first)
+            if self.learns_by_ema:
+                self.totals.add_(first * n.mean() * self.vectors)
         self.counts.lerp_(n, 1 - self.decay)
         self.debias.lerp_(torch.ones_like(self.debias), 1 - self.decay)
         if self.learns_by_ema:
