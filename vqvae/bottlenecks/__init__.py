@@ -2,10 +2,14 @@
 
 from vqvae.bottlenecks.categorical import Categorical, Deterministic, Gumbel
 from vqvae.bottlenecks.gaussian import Gaussian
+from vqvae.bottlenecks.multilevel import GroupedVQ, Hierarchy, ResidualVQ
 from vqvae.bottlenecks.vq import VQ
 
 BOTTLENECKS = {
     "vq": VQ,
+    "residual": ResidualVQ,
+    "grouped": GroupedVQ,
+    "hierarchy": Hierarchy,
     "deterministic": Deterministic,
     "categorical": Categorical,
     "gumbel": Gumbel,
