@@ -96,10 +96,30 @@ def code_visualization(show: Show, path: Path) -> bool | None:
 
     if not show.discrete:
         return False
-    images = show.images[:8]
-    codes = show.model.encode(images)
+    codes = show.model.encode(show.images[:8])
+    if len(show.model.bottleneck.maps(codes)) > 1:
+        codes = codes[:4]
+    images = show.images[: len(codes)]
     title = f"{show.name}: pictures as codes of {show.model.bottleneck.num_codes}"
-    figures.code_visualization(images, codes, show.model.decode(codes), path, title=title)
+    maps = show.model.bottleneck.maps(codes)
+    figures.code_visualization(images, maps, show.model.decode(codes), path, title=title)
+
+
+def levels(show: Show, path: Path) -> bool | None:
+    """What each further level of codes adds."""
+    from vqvae import figures
+
+    if not show.discrete:
+        return False
+    images = show.images[:10]
+    codes = show.model.encode(images)
+    bottleneck, names = show.model.bottleneck, list(show.model.bottleneck.maps(codes))
+    if len(names) == 1:
+        return False
+    rows = [("originals", images)]
+    for count, name in enumerate(names, 1):
+        rows.append((f"up to {name}", show.model.pictures(bottleneck.embed(codes, levels=count))))
+    figures.rows_of_pictures(rows, path, title=f"{show.name}: decoded from the first levels of codes alone")
 
 
 def codebook(show: Show, path: Path) -> bool | None:
@@ -111,14 +131,14 @@ def codebook(show: Show, path: Path) -> bool | None:
         return False
     bottleneck = show.model.bottleneck
     h, w = bottleneck.grid
+    if len(bottleneck.maps(torch.zeros(1, h, w, dtype=torch.int64))) > 1:
+        return False  # what a code looks like depends on the codes of the other levels
     patches = []
     for codes in torch.arange(bottleneck.num_codes).split(256):
         pictures = show.model.decode(codes.view(-1, 1, 1).expand(-1, h, w).contiguous())
-        high, wide = (
-            pictures.shape[-2] // h,
-            pictures.shape[-1] // w,
-        )  # the pixels of one code, from the middle
-        top, left = h // 2 * high, w // 2 * wide
+        # the pixels of one code, from the middle; a sequence of codes has no place, so there the whole picture
+        high, wide = (pictures.shape[-2] // h, pictures.shape[-1] // w) if w > 1 else pictures.shape[-2:]
+        top, left = (h // 2 * high, w // 2 * wide) if w > 1 else (0, 0)
         patches.append(pictures[..., top : top + high, left : left + wide].cpu())
     title = f"{show.name}: the codebook"
     usage = show.content["usage"]
@@ -274,6 +294,7 @@ FIGURES = {
     "original.png": original,
     "reconstructions.png": reconstructions,
     "code_visualization.png": code_visualization,
+    "levels.png": levels,
     "codebook.png": codebook,
     "usage.png": usage,
     "curves.png": curves,

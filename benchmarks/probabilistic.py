@@ -7,16 +7,10 @@ Writes results/probabilistic.md. A run that is done is not repeated, so an inter
 """
 
 import argparse
-import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 from hardware import describe
-
-import train
-import visualize_codes
+from runs import row_of, table
 
 EXPERIMENTS = ["1", "2.1", "2.2", "2.3", "2.4", "2.5", "3", "4.1", "4.2.1", "4.2.2"]
 LATE = {"2.5", "4.2.1", "4.2.2"}
@@ -47,19 +41,15 @@ def main() -> None:
     cli.add_argument("--logs", default="logs")
     cli.add_argument("--plots", default="plots")
     options = cli.parse_args()
-    runs = [(e, s) for s in range(options.seeds) for e in options.only if s == 0 or e in TWICE]
     rows = []
-    for experiment, seed in runs:
-        folder = Path(options.logs) / f"probabilistic-{experiment}-seed{seed}"
-        if not (folder / "row.json").exists():
-            run(experiment, seed, folder, options)
-        rows.append(json.loads((folder / "row.json").read_text()))
-        write(rows, options)
+    for seed in range(options.seeds):
+        for experiment in options.only:
+            if seed == 0 or experiment in TWICE:
+                rows.append({"experiment": experiment} | run(experiment, seed, options))
+                write(rows, options)
 
 
-def run(experiment: str, seed: int, folder: Path, options: argparse.Namespace) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    begun = time.perf_counter()
+def run(experiment: str, seed: int, options: argparse.Namespace) -> dict:
     flags = {
         "--preset": f"probabilistic-{experiment}",
         "--seed": seed,
@@ -67,30 +57,30 @@ def run(experiment: str, seed: int, folder: Path, options: argparse.Namespace) -
         "--epochs": 10_000,
         "--batch-size": options.batch_size,
         "--data-dir": options.data_dir,
-        "--name": folder.name,
-        "--log-dir": options.logs,
-        "--plot-dir": options.plots,
     }
     if experiment in LATE:
         flags["--iaf-startup-steps"] = options.steps // 2
-    must(train.main([str(part) for pair in flags.items() for part in pair]))
-    seconds = time.perf_counter() - begun
-    checkpoint = str(folder / "checkpoint.pt")
-    must(train.main(["--evaluate", "--checkpoint", checkpoint, "--iw-samples", str(options.iw_samples)]))
-    must(visualize_codes.main(["--checkpoint", checkpoint]))
-    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    speeds = [row["images_per_s"] for row in epochs if row["kind"] == "epoch"]
-    row = json.loads((folder / "evaluation.json").read_text())
-    row |= {"experiment": experiment, "seconds": seconds, "images_per_s": sum(speeds) / len(speeds), "commit": commit}
-    (folder / "row.json").write_text(json.dumps(row, indent=2) + "\n")
-
-
-def must(code: int) -> None:
-    if code:
-        sys.exit(code)
+    folder = Path(options.logs) / f"probabilistic-{experiment}-seed{seed}"
+    return row_of(folder, flags, plots=options.plots, iw_samples=options.iw_samples, figures=True)
 
 
 def write(rows: list[dict], options: argparse.Namespace) -> None:
+    cells = [
+        (
+            r["experiment"],
+            str(r["seed"]),
+            f"{r['neg_elbo']:.2f} ± {r['neg_elbo_se']:.2f}",
+            f"{r['iw_bound']:.2f} ± {r['iw_bound_se']:.2f}",
+            f"{r['reconstruction_nats']:.2f}",
+            f"{r['prior_nats']:.2f}",
+            f"{0 - r['entropy']:.2f}",
+            f"{r['active_codes']} of 64",
+            f"{r['images_per_s']:.0f}",
+            f"{r['seconds']:.0f}",
+            r["commit"],
+        )
+        for r in sorted(rows, key=lambda r: (EXPERIMENTS.index(r["experiment"]), r["seed"]))
+    ]
     lines = [
         "# The ten probabilistic experiments on binarised MNIST",
         "",
@@ -100,16 +90,8 @@ def write(rows: list[dict], options: argparse.Namespace) -> None:
         f"{options.iw_samples} draws; a point posterior has but one, and its bound is its -ELBO. ± one standard error.",
         f"Hardware: {describe()}.",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---" * len(COLUMNS) + "|",
+        *table(COLUMNS, cells),
     ]
-    for r in sorted(rows, key=lambda r: (EXPERIMENTS.index(r["experiment"]), r["seed"])):
-        lines.append(
-            f"| {r['experiment']} | {r['seed']} | {r['neg_elbo']:.2f} ± {r['neg_elbo_se']:.2f} "
-            f"| {r['iw_bound']:.2f} ± {r['iw_bound_se']:.2f} | {r['reconstruction_nats']:.2f} | {r['prior_nats']:.2f} "
-            f"| {-r['entropy']:.2f} | {r['active_codes']} of 64 | {r['images_per_s']:.0f} | {r['seconds']:.0f} "
-            f"| {r['commit']} |"
-        )
     Path("results/probabilistic.md").write_text("\n".join(lines) + "\n")
 
 

@@ -100,8 +100,9 @@ def test_curves_draw_what_is_logged(tmp_path):
 def test_every_other_figure_is_written(tmp_path):
     pictures = torch.rand(3, 1, 8, 8)
     codes = torch.randint(9, (3, 2, 2))
-    figures.code_visualization(pictures, codes, pictures, tmp_path / "codes.png", title="t")
-    figures.code_visualization(pictures, codes.repeat(1, 8, 8), pictures, tmp_path / "fine.png", title="t")
+    figures.code_visualization(pictures, {"codes": codes}, pictures, tmp_path / "codes.png", title="t")
+    maps = {"top": codes, "bottom": codes.repeat(1, 8, 8)}
+    figures.code_visualization(pictures, maps, pictures, tmp_path / "fine.png", title="t")
     figures.usage_chart(torch.tensor([[3, 0, 5]]), tmp_path / "usage.png", title="t")
     figures.scatter_2d([("a", torch.randn(50, 2)), ("b", torch.randn(50, 2))], tmp_path / "s.png", title="t")
     figures.posterior_map(torch.randn(20, 2), torch.arange(20) % 2, ["x", "y"], tmp_path / "p.png", title="t")

@@ -32,7 +32,8 @@ def evaluate(
     active_units               latent dimensions whose posterior mean varies over images by more than 0.01
                                (1509.00519, section 4): the others have collapsed onto the prior
     bits_per_code              what the prior pays for a code; uniform_bits_per_code is log2 K, for knowing nothing
-    perplexity, active_codes   of the code usage over the whole split; `usage` are its counts `[levels, K]`
+    perplexity, active_codes   of the code usage over the whole split; `usage` are its counts `[levels, K]`, and
+                               codebook_size = levels * K
     and the mean of every monitor that the bottleneck reports (commitment ...).
     """
     training = model.training
@@ -83,8 +84,9 @@ def evaluate(
     if usage is not None:
         results["perplexity"] = float(perplexity(usage))
         results["active_codes"] = int((usage > 0).sum())
-        codes_per_image = float(usage.sum()) / len(images)
-        results["bits_per_code"] = results["prior_nats"] / (codes_per_image * math.log(2))
+        results["codebook_size"] = usage.numel()
+        results["codes_per_image"] = math.prod(model.bottleneck.grid)
+        results["bits_per_code"] = results["prior_nats"] / (results["codes_per_image"] * math.log(2))
         results["uniform_bits_per_code"] = math.log2(model.bottleneck.num_codes)
         results["usage"] = usage.long().cpu()
     return results

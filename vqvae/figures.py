@@ -76,34 +76,44 @@ def pairs(originals: Tensor, reconstructions: Tensor, path: Path, *, title: str,
     rows_of_pictures(rows, path, title=title, columns=columns)
 
 
-def code_visualization(images: Tensor, codes: Tensor, reconstructions: Tensor, path: Path, *, title: str) -> None:
-    """Picture | its code map `[N, h, w]`, a colour for each code, numbered where they fit | its reconstruction."""
-    h, w = codes.shape[1:]
-    numbered = max(h, w) <= 8
-    cell = 26 if numbered else max(1, 208 // max(h, w))
-    size = (cell * w, cell * h)
-    headers = ("picture", "codes", "reconstruction")
-    per_row = 2 if len(images) > 1 else 1
-    panel = 3 * (size[0] + 8) + 24
+def code_visualization(
+    images: Tensor, maps: dict[str, Tensor], reconstructions: Tensor, path: Path, *, title: str
+) -> None:
+    """Picture | its code maps `[N, h, w]`, a colour for each code, numbered where they fit | its reconstruction."""
+    longest = max(max(map_.shape[1:]) for map_ in maps.values())
+    cell = 26 if longest <= 10 else max(1, 208 // longest)
+    side = max(cell * longest, 104)
+    headers = ("picture", *maps, "reconstruction")
+    per_row = 2 if len(images) > 1 and len(maps) == 1 else 1
+    panel = len(headers) * (side + 8) + 16
     rows = -(-len(images) // per_row)
     width = max(per_row * panel + 8, _text_width(title, 16) + 16)
-    canvas, draw = _canvas(width, 52 + rows * (size[1] + 10), title)
-    from PIL import Image
-
-    for i, (picture, map_, back) in enumerate(zip(pixels(images), codes.cpu(), pixels(reconstructions), strict=True)):
-        left, top = 8 + i % per_row * panel, 50 + i // per_row * (size[1] + 10)
-        tiles = [picture, np.array([[code_colour(int(k)) for k in row] for row in map_], np.uint8), back]
-        for j, tile in enumerate(tiles):
-            x = left + j * (size[0] + 8)
-            if i < per_row:
-                draw.text((x + size[0] // 2, 40), headers[j], MUTED, _font(13), anchor="mm")
-            canvas.paste(Image.fromarray(tile).resize(size, Image.Resampling.NEAREST), (x, top))
-            if numbered and j == 1:
-                for (r, c), k in np.ndenumerate(map_.numpy()):
-                    dark = sum(code_colour(int(k))) > 380
-                    centre = (x + c * cell + cell // 2, top + r * cell + cell // 2)
-                    draw.text(centre, str(k), INK if dark else PAPER, _font(11), anchor="mm")
+    canvas, draw = _canvas(width, 52 + rows * (side + 10), title)
+    for i, (picture, back) in enumerate(zip(pixels(images), pixels(reconstructions), strict=True)):
+        left, top = 8 + i % per_row * panel, 50 + i // per_row * (side + 10)
+        places = [left + j * (side + 8) for j in range(len(headers))]
+        if i < per_row:
+            for x, header in zip(places, headers, strict=True):
+                draw.text((x + side // 2, 40), header, MUTED, _font(13), anchor="mm")
+        for x, tile in ((places[0], picture), (places[-1], back)):
+            _paste(canvas, tile, x, top, (side, side))
+        for x, map_ in zip(places[1:], maps.values(), strict=False):
+            _code_map(canvas, draw, map_[i].cpu().numpy(), x, top, side)
     _save(canvas, path)
+
+
+def _code_map(canvas, draw, codes: np.ndarray, left: int, top: int, side: int) -> None:
+    """One code map `[h, w]`, centred in a square, its cells square."""
+    h, w = codes.shape
+    cell = max(1, side // max(h, w))
+    left, top = left + (side - cell * w) // 2, top + (side - cell * h) // 2
+    _paste(canvas, np.array([[code_colour(int(k)) for k in row] for row in codes], np.uint8), left, top,
+           (cell * w, cell * h))  # fmt: skip
+    if cell >= 24:
+        for (r, c), k in np.ndenumerate(codes):
+            dark = sum(code_colour(int(k))) > 380
+            centre = (left + c * cell + cell // 2, top + r * cell + cell // 2)
+            draw.text(centre, str(k), INK if dark else PAPER, _font(11), anchor="mm")
 
 
 def code_colour(code: int) -> tuple[int, int, int]:
@@ -178,8 +188,10 @@ def usage_chart(usage: Tensor, path: Path, *, title: str) -> None:
     for level, share in enumerate(shares):
         used = share[share > 0]
         perplexity = float(np.exp(-(used * np.log(used)).sum()))
-        name = f"level {level + 1}: " if len(shares) > 1 else ""
-        lines.append(f"{name}perplexity {perplexity:.1f} of {len(share)}, {len(used)} codes in use")
+        name = f"level {level + 1}" if len(shares) > 1 else ""
+        lines.append(
+            f"{name + ': ' if name else ''}perplexity {perplexity:.1f} of {len(share)}, {len(used)} codes in use"
+        )
         axes.fill_between(np.arange(len(share)), share, step="mid", color=f"C{level}", alpha=0.6, label=name or None)
     axes.axhline(1 / shares.shape[1], color="#cc6677", linestyle="--", label="uniform use")
     axes.set(
@@ -292,10 +304,12 @@ def _text_width(text: str, size: int = 13) -> int:
     return math.ceil(_font(size).getlength(text))
 
 
-def _paste(canvas, block: np.ndarray, left: int, top: int) -> None:
+def _paste(canvas, block: np.ndarray, left: int, top: int, size: tuple[int, int] | None = None) -> None:
+    """Paste pixels `[H, W, 3]`, blown up to `size` (width, height) where it is given."""
     from PIL import Image
 
-    canvas.paste(Image.fromarray(block), (left, top))
+    tile = Image.fromarray(block)
+    canvas.paste(tile if size is None else tile.resize(size, Image.Resampling.NEAREST), (left, top))
 
 
 def _save(canvas, path: Path) -> None:
