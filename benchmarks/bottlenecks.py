@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/bottlenecks.py --dataset cifar10 --data-dir data --steps 2000
 
-Sizes are chosen so that an image costs the same bits on an 8x8 grid of features (32x32 pixels). A second table grows the
-codebook to see who collapses. Writes results/bottlenecks.md. A run that is done is not repeated, so an interrupted
+Sizes are chosen so that an image costs the same bits on an 8x8 grid of features (32x32 pixels). A second table grows
+the codebook to see who collapses. Writes results/bottlenecks.md. A run that is done is not repeated, so an interrupted
 command goes on where it was.
 """
 
@@ -86,10 +86,10 @@ def write(found: dict[str, list[dict]], options: argparse.Namespace) -> None:
     lines = [
         "# Bottlenecks side by side",
         "",
-        f"{options.dataset}, Sonnet's nets, {options.steps:,} steps at batch {options.batch_size}, learning rate 3e-4, the same",
-        "initial nets and batches for every row of a seed. Held out: the whole test split, likeliest codes; MSE of pictures",
-        "in [0, 1]. ± one standard error over seeds, or over images where there is one seed. bits/image: codes per image",
-        "x log2 K. Perplexity and use are means over levels, where a bottleneck has several.",
+        f"{options.dataset}, Sonnet's nets, {options.steps:,} steps at batch {options.batch_size}, learning rate 3e-4, the",
+        "same initial nets and batches for every row of a seed. Held out: the whole test split, likeliest codes; MSE of",
+        "pictures in [0, 1]. ± one standard error over seeds, or over images where there is one seed. bits/image: codes",
+        "per image x log2 K. Perplexity is the mean over levels, where a bottleneck has several.",
         f"Data: {note(found)}. Hardware: {describe()}.",
         "",
         "## The same rate",
