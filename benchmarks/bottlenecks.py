@@ -36,6 +36,13 @@ LARGE = {
     for size in (1024, 8192)
     for name, bottleneck in (("vq, our defaults", "vq"), ("vq, gradient from ±1/K", PLAIN), ("cosine", "cosine"))
 } | {"simvq, K = 8,192": "simvq num_codes=8192", "fsq, K = 8,192": "fsq levels=8,8,8,16"}
+INTRODUCTION = """# Bottlenecks side by side
+
+{dataset}, Sonnet's nets, {steps:,} steps at batch {batch}, learning rate 3e-4, the same initial nets and batches for
+every row of a seed. Held out: the whole test split, likeliest codes; MSE of pictures in [0, 1]. ± one standard error
+over seeds, or over images where there is one seed. bits/image: codes per image x log2 K. Perplexity is the mean over
+levels, where a bottleneck has several. Data: {data}. Hardware: {on}.
+"""
 COLUMNS = (
     "bottleneck",
     "bits/image",
@@ -83,15 +90,9 @@ def run(bottleneck: str, seed: int, options: argparse.Namespace) -> dict:
 
 
 def write(found: dict[str, list[dict]], options: argparse.Namespace) -> None:
+    o = options
     lines = [
-        "# Bottlenecks side by side",
-        "",
-        f"{options.dataset}, Sonnet's nets, {options.steps:,} steps at batch {options.batch_size}, learning rate 3e-4, the",
-        "same initial nets and batches for every row of a seed. Held out: the whole test split, likeliest codes; MSE of",
-        "pictures in [0, 1]. ± one standard error over seeds, or over images where there is one seed. bits/image: codes",
-        "per image x log2 K. Perplexity is the mean over levels, where a bottleneck has several.",
-        f"Data: {note(found)}. Hardware: {describe()}.",
-        "",
+        INTRODUCTION.format(dataset=o.dataset, steps=o.steps, batch=o.batch_size, data=note(found), on=describe()),
         "## The same rate",
         "",
         *table(COLUMNS, [cells(name, found[name]) for name in SAME_RATE if name in found]),

@@ -15,6 +15,13 @@ from runs import row_of, table
 EXPERIMENTS = ["1", "2.1", "2.2", "2.3", "2.4", "2.5", "3", "4.1", "4.2.1", "4.2.2"]
 LATE = {"2.5", "4.2.1", "4.2.2"}
 TWICE = {"1", "2.3", "3"}
+INTRODUCTION = """# The ten probabilistic experiments on binarised MNIST
+
+MNIST, binarised at 0.5; {steps:,} steps at batch {batch} each; flows that start late start at step {half:,}. Held out:
+the 10,000 test images, nats per image, one hard draw of the codes; prior and log q are summed over the 10 latents. IW
+is the importance-weighted bound with {iw} draws; a point posterior has but one, and its bound is its -ELBO. ± one
+standard error over images. Hardware: {on}.
+"""
 COLUMNS = (
     "experiment",
     "seed",
@@ -81,15 +88,9 @@ def write(rows: list[dict], options: argparse.Namespace) -> None:
         )
         for r in sorted(rows, key=lambda r: (EXPERIMENTS.index(r["experiment"]), r["seed"]))
     ]
+    o = options
     lines = [
-        "# The ten probabilistic experiments on binarised MNIST",
-        "",
-        f"MNIST, binarised at 0.5; {options.steps:,} steps at batch {options.batch_size} each; flows that start late",
-        f"start at step {options.steps // 2:,}. Held out: the 10,000 test images, nats per image, one hard draw of the",
-        "codes; prior and log q are summed over the 10 latents. IW is the importance-weighted bound with",
-        f"{options.iw_samples} draws; a point posterior has but one, and its bound is its -ELBO. ± one standard error.",
-        f"Hardware: {describe()}.",
-        "",
+        INTRODUCTION.format(steps=o.steps, half=o.steps // 2, batch=o.batch_size, iw=o.iw_samples, on=describe()),
         *table(COLUMNS, cells),
     ]
     Path("results/probabilistic.md").write_text("\n".join(lines) + "\n")
