@@ -206,9 +206,14 @@ def completions(show: Show, path: Path) -> bool | None:
         return False
     images, labels = show.images[:10], show.labels[:10].to(show.model.device)
     codes = show.model.encode(images)
-    kept = codes.shape[1] // 2
-    top_half = images.clone()
-    top_half[:, :, images.shape[2] * kept // codes.shape[1] :] = 127
+    coarse = show.model.bottleneck.maps(codes).get("top")
+    if coarse is None:
+        kept, what = codes.shape[1] // 2, "the top half's codes kept, the rest sampled"
+        given = images.clone()
+        given[:, :, images.shape[2] * kept // codes.shape[1] :] = 127
+    else:
+        kept, what = coarse.shape[1], "the coarse level's codes kept, the fine ones sampled"
+        given = show.model.pictures(show.model.bottleneck.embed(codes, levels=1))
     more = {"labels": labels} if show.conditional else {}
     completed = []
     for i in range(4):
@@ -218,10 +223,10 @@ def completions(show: Show, path: Path) -> bool | None:
     rows = [
         ("originals", images),
         ("reconstructions", show.model.reconstruct(images)),
-        ("given", top_half),
+        ("given", given),
         *completed,
     ]
-    figures.rows_of_pictures(rows, path, title=f"{show.name}: the top half's codes kept, the rest sampled")
+    figures.rows_of_pictures(rows, path, title=f"{show.name}: {what}")
 
 
 def interpolations(show: Show, path: Path) -> bool | None:

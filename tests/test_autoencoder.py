@@ -57,6 +57,11 @@ ROWS = (
     + [fitting("gaussian") | {"prior": "made-flow", "nets": "mlp"}]
     + [{"likelihood": name} for name in LIKELIHOODS]
     + [{"prior": name} for name in PRIORS if "num_codes" in signature(PRIORS[name])[0]]
+    + [
+        {"bottleneck": bottleneck, "prior": prior}
+        for bottleneck in ("residual", "hierarchy", "gumbel")
+        for prior in ("unigram", "pixelcnn", "gated-pixelcnn", "transformer")
+    ]
 )
 
 
