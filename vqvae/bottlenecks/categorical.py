@@ -163,7 +163,8 @@ class Deterministic(Assigning):
     num_codes, code_dim   K and D; a 1x1 convolution maps the features to D channels where their number differs.
     beta                  commitment: how hard the encoder is pulled to its codes.
     decay, epsilon        of the EMA codebook.
-    init, revive          as for vq.
+    init, revive          as for vq; normal is wide beside untrained features, which soft assignments need: k-means on
+                          these puts all codes at nearly one distance, and the posterior may never leave the uniform.
     """
 
     name = "deterministic"
@@ -179,7 +180,7 @@ class Deterministic(Assigning):
         beta: float = 0.25,
         decay: float = 0.99,
         epsilon: float = 1e-5,
-        init: Literal["kmeans", "uniform", "fan-in", "normal"] = "kmeans",
+        init: Literal["kmeans", "uniform", "fan-in", "normal"] = "normal",
         revive: float = 0.03,
     ):
         super().__init__(
@@ -226,7 +227,7 @@ class Categorical(Assigning):
         posterior: Literal["distance", "linear"] = "distance",
         decay: float = 0.99,
         epsilon: float = 1e-5,
-        init: Literal["kmeans", "uniform", "fan-in", "normal"] = "kmeans",
+        init: Literal["kmeans", "uniform", "fan-in", "normal"] = "normal",
         revive: float = 0.03,
         iaf_flows: int = 0,
         iaf_parameters: Literal["transformer", "triangular"] = "transformer",
@@ -287,7 +288,7 @@ class Gumbel(Assigning):
         entropy: Literal["draw", "exact"] = "draw",
         decay: float = 0.99,
         epsilon: float = 1e-5,
-        init: Literal["kmeans", "uniform", "fan-in", "normal"] = "kmeans",
+        init: Literal["kmeans", "uniform", "fan-in", "normal"] = "normal",
         revive: float = 0.03,
         iaf_flows: int = 0,
         iaf_parameters: Literal["transformer", "triangular"] = "transformer",
