@@ -116,8 +116,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def encode(options: argparse.Namespace) -> None:
-    from vqvae import checkpoint, tokens
-    from vqvae.devices import choose_device
+    from vqvae import tokens
     from vqvae.files import whole_file
 
     output = Path(options.output)
@@ -126,12 +125,7 @@ def encode(options: argparse.Namespace) -> None:
     for flag, value in (("--split", options.split), ("--data-dir", options.data_dir)):
         if options.input and value is not None:
             raise UserError(f"{flag} {value}: goes with --dataset, not with --input")
-    model = checkpoint.load(options.checkpoint, choose_device(options.device))
-    if model.bottleneck.num_codes is None:
-        raise UserError(
-            f"--checkpoint {options.checkpoint}: its latent is continuous, so it has no codes; "
-            "the encoder that `python -m vqvae export` writes gives its means"
-        )
+    model = load_coder(options)
     if options.input:
         batches = tokens.PictureFolder(Path(options.input).expanduser(), model, options.batch_size, options.limit)
         count, labels = len(batches), {}
@@ -147,6 +141,20 @@ def encode(options: argparse.Namespace) -> None:
     grid = "x".join(map(str, codes.shape[1:]))
     left_out = f"; {count - len(codes):,} left out, unreadable" if len(codes) < count else ""
     print(f"{output}: {len(codes):,} pictures as {grid} codes of {model.bottleneck.num_codes:,}{left_out}")
+
+
+def load_coder(options: argparse.Namespace):
+    """The model of --checkpoint on --device; `UserError` unless it has codes."""
+    from vqvae import checkpoint
+    from vqvae.devices import choose_device
+
+    model = checkpoint.load(options.checkpoint, choose_device(options.device))
+    if model.bottleneck.num_codes is None:
+        raise UserError(
+            f"--checkpoint {options.checkpoint}: its latent is continuous, so it has no codes; "
+            "the programs that `python -m vqvae export` writes map pictures to its means and back"
+        )
+    return model
 
 
 def load_split(options: argparse.Namespace, model):
@@ -170,11 +178,10 @@ def load_split(options: argparse.Namespace, model):
 
 
 def decode(options: argparse.Namespace) -> None:
-    from vqvae import checkpoint, tokens
-    from vqvae.devices import choose_device
+    from vqvae import tokens
     from vqvae.files import claim_empty
 
-    model = checkpoint.load(options.checkpoint, choose_device(options.device))
+    model = load_coder(options)
     tokens.need_pictures(model, f"--checkpoint {options.checkpoint}")
     codes, names = tokens.read(Path(options.codes), model)
     folder = claim_empty(Path(options.output))

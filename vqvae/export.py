@@ -66,17 +66,18 @@ def export(content: dict[str, Any], model: Autoencoder, folder: Path) -> Iterato
     except OSError as problem:
         raise cannot_write(folder, problem) from None
     yield f"{weights} and {settings.name}: the model, as vqvae.load({str(folder)!r}) gives it back"
-    plain = copy.deepcopy(model).requires_grad_(False).to(memory_format=torch.contiguous_format)
-    tracing, checking = _pictures(model, 2), _pictures(model, 5)
-    for name, half in HALVES.items():
-        write_program(half(plain), tracing, folder / name)
-        yield f"{folder / name}: {agreement(half(model), folder / name, checking)}"
-        tracing, checking = half(plain)(tracing), half(model)(checking)
+    inputs = _pictures(model, 5)
+    for name, made in HALVES.items():
+        half = made(model)
+        write_program(half, inputs[:2], folder / name)  # traced with two, and checked with five
+        yield f"{folder / name}: {agreement(half, folder / name, inputs)}"
+        inputs = half(inputs)
 
 
 def write_program(half: nn.Module, example: Tensor, path: Path) -> None:
     """Save a half of the model as a program for batches of any size, with the weights that it uses and no others."""
-    # a program may insist on the strides it was traced with, and plain ones are what callers have
+    # a program keeps the strides of its weights and may insist on those of its example: plain ones travel best
+    half = copy.deepcopy(half).requires_grad_(False).to(memory_format=torch.contiguous_format)
     example = example.clone(memory_format=torch.contiguous_format)
     try:
         with torch.no_grad():  # strict: it alone keeps the batch's size free through len()
@@ -93,6 +94,7 @@ def write_program(half: nn.Module, example: Tensor, path: Path) -> None:
         raise UserError(f"{path}: cannot be made of this model ({reason}); its weights are in {path.parent}") from None
 
 
+@torch.no_grad()
 def agreement(half: nn.Module, path: Path, inputs: Tensor) -> str:
     """How the program in a file agrees with the half it was made from, in words; `UserError` where it does not."""
     wanted, given = half(inputs), torch.export.load(path).module()(inputs)
