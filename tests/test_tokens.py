@@ -1,5 +1,6 @@
 """Pictures to codes.npz and back, as a person runs it; files from strangers are refused before anything is written."""
 
+import os
 import re
 import subprocess
 import sys
@@ -336,7 +337,7 @@ def test_the_command_itself(there):
     paint("in/a.png")
     Path("in/b.jpg").write_bytes(b"no picture")
     line = ["-m", "vqvae", "encode", "--checkpoint", "run", "--input", "in", "--output", "codes.npz", "--device", "cpu"]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *line], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == "codes.npz: 1 pictures as 2x2 codes of 7; 1 left out, unreadable\n"
     assert done.stderr.startswith("'b.jpg': left out, cannot be read")

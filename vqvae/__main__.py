@@ -66,6 +66,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
