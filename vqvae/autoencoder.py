@@ -5,6 +5,7 @@
 B batch, S samples, C channels, H W pixels, D code dimension, h w code grid.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -222,7 +223,8 @@ class Autoencoder(nn.Module):
         if codes.ndim != 3 or tuple(codes.shape[1:]) != tuple(self.bottleneck.grid):
             expected = ", ".join(map(str, self.bottleneck.grid))
             raise ValueError(f"codes must have shape [B, {expected}], not {list(codes.shape)}")
-        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.bottleneck.num_codes):
+        looked_at = codes.numel() and not torch.compiler.is_exporting()  # a program being exported has no values yet
+        if looked_at and not (int(codes.min()) >= 0 and int(codes.max()) < self.bottleneck.num_codes):
             raise ValueError(
                 f"codes must be from 0 to {self.bottleneck.num_codes - 1}, not {int(codes.min())} to {int(codes.max())}"
             )
@@ -273,7 +275,8 @@ class Autoencoder(nn.Module):
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"images must have shape [B, {expected}], not {list(images.shape)}")
         x = unit_range(images.to(self.device))
-        if self.shows_pictures and x.numel() and not (x.min() >= 0 and x.max() <= 1):
+        may_stray = images.is_floating_point() and self.shows_pictures  # bytes lie in [0, 1] by construction
+        if may_stray and x.numel() and not (x.min() >= 0 and x.max() <= 1):
             raise ValueError("images of floats must lie in [0, 1]; give uint8 for 0 to 255")
         return x
 
@@ -284,7 +287,9 @@ def unit_range(images: Tensor) -> Tensor:
 
 
 def _full_precision(x: Tensor):
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    # where there is nothing to switch off, exported programs stay free of regions that other runtimes do not know
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def _kind(value: object) -> str:

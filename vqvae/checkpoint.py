@@ -1,5 +1,6 @@
 """Checkpoints: plain dictionaries of numbers and tensors, written atomically, read without running what they hold."""
 
+import json
 import os
 import pickle
 import warnings
@@ -7,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from vqvae.autoencoder import SLOTS, Autoencoder, build_autoencoder
 from vqvae.config import Config
 from vqvae.errors import UserError
 
 FORMAT = 1
-FIELDS = {"format", "kind", "run", "config", "data", "model", "step", "epoch", "examples", "usage", "plots"}
+ABOUT = ("format", "kind", "run", "step", "config", "data")  # all of a model but its weights
+FIELDS = {*ABOUT, "model", "epoch", "examples", "usage", "plots"}
+EXPORTED = ("config.json", "model.safetensors")  # an exported model's folder holds ABOUT and the weights
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -55,19 +60,53 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"--checkpoint {path}: truncated, or not a checkpoint at all ({reason})") from None
     if not isinstance(content, dict) or not set(content) >= FIELDS:
         raise UserError(f"--checkpoint {path}: not a checkpoint of this program")
-    if content["format"] != FORMAT:
-        raise UserError(f"--checkpoint {path}: format {content['format']}, but this version reads format {FORMAT}")
+    _check_format(content, path)
     return content
 
 
+def _check_format(content: dict[str, Any], path: Path) -> None:
+    if content["format"] != FORMAT:
+        raise UserError(f"--checkpoint {path}: format {content['format']!r}, but this version reads format {FORMAT}")
+
+
+def _reason(problem: Exception) -> str:
+    return " ".join(str(problem).split())[:120] or type(problem).__name__
+
+
+def read_model(path: str | Path) -> dict[str, Any]:
+    """What makes a model: `config`, `data` and `model` (weights) of a checkpoint, of a run's or an exported folder.
+
+    A folder that holds a checkpoint is a run's. Raises `UserError` in one line, as `read` does.
+    """
+    path = Path(path)
+    settings, weights = path / EXPORTED[0], path / EXPORTED[1]
+    if locate(path).is_file() or not weights.is_file():
+        return read(path)
+    try:
+        content = json.loads(settings.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise UserError(
+            f"--checkpoint {settings}: cannot be read ({_reason(problem)}); export the model again"
+        ) from None
+    if not isinstance(content, dict) or not set(ABOUT) <= set(content):
+        raise UserError(f"--checkpoint {settings}: not the settings of an exported model")
+    _check_format(content, settings)
+    try:
+        return content | {"model": load_file(weights)}
+    except (OSError, SafetensorError, ValueError) as problem:
+        raise UserError(
+            f"--checkpoint {weights}: cannot be read ({_reason(problem)}); export the model again"
+        ) from None
+
+
 def load(path: str | Path, device: str = "cpu") -> Autoencoder:
-    """The trained model of a checkpoint, ready to use (in evaluation mode).
+    """The trained model of a checkpoint, of a run's folder or of an exported one, ready to use (in evaluation mode).
 
     >>> model = load("logs/vqvae-mnist/checkpoint.pt")
     >>> codes = model.encode(images)        # uint8, or float in [0, 1], [B, C, H, W] -> int64 [B, h, w]
     >>> pictures = model.decode(codes)      # float in [0, 1], [B, C, H, W]
     """
-    return restore(read(path), str(path)).to(device)
+    return restore(read_model(path), str(path)).to(device)
 
 
 def restore(content: dict[str, Any], name: str = "", *, new_prior: Config | None = None) -> Autoencoder:
@@ -83,7 +122,9 @@ def restore(content: dict[str, Any], name: str = "", *, new_prior: Config | None
             data_variance=content["data"]["variance"],
             num_classes=len(content["data"]["classes"]) if config.conditional else 0,
         )
-    except (AttributeError, KeyError, TypeError):
+    except UserError:
+        raise  # it names the setting
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError):
         raise UserError(f"--checkpoint {name}: its settings are not those of a model of this program") from None
     weights = content["model"]
     if new_prior:

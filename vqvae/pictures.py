@@ -26,11 +26,7 @@ def read_tree(folder: Path, size: int, channels: int, order: Callable[[str], flo
     The N pictures come in the order of their paths' keys. Files that cannot be read are counted, named in a warning
     and left out; `UserError` if none is left.
     """
-    if not folder.is_dir():
-        raise UserError(f"--data-dir {folder}: no such folder")
-    files = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
-    if not files:
-        raise UserError(f"--data-dir {folder}: holds no pictures ({', '.join(sorted(SUFFIXES))})")
+    files = picture_files(folder, "--data-dir")
     files.sort(key=lambda p: (order(p.relative_to(folder).as_posix()), p))
     stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     key = hashlib.sha256(json.dumps([1, size, channels, stamps]).encode()).hexdigest()[:24]
@@ -56,6 +52,16 @@ def read_tree(folder: Path, size: int, channels: int, order: Callable[[str], flo
         raise UserError(f"--data-dir {folder}: none of its {len(unreadable)} pictures can be read")
     # copy-on-write: PyTorch wants writable memory, the file stays as it is
     return torch.from_numpy(np.load(array, mmap_mode="c")[: len(paths)]), paths, note
+
+
+def picture_files(folder: Path, flag: str) -> list[Path]:
+    """Every picture file below a folder, in the order of their paths; `UserError` with the flag's name if none is."""
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder}: no such folder")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not files:
+        raise UserError(f"{flag} {folder}: holds no pictures ({', '.join(sorted(SUFFIXES))})")
+    return files
 
 
 def _convert(files: list[Path], folder: Path, size: int, channels: int, array: Path, index: Path) -> None:

@@ -173,6 +173,8 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     compared is z.e - ||e||^2 / 2, in the precision of the inputs. Of equally near codes the first is taken.
     """
     bias = -codebook.square().sum(dim=1) / 2
+    if torch.compiler.is_exporting():  # a program for any number of vectors cannot loop over tiles of them
+        return torch.addmm(bias, z, codebook.T).argmax(dim=1)
     rows = max(1, TILE_SCORES.get(z.device.type, 1 << 24) // len(codebook))
     codes = [torch.addmm(bias, tile, codebook.T).argmax(dim=1) for tile in z.split(rows)]
     return torch.cat(codes)
