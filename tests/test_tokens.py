@@ -26,9 +26,10 @@ ROOT = Path(__file__).parent.parent
 def stored(folder: Path, shape=(3, 8, 8), **names) -> Autoencoder:
     """A model whose codes are in use, saved as folder/checkpoint.pt."""
     names = {"nets": "sonnet", "bottleneck": "vq", "prior": "uniform", "likelihood": "mse"} | names
+    choices = {slot: choose(slot, name) if isinstance(name, str) else name for slot, name in names.items()}
     model = make(shape, **names)
     model.initialise(lambda n: pictures(n, shape))
-    config = Config(dataset=choose("nets", "mlp"), **{slot: choose(slot, name) for slot, name in names.items()})
+    config = Config(dataset=choose("nets", "mlp"), **choices)
     about = {"name": "none", "shape": list(shape), "variance": 0.06, "classes": [], "note": ""}
     folder.mkdir(exist_ok=True)
     checkpoint.write(folder / "checkpoint.pt", content(config=config.to_dict(), data=about, model=model.state_dict()))

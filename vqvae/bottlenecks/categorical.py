@@ -103,7 +103,9 @@ class Assigning(Discrete):
 
     def mode(self, features: Tensor) -> Latent:
         """The likeliest code of every position, without noise: what `encode` and reconstructions take."""
-        codes = self.logits(features, self.codebook.table())[0].argmax(-1)
+        f = self.projection(features)
+        by_distance = self.by_distance
+        codes = self.codebook.nearest(vectors_of(f)).view(len(f), *f.shape[2:]) if by_distance else f.argmax(1)
         return Latent.of_codes(codes)._replace(z=self.embed(codes))
 
     def forward(self, features: Tensor, step: int) -> Latent:
