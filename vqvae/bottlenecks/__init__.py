@@ -1,11 +1,15 @@
 """Bottlenecks: features to a latent, and what it costs. One class each; the table below names them."""
 
 from vqvae.bottlenecks.categorical import Categorical, Deterministic, Gumbel
+from vqvae.bottlenecks.fsq import FSQ
 from vqvae.bottlenecks.gaussian import Gaussian
+from vqvae.bottlenecks.lfq import LFQ
 from vqvae.bottlenecks.vq import VQ
 
 BOTTLENECKS = {
     "vq": VQ,
+    "fsq": FSQ,
+    "lfq": LFQ,
     "deterministic": Deterministic,
     "categorical": Categorical,
     "gumbel": Gumbel,
