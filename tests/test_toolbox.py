@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to as their_rotation
 
 from vqvae.bottlenecks import BOTTLENECKS
-from vqvae.bottlenecks.codebook import Discrete, rotate_to
+from vqvae.bottlenecks.codebook import Discrete, entropy, nearest_code, rotate_to, soft_usage, vectors_of
 from vqvae.errors import UserError
 
 
@@ -95,7 +95,7 @@ def test_fsqs_codes_are_its_values_and_all_can_be_reached(levels):
     scan = fsq.bounded(torch.linspace(-9, 9, 10_001)[:, None].expand(-1, len(sizes))).round().long()
     for values, size in zip(scan.T, sizes, strict=True):
         assert values.unique().tolist() == list(range(-(size // 2), (size + 1) // 2))
-    latent = fsq(2 * torch.randn(300, len(sizes), 2, 3), 0)
+    latent = fsq(2 * torch.randn(3000, len(sizes), 2, 3), 0)
     assert len(latent.codes.unique()) == len(fsq.code_vectors().unique(dim=0)) == fsq.num_codes == math.prod(sizes)
     assert torch.allclose(latent.z, fsq.embed(latent.codes), atol=1e-6)
     assert latent.loss == 0
@@ -176,3 +176,163 @@ def test_more_bits_than_a_table_of_codes_could_hold():
 def test_lfq_refuses_options_out_of_range(options):
     with pytest.raises(UserError, match=f"^--bottleneck lfq: {next(iter(options))}=.*$"):
         make("lfq", 4, **options)
+
+
+# SimVQ
+
+
+@pytest.mark.parametrize("passing", ["straight-through", "rotation"])
+def test_simvq_equals_vector_quantize_pytorch(passing):
+    simvq = make("simvq", 6, num_codes=40, code_dim=6, gradient=passing)
+    reference = theirs.SimVQ(6, 40, channel_first=True, rotation_trick=passing == "rotation")
+    reference.frozen_codebook.copy_(simvq.frozen)
+    reference.code_transform.load_state_dict(simvq.mapping.state_dict())
+    features = torch.randn(20, 6, 2, 3, requires_grad=True)
+    latent, (z, codes, loss) = simvq(features, 0), reference(features)
+    assert torch.equal(latent.codes, codes)
+    assert torch.allclose(latent.z, z, atol=1e-5)
+    assert latent.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert torch.allclose(gradient(latent.z, features), gradient(z, features), atol=1e-5)
+    assert torch.allclose(gradient(latent.loss, features), gradient(loss, features), atol=1e-5)
+    mine, other = gradient(latent.loss, simvq.mapping.weight), gradient(loss, reference.code_transform.weight)
+    assert mine.abs().sum() > 0
+    assert torch.allclose(mine, other, atol=1e-5)
+
+
+def test_simvq_moves_codes_that_no_vector_chose():
+    simvq = make("simvq", 6, num_codes=40, code_dim=6)
+    before, frozen = simvq.code_vectors().detach(), simvq.frozen.clone()
+    latent = simvq(torch.randn(1, 6, 1, 3), 0)
+    latent.loss.backward()
+    torch.optim.SGD(simvq.parameters(), 0.1).step()
+    assert torch.equal(simvq.frozen, frozen)
+    assert ((simvq.code_vectors() - before).norm(dim=1) > 0).all()
+
+
+# cosine
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_cosine_takes_the_code_of_least_angle(codebook):
+    cosine = make("cosine", 5, num_codes=9, code_dim=5, codebook=codebook, init="normal", revive=0.0).eval()
+    features = torch.randn(4, 5, 2, 3)
+    similarity = F.cosine_similarity(features[:, None].double(), cosine.codebook.vectors[:, :, None, None], dim=2)
+    latent = cosine(features, 0)
+    assert torch.equal(latent.codes, similarity.argmax(1))
+    assert torch.allclose(latent.z.norm(dim=1), torch.ones(4, 2, 3))
+    assert torch.equal(cosine(7 * features, 0).codes, latent.codes)
+    best = similarity.max(1).values
+    assert latent.stats["commitment"].item() == pytest.approx((2 - 2 * best).mean().item() / 5, rel=1e-5)
+
+
+@pytest.mark.parametrize("init", ["kmeans", "normal"])
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_cosines_codes_keep_their_length_while_they_learn_and_revive(codebook, init):
+    cosine = make("cosine", 4, num_codes=16, code_dim=4, codebook=codebook, init=init, revive=0.5, decay=0.9)
+    cosine.initialise(3 * torch.randn(20, 4, 2, 3))
+    optimiser = torch.optim.SGD(cosine.parameters(), 0.1)
+    first = cosine.code_vectors().detach().clone()
+    for step in range(20):
+        features = torch.randn(8, 4, 2, 3)
+        features[:, 0] = features[:, 0].abs() + 2  # on one side of the sphere: codes of the other die
+        cosine(features, step).loss.backward()
+        optimiser.step()
+    table = cosine.code_vectors()
+    assert torch.allclose(table.norm(dim=1), torch.ones(16), atol=1e-5)
+    assert not torch.allclose(table, first, atol=0.1)
+    assert (table[:, 0] > 0).all()
+
+
+def test_cosines_updates_are_those_of_a_run_by_hand():
+    cosine = make("cosine", 4, num_codes=3, code_dim=4, init="normal", revive=0.0, decay=0.9, epsilon=0.0)
+    table, total = cosine.code_vectors().double(), torch.zeros(3, 4).double()
+    for step in range(5):
+        features = torch.randn(8, 4, 2, 3)
+        cosine(features, step)
+        f = F.normalize(features.movedim(1, -1).reshape(-1, 4).double(), dim=1)
+        chosen = F.one_hot((f @ table.T).argmax(1), 3).double()
+        total = 0.9 * total + 0.1 * chosen.T @ f
+        table = F.normalize(total, dim=1)
+        assert torch.allclose(cosine.code_vectors().double(), table, atol=1e-5)
+
+
+# options that vq, cosine and simvq share
+
+SMALL = {"vq": {"init": "normal"}, "cosine": {"init": "normal"}, "simvq": {}}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_rotation_passes_the_same_values_with_other_gradients(name):
+    straight = make(name, 4, num_codes=9, code_dim=4, **SMALL[name])
+    turned = make(name, 4, num_codes=9, code_dim=4, gradient="rotation", **SMALL[name])
+    turned.load_state_dict(straight.state_dict())
+    features = torch.randn(3, 4, 2, 3, requires_grad=True)
+    a, b = straight.eval()(features, 0), turned.eval()(features, 0)
+    assert torch.allclose(a.z, b.z, atol=1e-6)
+    assert torch.equal(a.loss, b.loss)
+    assert torch.equal(gradient(b.z, features), gradient(rotate_to(turned.project(features), b.z.detach()), features))
+    assert not torch.allclose(gradient(a.z, features), gradient(b.z, features), atol=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 20.0])
+def test_soft_usage_and_its_entropy_equal_brute_force_and_finite_differences(temperature):
+    f, table = torch.randn(12, 3).double().requires_grad_(), torch.randn(7, 3).double().requires_grad_()
+    distances = torch.stack([(v - table).square().sum(1) for v in f])
+    p = torch.stack([torch.exp(-d / temperature) / torch.exp(-d / temperature).sum() for d in distances]).mean(0)
+    assert torch.allclose(soft_usage(f, table, temperature), p)
+    assert torch.allclose(entropy(p), torch.distributions.Categorical(p).entropy())
+    assert torch.autograd.gradcheck(lambda f, e: entropy(soft_usage(f, e, temperature)), (f, table))
+
+
+def test_entropy_has_a_gradient_where_a_probability_is_nothing():
+    logits = torch.tensor([0.0, 1.0, -1e4], requires_grad=True)
+    assert gradient(entropy(logits.softmax(0)), logits).isfinite().all()
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+@pytest.mark.parametrize("name", ["vq", "cosine"])
+def test_diversity_is_subtracted_from_the_loss(name, codebook):
+    options = {"num_codes": 9, "code_dim": 4, "codebook": codebook, "init": "normal", "temperature": 0.5}
+    plain, diverse = make(name, 4, **options), make(name, 4, diversity=0.3, **options)
+    diverse.load_state_dict(plain.state_dict())
+    features = torch.randn(3, 4, 2, 3, requires_grad=True)
+    f = vectors_of(diverse.project(features))
+    varied = entropy(soft_usage(f, diverse.code_vectors().detach().clone(), 0.5))
+    expected = plain(features, 0).loss - 0.3 * varied
+    latent = diverse(features, 0)
+    assert torch.allclose(latent.loss, expected)
+    assert torch.allclose(gradient(latent.loss, features), gradient(expected, features), atol=1e-6)
+    assert latent.stats["usage_entropy"].item() == pytest.approx(varied.item())
+
+
+def test_diversity_spreads_use():
+    table = torch.randn(9, 4)
+    f = table[0] + 0.1 * torch.randn(60, 4)  # all beside one code
+    assert len(nearest_code(f, table).unique()) == 1
+    for _ in range(200):
+        f.requires_grad_()
+        f = (f + 30 * torch.autograd.grad(entropy(soft_usage(f, table, 4.0)), f)[0]).detach()
+    assert len(nearest_code(f, table).unique()) > 5
+
+
+@pytest.mark.parametrize("name", ["vq", "cosine"])
+def test_diversity_costs_nothing_where_it_is_0(name, monkeypatch):
+    monkeypatch.delattr("vqvae.bottlenecks.vq.soft_usage")
+    make(name, 4, num_codes=9, code_dim=4)(torch.randn(3, 4, 2, 3), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vq", {"diversity": -0.1}),
+        ("vq", {"temperature": 0.0}),
+        ("cosine", {"diversity": float("nan")}),
+        ("cosine", {"code_dim": 0}),
+        ("cosine", {"revive": 2.0}),
+        ("simvq", {"num_codes": 0}),
+        ("simvq", {"beta": -1.0}),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(name, options):
+    with pytest.raises(UserError, match=f"^--bottleneck {name}: {next(iter(options))}=.*$"):
+        make(name, 4, **options)

@@ -91,8 +91,11 @@ class Codebook(nn.Module):
 
     def table(self) -> Tensor:
         """The vectors `[K, D]` as they are compared and decoded."""
-        # an EMA table is kept normalised; a learnt one is normalised where it is read, so that its gradient is right
-        return F.normalize(self.vectors, dim=1) if self.unit_norm and not self.learns_by_ema else self.vectors
+        if self.learns_by_ema or not self.unit_norm:  # an EMA table is kept normalised
+            return self.vectors
+        # a learnt one is normalised where it is read, so that its gradient is right; a copy of it, because revival
+        # may change the vectors before the gradient is computed
+        return F.normalize(self.vectors.clone(), dim=1)
 
     def nearest(self, f: Tensor) -> Tensor:
         """The nearest code `[N]` of each vector `[N, D]`."""
