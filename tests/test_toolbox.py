@@ -209,6 +209,17 @@ def test_simvq_moves_codes_that_no_vector_chose():
     assert ((simvq.code_vectors() - before).norm(dim=1) > 0).all()
 
 
+def test_simvqs_table_starts_where_the_features_are():
+    simvq = BOTTLENECKS["simvq"](channels=5, grid=(2, 3), num_codes=20_000, code_dim=7)
+    features = 0.1 + 0.01 * torch.randn(500, 5, 2, 3)
+    before = len(simvq(features, 0).codes.unique())
+    simvq.initialise(features)
+    f, table = vectors_of(simvq.projection(features)), simvq.code_vectors()
+    assert torch.allclose(table.mean(0), f.mean(0), atol=0.05)
+    assert torch.allclose(torch.cov(table.T), torch.cov(f.T), atol=0.05)
+    assert len(simvq(features, 0).codes.unique()) > 10 * before
+
+
 # cosine
 
 
