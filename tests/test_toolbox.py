@@ -347,3 +347,23 @@ def test_diversity_costs_nothing_where_it_is_0(name, monkeypatch):
 def test_options_out_of_range_are_refused_by_name(name, options):
     with pytest.raises(UserError, match=f"^--bottleneck {name}: {next(iter(options))}=.*$"):
         make(name, 4, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vq", {"gradient": "rotation", "diversity": 0.1}),
+        ("vq", {"codebook": "gradient", "diversity": 0.1}),
+        ("cosine", {"gradient": "rotation", "diversity": 0.1}),
+        ("simvq", {"gradient": "rotation"}),
+        ("fsq", {}),
+        ("lfq", {}),
+    ],
+)
+def test_nothing_is_decided_by_values_on_the_device(name, options):
+    bottleneck = BOTTLENECKS[name](channels=6, grid=(2, 3), **options).to("meta")  # which has no values to read
+    features = torch.randn(4, 6, 2, 3, device="meta", requires_grad=True)
+    latent = bottleneck(features, 0)
+    (latent.z.sum() + latent.loss).backward()
+    assert features.grad.shape == features.shape
+    assert bottleneck.embed(latent.codes).shape == latent.z.shape
