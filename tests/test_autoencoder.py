@@ -17,6 +17,8 @@ from vqvae.schedules import Schedule
 SMALL = {
     "num_codes": 7,
     "code_dim": 4,
+    "levels": "3,4",
+    "bits": 4,
     "hidden": 8,
     "layers": 1,
     "blocks": 1,
@@ -68,6 +70,7 @@ ROWS = (
 @pytest.mark.parametrize("names", ROWS, ids=lambda names: "-".join(names.values()))
 def test_every_row_of_every_table_trains_two_steps(names):
     model = make(**names)
+    model.initialise(lambda n: pictures(8))
     optimiser = torch.optim.Adam(model.parameters(), 1e-3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for step in range(2):

@@ -23,6 +23,7 @@ def test_plain_flags_are_the_members_options():
     config = typed("--codes 32 --code-dim 8 --beta 0.1 --hidden 64 --bottleneck vq decay=0.9")
     assert config.bottleneck == Choice("vq", {"decay": "0.9", "num_codes": 32, "code_dim": 8, "beta": 0.1})
     assert config.nets == Choice("sonnet", {"hidden": 64})
+    assert typed("--gradient rotation").bottleneck == Choice("vq", {"gradient": "rotation"})
     assert typed("--prior made-flow --prior-flows 3").prior == Choice("made-flow", {"flows": 3})
 
 

@@ -60,6 +60,12 @@ class Config:
     codes: int | None = option(None, "codebook size K (the bottleneck's num_codes)", group="model", metavar="K")
     code_dim: int | None = option(None, "code dimension D (the bottleneck's code_dim)", group="model", metavar="D")
     beta: float | None = option(None, "commitment weight (the bottleneck's beta)", group="model")
+    gradient: str | None = option(
+        None,
+        "how gradients pass the codes: copied or turned along (the bottleneck's gradient)",
+        group="model",
+        choices=("straight-through", "rotation"),
+    )
     temperature: str | None = option(
         None,
         "of relaxed codes, a number or a schedule as for --lr (the bottleneck's temperature)",
@@ -207,6 +213,7 @@ SHORTHANDS = {  # plain flag -> (slot, the member's option it stands for)
     "codes": ("bottleneck", "num_codes"),
     "code_dim": ("bottleneck", "code_dim"),
     "beta": ("bottleneck", "beta"),
+    "gradient": ("bottleneck", "gradient"),
     "temperature": ("bottleneck", "temperature"),
     "hidden": ("nets", "hidden"),
     "prior_flows": ("prior", "flows"),
@@ -437,6 +444,7 @@ FROM_STAGE_ONE = (
     "codes",
     "code_dim",
     "beta",
+    "gradient",
     "temperature",
     "hidden",
 )

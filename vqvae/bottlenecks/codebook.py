@@ -91,8 +91,11 @@ class Codebook(nn.Module):
 
     def table(self) -> Tensor:
         """The vectors `[K, D]` as they are compared and decoded."""
-        # an EMA table is kept normalised; a learnt one is normalised where it is read, so that its gradient is right
-        return F.normalize(self.vectors, dim=1) if self.unit_norm and not self.learns_by_ema else self.vectors
+        if self.learns_by_ema or not self.unit_norm:  # an EMA table is kept normalised
+            return self.vectors
+        # a learnt one is normalised where it is read, so that its gradient is right; a copy of it, because revival
+        # may change the vectors before the gradient is computed
+        return F.normalize(self.vectors.clone(), dim=1)
 
     def nearest(self, f: Tensor) -> Tensor:
         """The nearest code `[N]` of each vector `[N, D]`."""
@@ -166,6 +169,19 @@ def vectors_of(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def standardise(projection: nn.Conv2d, features: Tensor) -> None:
+    """Scale and shift a projection so that each of its channels has mean 0 and variance 1 over features `[N, C, h, w]`.
+
+    Fixed grids of codes need it (1602.07868, section 3, does it for every layer): from the encoders' first features,
+    which are small, all vectors would get one code, that of the origin, which a decoder may pass no gradient for.
+    """
+    std, mean = torch.std_mean(vectors_of(projection(features)), dim=0)
+    std = std.clamp(min=1e-6)
+    projection.weight.div_(std.view(-1, 1, 1, 1))
+    projection.bias.sub_(mean).div_(std)
+
+
+@torch.no_grad()
 def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     """argmin_k ||z_n - e_k||^2 for z `[N, D]` and codebook `[K, D]`, as `[N]` int64.
 
@@ -183,6 +199,39 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
 def straight_through(z: Tensor, quantised: Tensor) -> Tensor:
     """The quantised value, with the gradient of the identity: dL/dz := dL/dquantised (1711.00937, section 3.2)."""
     return z + (quantised - z).detach()
+
+
+def rotate_to(z: Tensor, quantised: Tensor) -> Tensor:
+    """The quantised value, with the gradient of the rotation and scaling that take z there (2410.06424, section 4.2).
+
+    Of vectors along dimension 1, with u and q their unit vectors and w that of u + q: dL/dz := s R^T dL/dquantised,
+    where s = ||quantised|| / ||z|| and R = I - 2 w w^T + 2 q u^T is the rotation of u onto q, all three constants.
+    So the angle between gradient and vector survives, and vectors of one code get different gradients.
+    """
+    f, e = z.detach(), quantised.detach()
+    norm = f.norm(dim=1, keepdim=True)
+    u, q = F.normalize(f, dim=1), F.normalize(e, dim=1)
+    # of opposite vectors w is 0 and R the reflection I - 2 u u^T; the bound keeps rounding errors from giving w a
+    # direction when they nearly are
+    w = F.normalize(u + q, dim=1, eps=1e-6)
+    along_w, along_u = ((z * v).sum(dim=1, keepdim=True) for v in (w, u))
+    scale = e.norm(dim=1, keepdim=True) / norm.clamp(min=1e-6)
+    mapped = scale * (z - 2 * along_w * w + 2 * along_u * q)
+    mapped = torch.where(norm > 1e-6, mapped, z)  # the origin has no direction to rotate: straight through
+    return e + (mapped - mapped.detach())
+
+
+GRADIENTS = {"straight-through": straight_through, "rotation": rotate_to}
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Nats of a distribution `[..., K]`, with a finite gradient also where a probability is 0."""
+    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(dim=-1)
+
+
+def soft_usage(f: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+    """Mean over f `[N, D]` of softmax_k(-||f_n - e_k||^2 / temperature), `[K]`; ||f_n||^2 is the same for every k."""
+    return ((2 * f @ codebook.T - codebook.square().sum(dim=1)) / temperature).softmax(dim=1).mean(dim=0)
 
 
 def code_usage(codes: Tensor, num_codes: int) -> Tensor:
