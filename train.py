@@ -119,6 +119,7 @@ def train(given: dict, resume: str | None) -> Path | None:
     import torch
 
     from vqvae import checkpoint
+    from vqvae.data import augmentation
     from vqvae.runs import Run
     from vqvae.training import fit
 
@@ -131,6 +132,7 @@ def train(given: dict, resume: str | None) -> Path | None:
     if config.conditional and not dataset.classes:
         raise UserError(f"--conditional: --dataset {dataset.name} has no labels")
 
+    plan = plan._replace(augment=augmentation(config.augment, dataset.train.images))
     torch.manual_seed(config.seed)
     if config.checkpoint:
         job, model = prior_job(config, dataset, plan, stopped or stage_one)

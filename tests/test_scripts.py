@@ -111,6 +111,17 @@ def test_two_epochs_and_a_resume_to_four_are_bitwise_four(there):
     assert same(weights("logs/straight/checkpoint.pt"), weights("logs/run/checkpoint.pt"))
 
 
+def test_augmentation_goes_on_bitwise_and_leaves_evaluation_alone(there):
+    line = ["--augment", "crop-flip", "--bottleneck", "gumbel", "--epochs"]  # noise of both kinds in every step
+    assert run_train(*line, "2", "--name", "straight") == 0
+    assert run_train(*line, "1", "--name", "run") == 0
+    assert train.main(["--resume", "logs/run", "--epochs", "2"]) == 0
+    assert same(weights("logs/straight/checkpoint.pt"), weights("logs/run/checkpoint.pt"))
+    held = [json.loads(row) for row in Path("logs/run/metrics.jsonl").read_text().splitlines()][-1]
+    assert train.main(["--evaluate", "--checkpoint", "logs/run", "--iw-samples", "1"]) == 0
+    assert json.loads(Path("logs/run/evaluation.json").read_text())["mse"] == pytest.approx(held["held_out_mse"])
+
+
 def spawn(*line: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, *line]
@@ -204,6 +215,7 @@ def test_a_default_name_is_numbered_and_a_given_one_protected(there, capsys):
         ("--evaluate", "--checkpoint"),
         ("--conditional --dataset photos crops=60 test_crops=60", "--dataset photos has no labels"),
         ("--conditional --prior uniform", "--prior uniform cannot use labels"),
+        ("--augment crop", "--augment"),
         ("--bottleneck gaussian", "unknown option 'num_codes'"),
         ("--likelihood bernoulli", "pixels must be black or white"),
         ("--prior uniform --checkpoint none.pt", "none.pt: no such file"),

@@ -100,6 +100,12 @@ class Config:
     batch_size: int = option(128, "images per update", group="training", metavar="N")
     lr: str = option("3e-4", "learning rate: a number, or a schedule such as cosine:3e-4:1e-6 (to the end of the run), "
                      "linear:0:3e-4:500,cosine:3e-4:0:20000", group="training", metavar="RATE")  # fmt: skip
+    augment: str = option(
+        "none",
+        "crop-flip trains on random crops after 4 pixels of reflected border, every second one mirrored",
+        group="training",
+        choices=("none", "crop-flip"),
+    )
     weight_decay: float = option(
         0.0, "decoupled weight decay (AdamW) on convolution and linear weights", group="training"
     )
@@ -446,6 +452,8 @@ def _stage_two(stage_one: Config, settings: dict[str, Any]) -> Config:
     for key in FROM_STAGE_ONE:
         if key in settings:
             raise UserError(f"--{key.replace('_', '-')} {settings[key]}: the model and data come from --checkpoint")
+    if settings.get("augment", "none") != "none":
+        raise UserError(f"--augment {settings['augment']}: a prior trains on codes, not pictures; use --augment none")
     if "prior" not in settings:
         raise UserError("--checkpoint: name the prior to train on its codes, such as --prior pixelcnn")
     kept = {key: getattr(stage_one, key) for key in (*FROM_STAGE_ONE, "data_dir", "limit")}

@@ -43,6 +43,7 @@ class Plan(NamedTuple):
     max_steps: int | None = None
     max_minutes: float | None = None  # of this process, evaluation included
     patience: int | None = None  # epochs without a better held-out figure before stopping
+    augment: Callable[[Tensor], Tensor] | None = None  # what happens to every training batch before the module sees it
 
     def steps_per_epoch(self, examples: int) -> int:
         return examples // self.batch_size
@@ -201,6 +202,7 @@ class Loop:
             group["lr"] = plan.lr(self.step, self.total)
         seed_step(plan.seed, self.step)
         batch, labels = _take(self.examples, index, device), _take(self.labels, index, device)
+        batch = plan.augment(batch) if plan.augment else batch
         with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
             loss, metrics = self.module(batch, labels, self.step)
         loss.backward()
