@@ -122,6 +122,17 @@ def test_augmentation_goes_on_bitwise_and_leaves_evaluation_alone(there):
     assert json.loads(Path("logs/run/evaluation.json").read_text())["mse"] == pytest.approx(held["held_out_mse"])
 
 
+@pytest.mark.parametrize("preset", ["dvq-vqvae", "dvq-gumbel", "dvq-dalle"])
+def test_presets_of_deep_vector_quantization_train(there, preset):
+    line = f"--preset {preset} --dataset digits --image-size 32 --limit 48 --batch-size 16 --max-steps 3 --hidden 16"
+    assert train.main([*line.split(), "--codes", "32", "--name", "run", "--device", "cpu"]) == 0
+    config = json.loads(Path("logs/run/config.json").read_text())
+    assert (config["augment"], config["weight_decay"]) == ("crop-flip", 1e-4)
+    last = json.loads(Path("logs/run/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 3
+    assert 0 < last["held_out_mse"] < 1
+
+
 def spawn(*line: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, *line]
