@@ -97,7 +97,7 @@ class Config:
     max_minutes: float | None = option(
         None, "stop after so many minutes, evaluation included", group="training", metavar="MINUTES", on_resume=True
     )
-    batch_size: int = option(128, "images per update", group="training", metavar="N")
+    batch_size: int = option(128, "images per update, of all processes together", group="training", metavar="N")
     lr: str = option("3e-4", "learning rate: a number, or a schedule such as cosine:3e-4:1e-6 (to the end of the run), "
                      "linear:0:3e-4:500,cosine:3e-4:0:20000", group="training", metavar="RATE")  # fmt: skip
     augment: str = option(
@@ -351,8 +351,8 @@ PRESETS = {
     ),
     "dvq-dalle": Preset(
         f"{DVQ_SOURCE} with DALL-E's objective (2102.12092): dVAE nets of 64, 4x4 codes, logit-Laplace pixels, and the "
-        "KL, summed over codes, weighed up to 6.6 before all is divided by the dimensions, as reduction=mean does; "
-        "DALL-E has K = 8,192, a rate from 1e-4 and averaged weights, and the KL at 6.6 may empty codes this few. "
+        "KL, summed over codes, weighed up to 6.6 before all is divided by the dimensions, as reduction=mean does (192 to "
+        "a code here as there); DALL-E has nets of 256, K = 8,192, a rate from 1e-4, averaged weights, no mirroring. "
         f"{DVQ_LENGTH}",
         DVQ_GUMBEL | {"nets": "dalle", "likelihood": "logit-laplace", "kl_weight": "quarter-cosine:0:6.6:5000"},
     ),
