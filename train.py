@@ -32,6 +32,7 @@ examples
   python train.py --resume logs/vqvae-cifar10 --epochs 80
   python train.py --prior pixelcnn --checkpoint logs/vqvae-cifar10/checkpoint.pt
   python train.py --evaluate --checkpoint logs/vqvae-cifar10/checkpoint.pt
+  torchrun --nproc-per-node 2 train.py --dataset cifar10   the same batches, shared by two GPUs or processes
   python train.py --list bottlenecks                    members, options, defaults and sources
 
 what the numbers mean
@@ -84,9 +85,12 @@ def main(argv: list[str] | None = None) -> int:
         resume = given.pop("resume", None)
         preset = PRESETS.get(given.get("preset", ""))
         second = second_stage(given, preset.prior) if preset and preset.prior else None
+        from vqvae import ranks
+
         folder = train(given, resume)
         if folder and second:
             train(second | {"name": f"{folder.name}-prior", "checkpoint": str(folder / "checkpoint.pt")}, None)
+        ranks.stop()
         return 0
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
@@ -118,19 +122,24 @@ def train(given: dict, resume: str | None) -> Path | None:
     """Train one stage from the settings given; its run folder, or None when interrupted."""
     import torch
 
-    from vqvae import checkpoint
-    from vqvae.runs import Run
+    from vqvae import checkpoint, ranks
+    from vqvae.data import augmentation
+    from vqvae.runs import Bystander, Run
     from vqvae.training import fit
 
     stopped = checkpoint.read(Path(resume) / "checkpoint.pt") if resume else None
     stage_one = checkpoint.read(given["checkpoint"]) if "checkpoint" in given and not resume else None
     config = settle(given, stopped, stage_one)
     plan = plan_of(config)
-    folder = Path(resume) if resume else name_run(config)
-    dataset = load_data(config)
+    ranks.start(plan.device)
+    folder = Path(resume) if resume else ranks.on_first(lambda: name_run(config))
+    config.name = config.name or folder.name
+    with ranks.first_goes_first():
+        dataset = load_data(config)
     if config.conditional and not dataset.classes:
         raise UserError(f"--conditional: --dataset {dataset.name} has no labels")
 
+    plan = plan._replace(augment=augmentation(config.augment, dataset.train.images))
     torch.manual_seed(config.seed)
     if config.checkpoint:
         job, model = prior_job(config, dataset, plan, stopped or stage_one)
@@ -158,7 +167,8 @@ def train(given: dict, resume: str | None) -> Path | None:
         },
         "plots": str(plot_folder),
     }
-    run = Run(folder, facts, resume_at=stopped["step"] if stopped else None)
+    first = ranks.rank() == 0
+    run = Run(folder, facts, resume_at=stopped["step"] if stopped else None) if first else Bystander(folder)
     print(introduce(config, plan, dataset, job.module, folder, stopped))
     results = fit(
         job.module,
@@ -171,6 +181,7 @@ def train(given: dict, resume: str | None) -> Path | None:
         resume=stopped,
     )
     run.close(results)
+    ranks.barrier()  # a second stage finds what the first wrote
     if results is None:
         print(f"interrupted; saved {folder / 'checkpoint.pt'}. Go on with: python train.py --resume {folder}")
         return None
@@ -290,6 +301,7 @@ def prior_job(config: Config, dataset, plan, start: dict) -> tuple[Job, Any]:
     """Stage two: a prior, on the codes of a frozen autoencoder."""
     import torch
 
+    from vqvae import ranks
     from vqvae.checkpoint import restore
     from vqvae.stage_two import PriorTraining, extract_codes
 
@@ -306,10 +318,11 @@ def prior_job(config: Config, dataset, plan, start: dict) -> tuple[Job, Any]:
     if not any(True for _ in model.prior.parameters()):
         raise UserError(f"--prior {config.prior.name}: has nothing to learn; try unigram, pixelcnn or transformer")
     train, test = dataset.train, dataset.test
-    codes = {
-        name: extract_codes(model, split.images, beside / f"codes-{name}.npz")
-        for name, split in (("train", train), ("test", test))
-    }
+    with ranks.first_goes_first():  # the others read what it stores
+        codes = {
+            name: extract_codes(model, split.images, beside / f"codes-{name}.npz")
+            for name, split in (("train", train), ("test", test))
+        }
     module = PriorTraining(model, conditional=config.conditional)
 
     def sampled() -> Any:
@@ -330,7 +343,9 @@ def prior_job(config: Config, dataset, plan, start: dict) -> tuple[Job, Any]:
 
 def painter(job: Job, run, originals, folder: Path) -> Callable[[int, int, dict], None]:
     """What to draw: the held-out originals now, the job's picture after every epoch."""
-    if job.picture is None:
+    from vqvae import ranks
+
+    if job.picture is None or ranks.rank() > 0:
         return lambda epoch, step, results: None
     import torch
 
@@ -403,6 +418,8 @@ def claim_pictures(folder: Path) -> Path:
 
 def introduce(config: Config, plan, dataset, module, folder: Path, stopped: dict | None) -> str:
     """What is about to happen, in four lines."""
+    from vqvae import ranks
+
     shape = "x".join(map(str, dataset.train.images.shape[1:]))
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
     lines = [
@@ -411,7 +428,9 @@ def introduce(config: Config, plan, dataset, module, folder: Path, stopped: dict
         + (f" ({dataset.note})" if dataset.note else ""),
         f"model  {config.nets.name} nets, {config.bottleneck}",
         f"       {config.likelihood.name} likelihood, {config.prior} prior; {parameters:,} parameters to train",
-        f"on     {plan.device}, {config.precision}, batch {config.batch_size}, seed {config.seed}",
+        f"on     {plan.device}, {config.precision}, batch {config.batch_size}"
+        + (f" over {ranks.world()} processes" if ranks.world() > 1 else "")
+        + f", seed {config.seed}",
     ]
     return "\n".join(lines)
 

@@ -15,12 +15,13 @@ ALLOWED = {
     "members": {"errors"},
     "schedules": {"errors"},
     "devices": {"errors"},
+    "ranks": {"errors"},
     "config": {"errors", "members"},
     "pictures": {"errors"},
     "data": {"errors", "members", "pictures"},
     "nets": {"errors"},
     "likelihoods": {"errors"},
-    "bottlenecks": {"bottlenecks", "errors", "flows", "latent", "schedules"},
+    "bottlenecks": {"bottlenecks", "errors", "flows", "latent", "ranks", "schedules"},
     "priors": {"priors", "errors", "flows", "latent"},
     "autoencoder": {"bottlenecks", "errors", "latent", "likelihoods", "members", "nets", "priors", "schedules"},
     "stage_two": {"autoencoder", "latent"},
@@ -31,7 +32,7 @@ ALLOWED = {
     "export": {"autoencoder", "checkpoint", "errors", "files", "stage_two"},
     "__main__": {"checkpoint", "config", "data", "devices", "errors", "export", "files", "members", "tokens"},
     "runs": {"checkpoint", "errors"},
-    "training": {"data", "errors", "runs", "schedules"},
+    "training": {"data", "errors", "ranks", "runs", "schedules"},
     "figures": set(),
 }
 HEAVY = {"matplotlib", "sklearn", "scipy", "tensorboard", "torchvision", "imageio", "PIL"}

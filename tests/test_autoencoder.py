@@ -7,6 +7,7 @@ import torch
 
 from vqvae.autoencoder import SLOTS, Objective, build_autoencoder, unit_range
 from vqvae.bottlenecks import BOTTLENECKS
+from vqvae.config import PRESETS
 from vqvae.errors import UserError
 from vqvae.likelihoods import LIKELIHOODS
 from vqvae.members import Choice, signature
@@ -186,6 +187,24 @@ def test_members_that_do_not_fit_are_named():
         make(prior="normal")
     with pytest.raises(UserError, match="--conditional.*uniform"):
         make(num_classes=3)
+
+
+def test_deep_vector_quantizations_loss_by_hand():
+    """Mean square / (2 variance) + 5e-4 * the mean KL of a position, from the weights of --preset dvq-gumbel."""
+    settings = PRESETS["dvq-gumbel"].settings
+    objective = Objective(kl_weight=Schedule.parse("--kl-weight", settings["kl_weight"]))
+    gumbel = Choice("gumbel", {"posterior": "linear", "entropy": "exact", "num_codes": 16, "code_dim": 4})
+    mse = Choice("mse", {"variance": 0.0632704})
+    model = make((3, 32, 32), objective, nets="deepmind", bottleneck=gumbel, likelihood=mse)
+    images = pictures(5, (3, 32, 32))
+    torch.manual_seed(1)
+    loss = model(images, None, 5000).loss
+    torch.manual_seed(1)
+    elbo = model.elbo(unit_range(images), None, 5000)
+    reconstruction = (elbo.params + 0.5 - elbo.x).square().mean() / (2 * 0.0632704)
+    q = model.bottleneck.projection(model.features(elbo.x)).softmax(1)
+    kl = (q * (16 * q).log()).sum(1).mean()
+    assert loss.item() == pytest.approx((reconstruction + 5e-4 * kl).item(), rel=1e-5)
 
 
 def test_below_the_free_bits_the_rate_has_no_gradient():

@@ -99,5 +99,7 @@ def test_a_prior_takes_model_and_data_from_stage_one():
     assert default_name(second) == "a-pixelcnn"
     with pytest.raises(UserError, match="--codes 3: the model and data come from --checkpoint"):
         typed("--prior pixelcnn --codes 3", stage_one=first)
+    with pytest.raises(UserError, match="--augment crop-flip: a prior trains on codes"):
+        typed("--prior pixelcnn --augment crop-flip", stage_one=first)
     with pytest.raises(UserError, match="name the prior"):
         typed("--epochs 3", stage_one=first)

@@ -627,3 +627,35 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot cache pictures there .*XDG_CACHE_HOME"):
         load("folder", data_dir=tmp_path / "tree", image_size=8)
+
+
+def padded_crops(picture: torch.Tensor) -> list[torch.Tensor]:
+    """All crops of a picture `[C, H, W]` after 4 pixels of reflected border, as numpy pads it, then the mirrored."""
+    _, height, width = picture.shape
+    padded = torch.from_numpy(np.pad(picture.numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect"))
+    crops = [padded[:, top : top + height, left : left + width] for top in range(9) for left in range(9)]
+    return crops + [crop.flip(2) for crop in crops]
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 8, 8)])
+def test_augmented_pictures_are_crops_of_the_padded_ones(shape):
+    images = torch.randint(256, (40, *shape), dtype=torch.uint8)
+    augmented = data.crop_flip(images)
+    assert (augmented.dtype, augmented.shape) == (torch.uint8, images.shape)
+    for before, after in zip(images, augmented, strict=True):
+        assert any(torch.equal(after, crop) for crop in padded_crops(before))
+
+
+def test_augmentation_draws_every_crop_and_mirrors_half():
+    picture = torch.randint(256, (3, 16, 16), dtype=torch.uint8)
+    crops = {crop.numpy().tobytes(): place for place, crop in enumerate(padded_crops(picture))}
+    augmented = data.crop_flip(picture.expand(4000, -1, -1, -1))
+    places = torch.tensor([crops[one.contiguous().numpy().tobytes()] for one in augmented])
+    assert places.unique().tolist() == list(range(162))
+    assert (places >= 81).float().mean().item() == pytest.approx(0.5, abs=0.04)  # five standard errors
+
+
+def test_pictures_too_small_to_crop_are_refused():
+    with pytest.raises(UserError, match="--augment crop-flip: needs .* 5 pixels a side, these have 4x8"):
+        data.augmentation("crop-flip", torch.zeros(2, 1, 4, 8))
+    assert data.augmentation("none", torch.zeros(2, 2, 1, 1)) is None

@@ -4,14 +4,17 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vqvae.errors import UserError
-from vqvae.nets import NETS, Sonnet, initialise_fan_in
+from vqvae.nets import NETS, BottleneckBlock, DallE, DeepMind, PostActivationBlock, Sonnet, initialise_fan_in
 
 
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("shape", [(3, 16, 24), (1, 28, 28)])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(name, shape) for name in NETS for shape in ((3, 16, 24), (1, 28, 28)) if (name, shape[1]) != ("dalle", 28)],
+)
 def test_every_net_maps_pixels_to_its_grid_and_back(name, shape):
     nets = NETS[name](image_shape=shape, hidden=8)
     features = nets.encoder()(torch.randn(2, *shape))
@@ -37,6 +40,83 @@ def test_residual_layer_skips_the_input_itself():
     assert torch.equal(layer(x.clone()), x)  # not ReLU(x), as an in-place ReLU would make it
 
 
+def convolutions(net: nn.Module) -> list[tuple[int, int, int]]:
+    """(inputs, outputs, kernel) of every convolution, in order."""
+    layers = [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    return [(m.in_channels, m.out_channels, m.kernel_size[0]) for m in layers]
+
+
+def test_deepmind_nets_have_the_published_sizes():
+    nets = DeepMind(image_shape=(3, 32, 32))
+    blocks = [(128, 32, 3), (32, 128, 1)] * 2
+    assert (nets.grid, nets.channels) == ((8, 8), 128)
+    assert convolutions(nets.encoder()) == [(3, 64, 4), (64, 128, 4), (128, 128, 3), *blocks]
+    assert convolutions(nets.decoder(64, 3)) == [(64, 128, 3), *blocks, (128, 64, 4), (64, 3, 4)]
+
+
+def test_post_activation_block_by_hand():
+    block = PostActivationBlock(4, 2)
+    h = torch.randn(2, 4, 5, 5)
+    inner, outer = block.residual[0], block.residual[2]
+    hidden = F.relu(F.conv2d(h, inner.weight, inner.bias, padding=1))
+    expected = F.relu(h + F.conv2d(hidden, outer.weight, outer.bias))
+    assert torch.allclose(block(h.clone()), expected, atol=1e-6)
+
+
+def test_dalle_nets_have_the_published_sizes():
+    nets = DallE(image_shape=(3, 32, 32), hidden=16, blocks=2, init=8)
+    assert (nets.grid, nets.channels) == ((4, 4), 128)
+
+    def group(channels, width, kernels):
+        q = width // 4
+        sizes = []
+        for inputs in (channels, width):
+            identity = [(inputs, width, 1)] if inputs != width else []
+            widths = [(inputs, q), (q, q), (q, q), (q, width)]
+            sizes += identity + [(a, b, k) for (a, b), k in zip(widths, kernels, strict=True)]
+        return sizes
+
+    down, up = (3, 3, 3, 1), (1, 3, 3, 3)
+    encoder = [size for a, b in ((16, 16), (16, 32), (32, 64), (64, 128)) for size in group(a, b, down)]
+    assert convolutions(nets.encoder()) == [(3, 16, 7), *encoder]
+    decoder = [size for a, b in ((8, 128), (128, 64), (64, 32), (32, 16)) for size in group(a, b, up)]
+    assert convolutions(nets.decoder(5, 6)) == [(5, 8, 1), *decoder, (16, 6, 1)]
+    assert isinstance(nets.encoder()[-1], nn.ReLU)
+
+
+@pytest.mark.parametrize("kernels", [(3, 3, 3, 1), (1, 3, 3, 3)])
+def test_bottleneck_block_by_hand(kernels):
+    block = BottleneckBlock(4, 8, kernels=kernels, gain=0.25)
+    h = torch.randn(2, 4, 5, 5)
+    r = h
+    for layer, size in zip(block.residual[1::2], kernels, strict=True):
+        r = F.conv2d(F.relu(r), layer.weight, layer.bias, padding=size // 2)
+    expected = F.conv2d(h, block.identity.weight, block.identity.bias) + 0.25 * r
+    assert torch.allclose(block(h.clone()), expected, atol=1e-6)
+    assert isinstance(BottleneckBlock(8, 8, kernels=kernels, gain=1.0).identity, nn.Identity)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_dalles_gain_is_one_over_its_blocks_squared(blocks):
+    nets = DallE(image_shape=(3, 8, 8), hidden=4, blocks=blocks)
+    for net in (nets.encoder(), nets.decoder(4, 3)):
+        gains = [m.gain for m in net.modules() if isinstance(m, BottleneckBlock)]
+        assert gains == [1 / (4 * blocks) ** 2] * (4 * blocks)
+
+
+def test_dalles_initial_weights_are_normal_over_the_fan_in():
+    layers = [m for m in DallE(image_shape=(3, 32, 32)).encoder().modules() if isinstance(m, nn.Conv2d)]
+    scaled = torch.cat([(m.weight * math.sqrt(m.weight[0].numel())).flatten() for m in layers])
+    assert scaled.var().item() == pytest.approx(1, rel=0.01)
+    assert scaled.abs().max() > 3  # not cut off
+    assert not any(m.bias.any() for m in layers)
+
+
+def test_dalle_names_sizes_that_its_stride_divides():
+    with pytest.raises(UserError, match="28x28.*stride 8; try --image-size 24 or 32"):
+        DallE(image_shape=(1, 28, 28))
+
+
 @pytest.mark.parametrize("layer", [nn.Conv2d(8, 400, 4), nn.ConvTranspose2d(8, 400, 4), nn.Linear(128, 400)])
 def test_initial_weights_are_a_truncated_normal_over_the_fan_in(layer):
     initialise_fan_in(layer)
@@ -46,7 +126,7 @@ def test_initial_weights_are_a_truncated_normal_over_the_fan_in(layer):
     assert not layer.bias.any()
 
 
-@pytest.mark.parametrize("name", ["sonnet", "henrhoi"])
+@pytest.mark.parametrize("name", ["sonnet", "henrhoi", "deepmind"])
 def test_sizes_that_do_not_divide_are_refused_with_ones_that_do(name):
     with pytest.raises(UserError, match="30x30.*--image-size 28 or 32"):
         NETS[name](image_shape=(3, 30, 30))

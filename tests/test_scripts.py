@@ -111,6 +111,28 @@ def test_two_epochs_and_a_resume_to_four_are_bitwise_four(there):
     assert same(weights("logs/straight/checkpoint.pt"), weights("logs/run/checkpoint.pt"))
 
 
+def test_augmentation_goes_on_bitwise_and_leaves_evaluation_alone(there):
+    line = ["--augment", "crop-flip", "--bottleneck", "gumbel", "--epochs"]  # noise of both kinds in every step
+    assert run_train(*line, "2", "--name", "straight") == 0
+    assert run_train(*line, "1", "--name", "run") == 0
+    assert train.main(["--resume", "logs/run", "--epochs", "2"]) == 0
+    assert same(weights("logs/straight/checkpoint.pt"), weights("logs/run/checkpoint.pt"))
+    held = [json.loads(row) for row in Path("logs/run/metrics.jsonl").read_text().splitlines()][-1]
+    assert train.main(["--evaluate", "--checkpoint", "logs/run", "--iw-samples", "1"]) == 0
+    assert json.loads(Path("logs/run/evaluation.json").read_text())["mse"] == pytest.approx(held["held_out_mse"])
+
+
+@pytest.mark.parametrize("preset", ["dvq-vqvae", "dvq-gumbel", "dvq-dalle"])
+def test_presets_of_deep_vector_quantization_train(there, preset):
+    line = f"--preset {preset} --dataset digits --image-size 32 --limit 48 --batch-size 16 --max-steps 3 --hidden 16"
+    assert train.main([*line.split(), "--codes", "32", "--name", "run", "--device", "cpu"]) == 0
+    config = json.loads(Path("logs/run/config.json").read_text())
+    assert (config["augment"], config["weight_decay"]) == ("crop-flip", 1e-4)
+    last = json.loads(Path("logs/run/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 3
+    assert 0 < last["held_out_mse"] < 1
+
+
 def spawn(*line: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, *line]
@@ -204,6 +226,7 @@ def test_a_default_name_is_numbered_and_a_given_one_protected(there, capsys):
         ("--evaluate", "--checkpoint"),
         ("--conditional --dataset photos crops=60 test_crops=60", "--dataset photos has no labels"),
         ("--conditional --prior uniform", "--prior uniform cannot use labels"),
+        ("--augment crop", "--augment"),
         ("--bottleneck gaussian", "unknown option 'num_codes'"),
         ("--likelihood bernoulli", "pixels must be black or white"),
         ("--prior uniform --checkpoint none.pt", "none.pt: no such file"),

@@ -145,6 +145,19 @@ def test_signals_save_and_stop_between_two_steps(tmp_path, number, stop_at):
     assert torch.equal(straight.point, resumed.point)
 
 
+def shaken(batch):
+    return batch + torch.randn_like(batch)
+
+
+def test_augmentation_changes_training_alone_and_goes_on_bitwise(tmp_path):
+    plain, _ = train(tmp_path / "plain", plan())
+    straight, _ = train(tmp_path / "straight", plan(augment=shaken))
+    train(tmp_path / "run", plan(epochs=2, augment=shaken))
+    resumed, _ = train(tmp_path / "run", plan(augment=shaken), resume=True)
+    assert torch.equal(straight.point, resumed.point)
+    assert not torch.equal(straight.point, plain.point)
+
+
 def test_a_finished_run_says_how_to_go_on(tmp_path):
     train(tmp_path / "run", plan())
     with pytest.raises(UserError, match="has done all of its 12 steps; raise --epochs"):

@@ -103,9 +103,15 @@ class Config:
     max_minutes: float | None = option(
         None, "stop after so many minutes, evaluation included", group="training", metavar="MINUTES", on_resume=True
     )
-    batch_size: int = option(128, "images per update", group="training", metavar="N")
+    batch_size: int = option(128, "images per update, of all processes together", group="training", metavar="N")
     lr: str = option("3e-4", "learning rate: a number, or a schedule such as cosine:3e-4:1e-6 (to the end of the run), "
                      "linear:0:3e-4:500,cosine:3e-4:0:20000", group="training", metavar="RATE")  # fmt: skip
+    augment: str = option(
+        "none",
+        "crop-flip trains on random crops after 4 pixels of reflected border, every second one mirrored",
+        group="training",
+        choices=("none", "crop-flip"),
+    )
     weight_decay: float = option(
         0.0, "decoupled weight decay (AdamW) on convolution and linear weights", group="training"
     )
@@ -274,6 +280,24 @@ ROY = PROBABILISTIC | {
 }
 GUMBEL = PROBABILISTIC | {"bottleneck": "gumbel num_samples=10 temperature=0.5 beta=0.05"}
 GUMBEL_IAF = PROBABILISTIC | {"bottleneck": "gumbel num_samples=10 temperature=0.5 beta=0.05 iaf_flows=1"}
+DVQ = {
+    "dataset": "cifar10",
+    "nets": "deepmind",
+    "likelihood": "mse variance=0.0632704",
+    "augment": "crop-flip",
+    "lr": "quarter-cosine:3e-4:1.25e-6:1200000",
+    "weight_decay": 1e-4,
+    "epochs": 98,
+}
+DVQ_GUMBEL = DVQ | {
+    "bottleneck": "gumbel posterior=linear num_codes=512 code_dim=64 entropy=exact "
+    "temperature=quarter-cosine:1:0.0625:150000",
+}
+DVQ_SOURCE = "github.com/karpathy/deep-vector-quantization"
+DVQ_LENGTH = (
+    "98 epochs, those of its picture, end early in its schedules: shorten these with them. Unlike it, we take the "
+    "likeliest code in evaluation, without noise"
+)
 EXPERIMENT = "probabilistic VQ-VAEs on binarised MNIST, experiment "
 
 PRESETS = {
@@ -321,6 +345,23 @@ PRESETS = {
     "vlae-svhn": Preset(
         "github.com/henrhoi/vae-pytorch, VAE with an autoregressive-flow prior (the prior half of 1611.02731)",
         IMAGE_VAE | {"dataset": "svhn", "prior": "made-flow", "epochs": 30},
+    ),
+    "dvq-vqvae": Preset(
+        f"{DVQ_SOURCE}: K = 512, D = 64, gradient codebook after k-means, its loss times 10, half of Sonnet's MSE / "
+        "variance; ours stops at 98 of its epochs, those of its picture, early in its rate's 1.2 million steps",
+        DVQ | {"bottleneck": "vq num_codes=512 code_dim=64 codebook=gradient init=kmeans revive=0 beta=0.25 weight=10"},
+    ),
+    "dvq-gumbel": Preset(
+        f"{DVQ_SOURCE}: Gumbel-Softmax on the same nets; its KL weight, 5e-4 on the mean over the 8x8 codes beside a "
+        f"mean over 3,072 dimensions, is 0.024 on their sum (the bound's is 1). {DVQ_LENGTH}",
+        DVQ_GUMBEL | {"kl_weight": "quarter-cosine:0:0.024:5000"},
+    ),
+    "dvq-dalle": Preset(
+        f"{DVQ_SOURCE} with DALL-E's objective (2102.12092): dVAE nets of 64, 4x4 codes, logit-Laplace pixels, and the "
+        "KL, summed over codes, weighed up to 6.6 before all is divided by the dimensions, as reduction=mean does (192 to "
+        "a code here as there); DALL-E has nets of 256, K = 8,192, a rate from 1e-4, averaged weights, no mirroring. "
+        f"{DVQ_LENGTH}",
+        DVQ_GUMBEL | {"nets": "dalle", "likelihood": "logit-laplace", "kl_weight": "quarter-cosine:0:6.6:5000"},
     ),
     "probabilistic-1": Preset(
         EXPERIMENT + "1, baseline: the nearest code",
@@ -454,6 +495,8 @@ def _stage_two(stage_one: Config, settings: dict[str, Any]) -> Config:
     for key in FROM_STAGE_ONE:
         if key in settings:
             raise UserError(f"--{key.replace('_', '-')} {settings[key]}: the model and data come from --checkpoint")
+    if settings.get("augment", "none") != "none":
+        raise UserError(f"--augment {settings['augment']}: a prior trains on codes, not pictures; use --augment none")
     if "prior" not in settings:
         raise UserError("--checkpoint: name the prior to train on its codes, such as --prior pixelcnn")
     kept = {key: getattr(stage_one, key) for key in (*FROM_STAGE_ONE, "data_dir", "limit")}

@@ -16,6 +16,7 @@ import pickle
 import socket
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -264,6 +265,44 @@ def batch_indices(count: int, batch_size: int, *, seed: int, epoch: int) -> Tens
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     steps = count // batch_size
     return torch.randperm(count, generator=generator)[: steps * batch_size].view(steps, batch_size)
+
+
+BORDER = 4  # pixels
+
+
+def crop_flip(images: Tensor) -> Tensor:
+    """Pictures `[B, C, H, W]` of any type, each a random HxW crop after 4 pixels of reflected border, half mirrored.
+
+    Drawn from the global generator on the pictures' own device, with no copy of the padded pictures.
+    """
+    count, _, height, width = images.shape
+    device = images.device
+    offsets = torch.randint(2 * BORDER + 1, (2, count, 1), device=device) - BORDER
+    mirrored = torch.randint(2, (count, 1), device=device).bool()
+    rows = _reflected(offsets[0] + torch.arange(height, device=device), height)  # [B, H], where each row comes from
+    columns = _reflected(offsets[1] + torch.arange(width, device=device), width)  # [B, W]
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    picture = torch.arange(count, device=device)[:, None, None]
+    return images[picture, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)  # indexing gives [B, H, W, C]
+
+
+def _reflected(index: Tensor, size: int) -> Tensor:
+    """Positions -4 .. size + 3 as those within, mirrored at the outermost pixels, which are not repeated."""
+    return (size - 1) - ((size - 1) - index.abs()).abs()
+
+
+AUGMENTATIONS = {"none": None, "crop-flip": crop_flip}
+
+
+def augmentation(name: str, images: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """What --augment does to a batch of such images, None for nothing; `UserError` where they are too small."""
+    height, width = images.shape[-2:]
+    if AUGMENTATIONS[name] and min(height, width) <= BORDER:
+        raise UserError(
+            f"--augment {name}: needs pictures of at least {BORDER + 1} pixels a side, these have {height}x{width}; "
+            "use --augment none"
+        )
+    return AUGMENTATIONS[name]
 
 
 def pixel_variance(images: Tensor) -> float:

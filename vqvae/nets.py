@@ -8,6 +8,7 @@ B batch, C channels, H W pixels, h w code grid, D code dimension.
 
 import itertools
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -260,6 +261,135 @@ class MnistConv:
         return net
 
 
+class PostActivationBlock(nn.Module):
+    """ReLU(h + conv1x1(ReLU(conv3x3(h)))): what is skipped is never negative."""
+
+    def __init__(self, channels: int, hidden: int):
+        super().__init__()
+        self.residual = nn.Sequential(
+            nn.Conv2d(channels, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, channels, 1)
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        return (h + self.residual(h)).relu()
+
+
+class DeepMind:
+    """The VQ-VAE nets of github.com/karpathy/deep-vector-quantization (deepmind_enc_dec), n = hidden = 64.
+
+    Encoder 4x4 stride 2 to n, 4x4 stride 2 to 2n, 3x3 to 2n, ReLU after each, two post-activation residual blocks of
+    n/2 channels; decoder 3x3 to 2n, ReLU, two blocks, transposed 4x4 stride 2 to n, ReLU, transposed 4x4 stride 2.
+    PyTorch's own initialisation, as published. Code grid [H/4, W/4], 2n feature channels.
+    """
+
+    def __init__(self, *, image_shape: tuple, hidden: int = 64):
+        at_least(2, hidden=hidden)
+        self.image_channels, self.hidden, self.channels = image_shape[0], hidden, 2 * hidden
+        self.grid = divisible(image_shape, 4, "deepmind")
+
+    def encoder(self) -> nn.Module:
+        n = self.hidden
+        return nn.Sequential(
+            nn.Conv2d(self.image_channels, n, 4, stride=2, padding=1),  # [B, n, H/2, W/2]
+            nn.ReLU(),
+            nn.Conv2d(n, 2 * n, 4, stride=2, padding=1),  # [B, 2n, h, w]
+            nn.ReLU(),
+            nn.Conv2d(2 * n, 2 * n, 3, padding=1),
+            nn.ReLU(),
+            *self._blocks(),
+        )
+
+    def decoder(self, code_dim: int, out_channels: int) -> nn.Module:
+        n = self.hidden
+        return nn.Sequential(
+            nn.Conv2d(code_dim, 2 * n, 3, padding=1),
+            nn.ReLU(),
+            *self._blocks(),
+            nn.ConvTranspose2d(2 * n, n, 4, stride=2, padding=1),  # [B, n, H/2, W/2]
+            nn.ReLU(),
+            nn.ConvTranspose2d(n, out_channels, 4, stride=2, padding=1),  # [B, C, H, W]
+        )
+
+    def _blocks(self) -> list[nn.Module]:
+        return [PostActivationBlock(2 * self.hidden, self.hidden // 2) for _ in range(2)]
+
+
+class BottleneckBlock(nn.Module):
+    """id(h) + gain * residual(h): id a 1x1 where widths differ, residual four ReLU-convolutions at a quarter width.
+
+    `kernels` are their sizes; the small gain makes deep nets start near the identity path (2102.12092, appendix A.1).
+    """
+
+    def __init__(self, channels: int, out_channels: int, *, kernels: tuple[int, int, int, int], gain: float):
+        super().__init__()
+        quarter, self.gain = out_channels // 4, gain
+        widths = [channels, quarter, quarter, quarter, out_channels]
+        self.identity = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        layers = zip(itertools.pairwise(widths), kernels, strict=True)
+        self.residual = nn.Sequential(
+            *(m for (a, b), size in layers for m in (nn.ReLU(), nn.Conv2d(a, b, size, padding=size // 2)))
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.identity(h) + self.gain * self.residual(h)
+
+
+class DallE:
+    """The dVAE nets of DALL-E (2102.12092, appendix A.1; github.com/openai/DALL-E), h = hidden, without the 1x1 to K.
+
+    Encoder 7x7 to h, four groups of residual blocks at h, 2h, 4h, 8h with a 2x2 max-pool after each of the first
+    three, ReLU; the map to logits belongs to the bottleneck. Decoder 1x1 from the codes to `init`, groups at 8h, 4h,
+    2h, h with nearest upsampling after the first three, ReLU, 1x1. Blocks add 1/(blocks of the net)^2 of their
+    residual path; weights N(0, 1/fan-in), biases 0. Code grid [H/8, W/8], 8h feature channels.
+
+    hidden   h: 256 in DALL-E, 64 for CIFAR-10 (deep-vector-quantization).
+    blocks   per group.
+    init     the decoder's first width.
+    """
+
+    def __init__(self, *, image_shape: tuple, hidden: int = 64, blocks: int = 2, init: int = 128):
+        at_least(4, hidden=hidden)
+        at_least(1, blocks=blocks, init=init)
+        self.image_channels, self.hidden, self.blocks, self.init = image_shape[0], hidden, blocks, init
+        self.channels, self.grid = 8 * hidden, divisible(image_shape, 8, "dalle")
+
+    def encoder(self) -> nn.Module:
+        n = self.hidden
+        net = nn.Sequential(
+            nn.Conv2d(self.image_channels, n, 7, padding=3),
+            *self._groups([n, n, 2 * n, 4 * n, 8 * n], (3, 3, 3, 1), lambda: nn.MaxPool2d(2)),  # [B, 8n, h, w]
+            nn.ReLU(),
+        )
+        return self._initialised(net)
+
+    def decoder(self, code_dim: int, out_channels: int) -> nn.Module:
+        n = self.hidden
+        widths = [self.init, 8 * n, 4 * n, 2 * n, n]
+        net = nn.Sequential(
+            nn.Conv2d(code_dim, self.init, 1),
+            *self._groups(widths, (1, 3, 3, 3), lambda: nn.Upsample(scale_factor=2, mode="nearest")),  # [B, n, H, W]
+            nn.ReLU(),
+            nn.Conv2d(n, out_channels, 1),
+        )
+        return self._initialised(net)
+
+    def _groups(self, widths: list[int], kernels: tuple, between: Callable[[], nn.Module]) -> list[nn.Module]:
+        gain = 1 / ((len(widths) - 1) * self.blocks) ** 2
+        layers: list[nn.Module] = []
+        for channels, out_channels in itertools.pairwise(widths):
+            inputs = [channels] + [out_channels] * (self.blocks - 1)
+            layers += [BottleneckBlock(c, out_channels, kernels=kernels, gain=gain) for c in inputs]
+            layers.append(between())
+        return layers[:-1]  # none after the last group
+
+    def _initialised(self, net: nn.Module) -> nn.Module:
+        for layer in net.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_channels * math.prod(layer.kernel_size)))
+                nn.init.zeros_(layer.bias)
+        return net
+
+
 class CentreCrop(nn.Module):
     def __init__(self, size: tuple[int, int]):
         super().__init__()
@@ -304,5 +434,7 @@ NETS = {
     "henrhoi": Henrhoi,
     "conv-vae": ConvVAE,
     "mnist-conv": MnistConv,
+    "deepmind": DeepMind,
+    "dalle": DallE,
     "mlp": MLP,
 }

@@ -9,7 +9,8 @@ Such a module has
     initialise(batches)                                optional; before the first step, batches(n) gives n examples
 
 Everything random is a function of (seed, epoch) or (seed, step), so a run killed anywhere and resumed from its last
-checkpoint takes the same steps as one that never stopped.
+checkpoint takes the same steps as one that never stopped. Of several processes (ranks.py) each takes its share of
+every batch, whose size does not change with their number, and draws its own noise.
 """
 
 import math
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vqvae import ranks
 from vqvae.data import batch_indices
 from vqvae.errors import UserError
 from vqvae.runs import Run
@@ -43,6 +45,7 @@ class Plan(NamedTuple):
     max_steps: int | None = None
     max_minutes: float | None = None  # of this process, evaluation included
     patience: int | None = None  # epochs without a better held-out figure before stopping
+    augment: Callable[[Tensor], Tensor] | None = None  # what happens to every training batch before the module sees it
 
     def steps_per_epoch(self, examples: int) -> int:
         return examples // self.batch_size
@@ -92,8 +95,9 @@ class Interrupt:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Make the noise of a step a function of (seed, step)."""
-    torch.manual_seed((seed * 1_000_003 + step + 1) % 2**63)
+    """Make the noise of a step a function of (seed, step), another in every process."""
+    apart = 999_999_937 * ranks.rank()  # less than 2**32, of which a CPU's generator sees no more
+    torch.manual_seed((seed * 1_000_003 + step + 1 + apart) % 2**63)
 
 
 def optimiser(module: nn.Module, plan: Plan) -> torch.optim.Optimizer:
@@ -125,6 +129,8 @@ def fit(
     """
     if plan.batch_size > len(examples):
         raise UserError(f"--batch-size {plan.batch_size}: larger than the {len(examples)} training examples")
+    if plan.batch_size < ranks.world():
+        raise UserError(f"--batch-size {plan.batch_size}: smaller than the {ranks.world()} processes that share it")
     loop = Loop(module, _resident(examples, plan.device), _resident(labels, plan.device), plan, run, resume or {})
     if loop.step >= loop.total:
         raise UserError(f"--resume {run.folder}: has done all of its {loop.step} steps; raise --epochs or --max-steps")
@@ -133,13 +139,13 @@ def fit(
     if loop.step == 0 and hasattr(module, "initialise"):
         seed_step(plan.seed, -1)
         order = batch_indices(len(examples), 1, seed=plan.seed, epoch=0).flatten()
-        module.initialise(lambda n: _take(loop.examples, order[:n], plan.device))
+        module.initialise(lambda n: _take(loop.examples, ranks.share(order[:n]), plan.device))
     with Interrupt() as interrupt, loop.bar:
         while loop.step < loop.total:
             whole = loop.train_epoch(interrupt)
             if whole:
-                figures = loop.close_epoch(evaluate(), after_epoch)
-            if interrupt.wanted and loop.step < loop.total:
+                figures = loop.close_epoch(ranks.on_first(evaluate), after_epoch)
+            if any(ranks.any_of(interrupt.wanted)) and loop.step < loop.total:
                 return None
             if plan.patience and loop.epoch - loop.best_epoch >= plan.patience:
                 loop.bar.write(f"no better held-out figure for {plan.patience} epochs: best.pt is of {loop.best_epoch}")
@@ -164,7 +170,7 @@ class Loop:
         self.per_epoch, self.total = plan.steps_per_epoch(len(examples)), plan.total_steps(len(examples))
         self.deadline = time.perf_counter() + 60 * plan.max_minutes if plan.max_minutes else math.inf
         self.speed = 0.0  # images/s of the last stretch of training
-        self.bar = tqdm(total=self.total, initial=self.step, unit="step", disable=None)
+        self.bar = tqdm(total=self.total, initial=self.step, unit="step", disable=ranks.rank() > 0 or None)
 
     def train_epoch(self, interrupt: Interrupt) -> bool:
         """Train to the end of the epoch or of the run; False if interrupted before, with everything saved."""
@@ -176,7 +182,8 @@ class Loop:
         for index in order[self.step - epoch * self.per_epoch :]:
             loss = self.train_step(index)
             now = time.perf_counter()
-            if now > self.deadline:
+            late, wanted = ranks.any_of(now > self.deadline, interrupt.wanted)
+            if late:
                 self.total = self.step
             if self.step % plan.log_every == 0:
                 self.log_window()
@@ -184,11 +191,11 @@ class Loop:
                 break
             steps, seconds = plan.save_every
             due = self.step % steps == 0 if steps else now - saved > seconds
-            if (due or interrupt.wanted) and self.step % self.per_epoch:
+            if (due or wanted) and self.step % self.per_epoch:
                 _need_finite(float(loss), self.step)
                 self.save()
                 saved = now
-                if interrupt.wanted:
+                if wanted:
                     return False
         _synchronise(plan.device)
         self.speed = (self.step - first) * plan.batch_size / (time.perf_counter() - started)
@@ -200,17 +207,20 @@ class Loop:
         for group in self.optimiser.param_groups:
             group["lr"] = plan.lr(self.step, self.total)
         seed_step(plan.seed, self.step)
-        batch, labels = _take(self.examples, index, device), _take(self.labels, index, device)
+        mine = ranks.share(index)
+        batch, labels = _take(self.examples, mine, device), _take(self.labels, mine, device)
+        batch = plan.augment(batch) if plan.augment else batch
         with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
             loss, metrics = self.module(batch, labels, self.step)
         loss.backward()
+        metrics = ranks.average(self.module, {**metrics, "loss": loss.detach()}, len(mine) / len(index))
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.epoch_means.add(metrics)
         self.window.add(metrics)
         self.step += 1
         self.bar.update()
-        return loss.detach()
+        return metrics["loss"]
 
     def log_window(self) -> None:
         """Log the monitors' means since the last time; here alone, within an epoch, the loop waits for the device."""

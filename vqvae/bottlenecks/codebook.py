@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqvae import ranks
 from vqvae.errors import UserError
 from vqvae.latent import Latent
 
@@ -109,7 +110,10 @@ class Codebook(nn.Module):
     def initialise(self, vectors: Tensor) -> None:
         """Fit the first vectors to data `[N, D]`, where `init` asks for it."""
         if self.init == "kmeans":
-            centres = kmeans_codebook(vectors, len(self.vectors))
+            vectors = ranks.gather_rows(vectors)
+            first = ranks.rank() == 0  # one process fits, for all
+            centres = kmeans_codebook(vectors, len(self.vectors)) if first else torch.empty_like(self.vectors)
+            centres = ranks.broadcast(centres)
             self.vectors.copy_(F.normalize(centres, dim=1) if self.unit_norm else centres)
 
     @torch.no_grad()
@@ -121,6 +125,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def follow(self, n: Tensor, sums: Tensor | None, f: Tensor) -> None:
         """Move the counts by n `[K]` and the running means by sums `[K, D]`; dead codes revive on rows of f."""
+        n, sums = ranks.sum_over(n), None if sums is None else ranks.sum_over(sums)
         if not self.forgets_start:
             first = (self.debias == 0).float()
             self.counts.add_(first * n.mean())
@@ -146,6 +151,7 @@ class Codebook(nn.Module):
         # a code is judged only once the running counts rest on enough batches (23 with a decay of 0.99)
         dead = (self.counts < self.revive * average) & (self.debias > 0.2)  # [K]
         replacement = f[torch.randint(len(f), (len(self.counts),), device=f.device)]  # [K, D]
+        replacement = ranks.broadcast(replacement)
         self.vectors.copy_(torch.where(dead.unsqueeze(1), replacement, self.vectors))
         # count and mean start afresh too, else the next update would drag the code back; the small count lets the
         # code follow its first vectors quickly, and lets it move again soon if none comes
