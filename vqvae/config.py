@@ -358,9 +358,9 @@ PRESETS = {
     ),
     "dvq-dalle": Preset(
         f"{DVQ_SOURCE} with DALL-E's objective (2102.12092): dVAE nets of 64, 4x4 codes, logit-Laplace pixels, and the "
-        "KL, summed over codes, weighed up to 6.6 before all is divided by the dimensions, as reduction=mean does (192 to "
-        "a code here as there); DALL-E has nets of 256, K = 8,192, a rate from 1e-4, averaged weights, no mirroring. "
-        f"{DVQ_LENGTH}",
+        "KL, summed over codes, weighed up to 6.6 before all is divided by the dimensions, as reduction=mean does "
+        "(192 to a code here as there); DALL-E has nets of 256, K = 8,192, a rate from 1e-4, averaged weights, no "
+        f"mirroring. {DVQ_LENGTH}",
         DVQ_GUMBEL | {"nets": "dalle", "likelihood": "logit-laplace", "kl_weight": "quarter-cosine:0:6.6:5000"},
     ),
     "probabilistic-1": Preset(

@@ -181,7 +181,7 @@ def standardise(projection: nn.Conv2d, features: Tensor) -> None:
     Fixed grids of codes need it (1602.07868, section 3, does it for every layer): from the encoders' first features,
     which are small, all vectors would get one code, that of the origin, which a decoder may pass no gradient for.
     """
-    std, mean = torch.std_mean(vectors_of(projection(features)), dim=0)
+    std, mean = torch.std_mean(ranks.gather_rows(vectors_of(projection(features))), dim=0)
     std = std.clamp(min=1e-6)
     projection.weight.div_(std.view(-1, 1, 1, 1))
     projection.bias.sub_(mean).div_(std)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vqvae import ranks
 from vqvae.bottlenecks.codebook import standardise, vectors_of
 from vqvae.bottlenecks.vq import Nearest
 
@@ -46,7 +47,7 @@ class SimVQ(Nearest):
     def initialise(self, features: Tensor) -> None:
         """Lay the table over features `[B, channels, h, w]`."""
         standardise(self.projection, features)
-        covariance = torch.cov(vectors_of(self.projection(features)).T).double().cpu()
+        covariance = torch.cov(ranks.gather_rows(vectors_of(self.projection(features))).T).double().cpu()
         variances, axes = torch.linalg.eigh(covariance)
         root = axes * variances.clamp(min=0).sqrt() @ axes.T
         self.mapping.weight.copy_(root * self.code_dim**0.5)
