@@ -27,8 +27,8 @@ SAME_RATE = {  # name: the bottleneck, 64 positions x 9 bits, or as near as may 
     "grouped, 3 x 8": "grouped groups=3 num_codes=8 code_dim=63",
     "hierarchy, 80 x 147": "hierarchy num_codes=147",
     "deterministic": "deterministic num_codes=512 code_dim=64",
-    "categorical": "categorical num_codes=512 code_dim=64 average_samples=yes",
-    "gumbel": "gumbel num_codes=512 code_dim=64 posterior=linear temperature=linear:1:0.1",
+    "categorical": "categorical num_codes=512 code_dim=64 num_samples=1",
+    "gumbel": "gumbel num_codes=512 code_dim=64 temperature=linear:1:0.1",
 }
 PLAIN = "vq codebook=gradient init=uniform revive=0"
 LARGE = {

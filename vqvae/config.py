@@ -275,11 +275,11 @@ PROBABILISTIC = {
     "max_steps": 10_000,
 }
 ROY = PROBABILISTIC | {
-    "bottleneck": "categorical num_samples=10 average_samples=yes beta=0.05",
+    "bottleneck": "categorical init=normal num_samples=10 average_samples=yes beta=0.05",
     "stop_gradient_for_prior": True,
 }
-GUMBEL = PROBABILISTIC | {"bottleneck": "gumbel num_samples=10 temperature=0.5 beta=0.05"}
-GUMBEL_IAF = PROBABILISTIC | {"bottleneck": "gumbel num_samples=10 temperature=0.5 beta=0.05 iaf_flows=1"}
+GUMBEL = PROBABILISTIC | {"bottleneck": "gumbel init=normal num_samples=10 temperature=0.5 beta=0.05"}
+GUMBEL_IAF = PROBABILISTIC | {"bottleneck": "gumbel init=normal num_samples=10 temperature=0.5 beta=0.05 iaf_flows=1"}
 DVQ = {
     "dataset": "cifar10",
     "nets": "deepmind",
@@ -365,12 +365,12 @@ PRESETS = {
     ),
     "probabilistic-1": Preset(
         EXPERIMENT + "1, baseline: the nearest code",
-        PROBABILISTIC | {"bottleneck": "deterministic", "entropy_scale": 0.0},
+        PROBABILISTIC | {"bottleneck": "deterministic init=normal", "entropy_scale": 0.0},
     ),
     "probabilistic-2.1": Preset(
         EXPERIMENT + "2.1: ten categorical samples averaged (1805.11063), prior and entropy as means over latents",
         ROY
-        | {"bottleneck": "categorical num_samples=10 average_samples=yes", "entropy_scale": 0.0}
+        | {"bottleneck": "categorical init=normal num_samples=10 average_samples=yes", "entropy_scale": 0.0}
         | {"sum_over_latents": False},
     ),
     "probabilistic-2.2": Preset(EXPERIMENT + "2.2: 2.1 with the entropy term", ROY | {"sum_over_latents": False}),
@@ -382,7 +382,7 @@ PRESETS = {
         EXPERIMENT + "2.5: 2.2 with a flow on the simplex, trained from step 5,000 with the encoder frozen",
         ROY
         | {
-            "bottleneck": "categorical num_samples=10 average_samples=yes beta=0.05 iaf_flows=1",
+            "bottleneck": "categorical init=normal num_samples=10 average_samples=yes beta=0.05 iaf_flows=1",
             "sum_over_latents": False,
             "iaf_startup_steps": 5_000,
             "stop_training_encoder_after_startup": True,
@@ -574,6 +574,13 @@ def describe_presets() -> str:
     blocks = []
     for name, preset in PRESETS.items():
         stages = [settings for settings in (preset.settings, preset.prior) if settings]
-        flags = [" ".join(f"--{key.replace('_', '-')} {value}" for key, value in stage.items()) for stage in stages]
+        flags = [" ".join(_flag(key, value) for key, value in stage.items()) for stage in stages]
         blocks.append("\n    then ".join([f"--preset {name}\n    {preset.source}\n    {flags[0]}", *flags[1:]]))
     return "\n\n".join(blocks)
+
+
+def _flag(key: str, value: Any) -> str:
+    name = key.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value}"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae.bottlenecks.codebook import Codebook, Discrete, check_options, straight_through, vectors_of
+from vqvae.bottlenecks.codebook import Codebook, Discrete, check_options, standardise, straight_through, vectors_of
 from vqvae.errors import UserError
 from vqvae.flows import SimplexFlow
 from vqvae.latent import Latent
@@ -85,6 +85,8 @@ class Assigning(Discrete):
     @torch.no_grad()
     def initialise(self, features: Tensor) -> None:
         if self.by_distance:
+            if isinstance(self.projection, nn.Conv2d):
+                standardise(self.projection, features)
             self.codebook.initialise(vectors_of(self.projection(features)))
 
     def embed(self, codes: Tensor) -> Tensor:
@@ -165,8 +167,9 @@ class Deterministic(Assigning):
     num_codes, code_dim   K and D; a 1x1 convolution maps the features to D channels where their number differs.
     beta                  commitment: how hard the encoder is pulled to its codes.
     decay, epsilon        of the EMA codebook.
-    init, revive          as for vq; normal is wide beside untrained features, which soft assignments need: k-means on
-                          these puts all codes at nearly one distance, and the posterior may never leave the uniform.
+    init, revive          as for vq. The convolution starts such that the first features have variance 1: small ones
+                          would be at nearly one distance from all codes, and the posterior might never leave the
+                          uniform. Where there is none, init=normal gives codes room to differ.
     """
 
     name = "deterministic"
@@ -182,7 +185,7 @@ class Deterministic(Assigning):
         beta: float = 0.25,
         decay: float = 0.99,
         epsilon: float = 1e-5,
-        init: Literal["kmeans", "uniform", "fan-in", "normal"] = "normal",
+        init: Literal["kmeans", "uniform", "fan-in", "normal"] = "kmeans",
         revive: float = 0.03,
     ):
         super().__init__(
@@ -229,7 +232,7 @@ class Categorical(Assigning):
         posterior: Literal["distance", "linear"] = "distance",
         decay: float = 0.99,
         epsilon: float = 1e-5,
-        init: Literal["kmeans", "uniform", "fan-in", "normal"] = "normal",
+        init: Literal["kmeans", "uniform", "fan-in", "normal"] = "kmeans",
         revive: float = 0.03,
         iaf_flows: int = 0,
         iaf_parameters: Literal["transformer", "triangular"] = "transformer",
@@ -290,7 +293,7 @@ class Gumbel(Assigning):
         entropy: Literal["draw", "exact"] = "draw",
         decay: float = 0.99,
         epsilon: float = 1e-5,
-        init: Literal["kmeans", "uniform", "fan-in", "normal"] = "normal",
+        init: Literal["kmeans", "uniform", "fan-in", "normal"] = "kmeans",
         revive: float = 0.03,
         iaf_flows: int = 0,
         iaf_parameters: Literal["transformer", "triangular"] = "transformer",
