@@ -33,7 +33,7 @@ TRAINED = EXACT | {
     "reviving": choose("bottleneck", "vq", revive=0.9, decay=0.5),  # judged from the first batch on
     "diversity": choose("bottleneck", "cosine", diversity=0.1, revive=0.9, decay=0.5),
     "lfq": choose("bottleneck", "lfq"),
-    "residual": choose("bottleneck", "residual"),
+    "residual": choose("bottleneck", "residual", dropout=0.9),
     "hierarchy": choose("bottleneck", "hierarchy"),
     "categorical": choose("bottleneck", "categorical", num_samples=2, average_samples=True, init="kmeans"),
     "gumbel": choose("bottleneck", "gumbel", num_samples=2),

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqvae import ranks
 from vqvae.bottlenecks.codebook import Codebook, Discrete, check_options, straight_through, vectors_of
 from vqvae.bottlenecks.vq import VQ
 from vqvae.errors import UserError
@@ -156,8 +157,10 @@ class ResidualVQ(Stacked):
     def forward(self, features: Tensor, step: int) -> Latent:
         f = self.projection(features)
         used = self.levels
-        if self.training and self.dropout and torch.rand(()) < self.dropout:
-            used = int(torch.randint(1, self.levels + 1, ()))
+        if self.training and self.dropout:
+            few = torch.randint(1, self.levels + 1, ())
+            # processes that learnt different levels would wait for each other's sums for ever
+            used = int(ranks.broadcast(torch.where(torch.rand(()) < self.dropout, few, used)))
         rest, parts = f, []
         for level in range(self.levels):
             e, codes = self.quantise(level, rest, learn=self.training and level < used)
