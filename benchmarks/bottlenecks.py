@@ -38,10 +38,10 @@ LARGE = {
 } | {"simvq, K = 8,192": "simvq num_codes=8192", "fsq, K = 8,192": "fsq levels=8,8,8,16"}
 INTRODUCTION = """# Bottlenecks side by side
 
-{dataset}, Sonnet's nets, {steps:,} steps at batch {batch}, learning rate 3e-4, the same initial nets and batches for
-every row of a seed. Held out: the whole test split, likeliest codes; MSE of pictures in [0, 1]. ± one standard error
-over seeds, or over images where there is one seed. bits/image: codes per image x log2 K. Perplexity is the mean over
-levels, where a bottleneck has several. Data: {data}. Hardware: {on}.
+{dataset}, Sonnet's nets in {precision}, {steps:,} steps at batch {batch_size}, learning rate 3e-4, the same initial
+nets and batches for every row of a seed. Held out, in fp32: the whole test split, likeliest codes; MSE of pictures in
+[0, 1]. ± one standard error over seeds, or over images where there is one seed. bits/image: codes per image x log2 K.
+Perplexity is the mean over levels, where a bottleneck has several. Data: {data}. Hardware: {on}.
 """
 COLUMNS = (
     "bottleneck",
@@ -61,6 +61,7 @@ def main() -> None:
     cli.add_argument("--data-dir", default="data")
     cli.add_argument("--steps", type=int, default=2000)
     cli.add_argument("--batch-size", type=int, default=32)
+    cli.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of training; evaluation is in fp32")
     cli.add_argument("--seeds", type=int, default=2, help="of the first table; the second has one")
     cli.add_argument("--logs", default="logs")
     cli.add_argument("--plots", default="plots")
@@ -80,6 +81,7 @@ def run(bottleneck: str, seed: int, options: argparse.Namespace) -> dict:
         "--max-steps": options.steps,
         "--epochs": 10_000,
         "--batch-size": options.batch_size,
+        "--precision": options.precision,
         "--seed": seed,
     }
     if bottleneck.startswith(("gumbel", "categorical")):
@@ -90,9 +92,8 @@ def run(bottleneck: str, seed: int, options: argparse.Namespace) -> dict:
 
 
 def write(found: dict[str, list[dict]], options: argparse.Namespace) -> None:
-    o = options
     lines = [
-        INTRODUCTION.format(dataset=o.dataset, steps=o.steps, batch=o.batch_size, data=note(found), on=describe()),
+        INTRODUCTION.format(data=note(found), on=describe(), **vars(options)),
         "## The same rate",
         "",
         *table(COLUMNS, [cells(name, found[name]) for name in SAME_RATE if name in found]),

@@ -90,11 +90,8 @@ def write(rows: list[dict], options: argparse.Namespace) -> None:
         )
         for r in sorted(rows, key=lambda r: (EXPERIMENTS.index(r["experiment"]), r["seed"]))
     ]
-    o = options
-    lines = [
-        INTRODUCTION.format(half=o.steps // 2, on=describe(), **vars(o)),
-        *table(COLUMNS, cells),
-    ]
+    introduction = INTRODUCTION.format(half=options.steps // 2, on=describe(), **vars(options))
+    lines = [introduction, *table(COLUMNS, cells)]
     Path("results/probabilistic.md").write_text("\n".join(lines) + "\n")
 
 
