@@ -219,7 +219,7 @@ def by_one_kernel(z: Tensor, codebook: Tensor, bias: Tensor) -> Tensor | None:
         return search(z, codebook, bias)
     except Exception as problem:  # an old GPU, no C compiler for Triton ...: whatever it is, PyTorch can search too
         FAILED.append(problem)
-        warnings.warn(f"Triton cannot search for codes here, PyTorch does, more slowly: {problem}", stacklevel=2)
+        warnings.warn(f"Triton cannot search for codes here, PyTorch does, more slowly: {problem!r:.200}", stacklevel=2)
         return None
 
 
