@@ -65,6 +65,7 @@ class Job(NamedTuple):
     evaluate: Callable[[], dict]
     picture: Callable[[], Any] | None  # [N, C, H, W] in [0, 1]
     caption: str
+    compiled: bool = False
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,6 +132,7 @@ def train(given: dict, resume: str | None) -> Path | None:
     stage_one = checkpoint.read(given["checkpoint"]) if "checkpoint" in given and not resume else None
     config = settle(given, stopped, stage_one)
     plan = plan_of(config)
+    config.precision = plan.precision  # a resumed run keeps what was chosen, wherever it goes on
     ranks.start(plan.device)
     folder = Path(resume) if resume else ranks.on_first(lambda: name_run(config))
     config.name = config.name or folder.name
@@ -169,7 +171,7 @@ def train(given: dict, resume: str | None) -> Path | None:
     }
     first = ranks.rank() == 0
     run = Run(folder, facts, resume_at=stopped["step"] if stopped else None) if first else Bystander(folder)
-    print(introduce(config, plan, dataset, job.module, folder, stopped))
+    print(introduce(config, plan, dataset, job, folder, stopped))
     results = fit(
         job.module,
         job.examples,
@@ -210,18 +212,19 @@ def settle(given: dict, stopped: dict | None, stage_one: dict | None) -> Config:
 
 
 def plan_of(config: Config):
-    from vqvae.devices import choose_device
+    from vqvae.devices import choose_device, choose_precision
     from vqvae.schedules import Schedule
     from vqvae.training import Plan
 
+    device = choose_device(config.device)
     return Plan(
         epochs=config.epochs,
         batch_size=config.batch_size,
         lr=Schedule.parse("--lr", config.lr),
         weight_decay=config.weight_decay,
         seed=config.seed,
-        device=choose_device(config.device),
-        precision=config.precision,
+        device=device,
+        precision=choose_precision(config.precision, device),
         log_every=config.log_every,
         save_every=checkpoint_interval(config.checkpoint_every),
         max_steps=config.max_steps,
@@ -257,6 +260,7 @@ def autoencoder_job(config: Config, dataset, plan, stopped: dict | None) -> tupl
     """Stage one: the whole autoencoder, on images."""
     from vqvae.autoencoder import SLOTS, Objective, build_autoencoder
     from vqvae.data import pixel_variance
+    from vqvae.devices import choose_compile
     from vqvae.evaluation import evaluate
     from vqvae.schedules import Schedule
 
@@ -283,7 +287,8 @@ def autoencoder_job(config: Config, dataset, plan, stopped: dict | None) -> tupl
     if stopped:
         model.load_state_dict(stopped["model"])
     model.to(plan.device)
-    if config.compile:
+    compiled = choose_compile(config.compile, plan.device, model.objective.total_steps)
+    if compiled:
         model.encoder.compile()
         model.decoder.compile()
     job = Job(
@@ -293,6 +298,7 @@ def autoencoder_job(config: Config, dataset, plan, stopped: dict | None) -> tupl
         evaluate=lambda: evaluate(model, test.images, test.labels, seed=config.seed),
         picture=(lambda: model.reconstruct(test.images[:EXAMPLES_KEPT])) if model.shows_pictures else None,
         caption="reconstructions",
+        compiled=compiled,
     )
     return job, model
 
@@ -303,6 +309,7 @@ def prior_job(config: Config, dataset, plan, start: dict) -> tuple[Job, Any]:
 
     from vqvae import ranks
     from vqvae.checkpoint import restore
+    from vqvae.devices import choose_compile
     from vqvae.stage_two import PriorTraining, extract_codes
 
     # beside the autoencoder, so that every prior trained on its codes finds them
@@ -324,6 +331,9 @@ def prior_job(config: Config, dataset, plan, start: dict) -> tuple[Job, Any]:
             for name, split in (("train", train), ("test", test))
         }
     module = PriorTraining(model, conditional=config.conditional)
+    compiled = choose_compile(config.compile, plan.device, plan.total_steps(len(codes["train"])))
+    if compiled:
+        module.compile()
 
     def sampled() -> Any:
         labels = torch.arange(EXAMPLES_KEPT, device=plan.device) % max(len(dataset.classes), 1)
@@ -337,6 +347,7 @@ def prior_job(config: Config, dataset, plan, start: dict) -> tuple[Job, Any]:
         evaluate=lambda: module.evaluate(codes["test"], test.labels),
         picture=sampled,
         caption="samples",
+        compiled=compiled,
     )
     return job, model
 
@@ -416,19 +427,19 @@ def claim_pictures(folder: Path) -> Path:
     return folder
 
 
-def introduce(config: Config, plan, dataset, module, folder: Path, stopped: dict | None) -> str:
+def introduce(config: Config, plan, dataset, job: Job, folder: Path, stopped: dict | None) -> str:
     """What is about to happen, in four lines."""
     from vqvae import ranks
 
     shape = "x".join(map(str, dataset.train.images.shape[1:]))
-    parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in job.module.parameters() if p.requires_grad)
     lines = [
         f"run    {folder}" + (f", resumed at step {stopped['step']}" if stopped else ""),
         f"data   {dataset.name}: {len(dataset.train.images):,} train, {len(dataset.test.images):,} held out, {shape}"
         + (f" ({dataset.note})" if dataset.note else ""),
         f"model  {config.nets.name} nets, {config.bottleneck}",
         f"       {config.likelihood.name} likelihood, {config.prior} prior; {parameters:,} parameters to train",
-        f"on     {plan.device}, {config.precision}, batch {config.batch_size}"
+        f"on     {plan.device}, {plan.precision}{', compiled' if job.compiled else ''}, batch {config.batch_size}"
         + (f" over {ranks.world()} processes" if ranks.world() > 1 else "")
         + f", seed {config.seed}",
     ]

@@ -91,6 +91,12 @@ def test_heavy_libraries_are_imported_where_they_are_used():
         assert not {n.split(".")[0] for n in top} & HEAVY, name
 
 
+def test_triton_is_imported_where_a_gpu_asks_for_it():
+    for path in PACKAGE.rglob("*.py"):
+        top = imports(run_on_import(ast.parse(path.read_text())))
+        assert path.stem == "nearest_triton" or not any("triton" in name for name in top), path
+
+
 def test_these_checks_see_through_disguises():
     hidden = ast.parse("try:\n  from scipy import stats\nexcept ImportError:\n  pass\ndef f():\n  import sklearn")
     assert imports(run_on_import(hidden)) == {"scipy.stats"}

@@ -51,6 +51,11 @@ def test_settings_survive_a_round_trip_through_plain_values():
         Config.from_dict(config.to_dict() | {"flux": 3})
 
 
+def test_compile_is_yes_no_or_left_to_the_machine():
+    assert [typed(line).compile for line in ("", "--compile", "--no-compile")] == [None, True, False]
+    assert typed("--compile", resumed=typed("--no-compile")).compile is True
+
+
 def test_every_option_has_help_and_a_group():
     assert all(f.metadata["help"] and f.metadata["group"] for f in dataclasses.fields(Config))
 

@@ -55,6 +55,19 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_run_stores_and_prints_the_precision_chosen_and_keeps_it(there, capsys, monkeypatch):
+    monkeypatch.setattr("vqvae.devices.choose_precision", lambda name, device: "bf16" if name == "auto" else name)
+    assert run_train("--epochs", "1", "--name", "run") == 0
+    assert "on     cpu, bf16, batch 20" in capsys.readouterr().out
+    monkeypatch.undo()
+    os.chdir(there)
+    assert json.loads(Path("logs/run/config.json").read_text())["precision"] == "bf16"
+    assert train.main(["--resume", "logs/run", "--epochs", "2"]) == 0
+    assert "on     cpu, bf16, batch 20" in capsys.readouterr().out
+    assert run_train("--epochs", "1", "--name", "other") == 0
+    assert "on     cpu, fp32, batch 20" in capsys.readouterr().out
+
+
 def test_train_then_visualise(there, capsys):
     assert run_train("--epochs", "2", "--name", "run", "--log-every", "2") == 0
     out = capsys.readouterr().out

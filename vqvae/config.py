@@ -185,13 +185,17 @@ class Config:
         on_resume=True,
     )
     precision: str = option(
-        "fp32",
-        "bf16 runs the nets in bfloat16; distances and losses stay fp32",
+        "auto",
+        "bf16 trains the nets in bfloat16; distances, losses and held-out figures stay fp32 (convolutions in TF32 on "
+        "GPUs that have it, as is PyTorch's way); auto is bf16 on a GPU that computes in it, else fp32",
         group="machine",
-        choices=("fp32", "bf16"),
+        choices=("auto", "fp32", "bf16"),
     )
-    compile: bool = option(
-        False, "torch.compile the nets: slower to start, faster after", group="machine", on_resume=True
+    compile: bool | None = option(
+        None,
+        "torch.compile the nets: slower to start, faster after (default: on a GPU, in runs of 2,000 steps or more)",
+        group="machine",
+        on_resume=True,
     )
 
     def to_dict(self) -> dict[str, Any]:
@@ -244,6 +248,7 @@ VAE_2D = {
     "lr": "cosine:2e-3:0",
     "batch_size": 64,
     "epochs": 60,
+    "precision": "fp32",  # points need more digits than bfloat16 has, and nets as small gain nothing
 }
 IMAGE_VAE = {
     "nets": "conv-vae",
@@ -423,7 +428,7 @@ def parser(description: str, epilog: str) -> argparse.ArgumentParser:
         flag = "--" + f.name.replace("_", "-")
         shown = "" if f.default is None or isinstance(f.default, bool) else f" (default: {f.default})"
         keywords: dict[str, Any] = {"help": (meta["help"] + shown).replace("%", "%%")}
-        if isinstance(f.default, bool):
+        if f.type in (bool, bool | None):
             keywords["action"] = argparse.BooleanOptionalAction
         elif f.name in SLOT_FIELDS:
             keywords |= {"nargs": "+", "metavar": meta["metavar"]}

@@ -1,4 +1,6 @@
-"""Where to compute."""
+"""Where to compute, in what precision, and whether compiled."""
+
+import warnings
 
 import torch
 
@@ -13,3 +15,27 @@ def choose_device(name: str) -> torch.device:
     if not there[name]:
         raise UserError(f"--device {name}: not available here; there is {', '.join(k for k, v in there.items() if v)}")
     return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 on a GPU that computes in it, else fp32."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def choose_compile(wanted: bool | None, device: torch.device, steps: int) -> bool:
+    """None is True on a GPU where compiling works, in runs long enough to earn back the time that it takes."""
+    if wanted is not None:
+        return wanted
+    return device.type == "cuda" and steps >= 2000 and _compiles(device)
+
+
+def _compiles(device: torch.device) -> bool:
+    """Whether torch.compile, which asks for Triton, a C compiler and Python's headers, gets through a sum."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+        return True
+    except Exception as problem:  # each of the three fails in its own way
+        warnings.warn(f"the nets are not compiled, since torch.compile fails here: {problem!r:.200}", stacklevel=2)
+        return False

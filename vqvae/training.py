@@ -131,14 +131,14 @@ def fit(
         raise UserError(f"--batch-size {plan.batch_size}: larger than the {len(examples)} training examples")
     if plan.batch_size < ranks.world():
         raise UserError(f"--batch-size {plan.batch_size}: smaller than the {ranks.world()} processes that share it")
-    loop = Loop(module, _resident(examples, plan.device), _resident(labels, plan.device), plan, run, resume or {})
+    loop = Loop(module, *_resident(examples, labels, plan.device), plan, run, resume or {})
     if loop.step >= loop.total:
         raise UserError(f"--resume {run.folder}: has done all of its {loop.step} steps; raise --epochs or --max-steps")
     figures = None
     module.train()
     if loop.step == 0 and hasattr(module, "initialise"):
         seed_step(plan.seed, -1)
-        order = batch_indices(len(examples), 1, seed=plan.seed, epoch=0).flatten()
+        order = loop.order(batch_size=1, epoch=0).flatten()
         module.initialise(lambda n: _take(loop.examples, ranks.share(order[:n]), plan.device))
     with Interrupt() as interrupt, loop.bar:
         while loop.step < loop.total:
@@ -176,7 +176,7 @@ class Loop:
         """Train to the end of the epoch or of the run; False if interrupted before, with everything saved."""
         plan, epoch = self.plan, self.step // self.per_epoch
         self.bar.set_description(f"epoch {epoch + 1}/{math.ceil(self.total / self.per_epoch)}", refresh=False)
-        order = batch_indices(len(self.examples), plan.batch_size, seed=plan.seed, epoch=epoch)
+        order = self.order(plan.batch_size, epoch)
         first, started = self.step, time.perf_counter()
         saved = started
         for index in order[self.step - epoch * self.per_epoch :]:
@@ -201,8 +201,12 @@ class Loop:
         self.speed = (self.step - first) * plan.batch_size / (time.perf_counter() - started)
         return True
 
+    def order(self, batch_size: int, epoch: int) -> Tensor:
+        """The epoch's batches `[steps, batch_size]`, beside the examples: copied once, not waited for in every step."""
+        return batch_indices(len(self.examples), batch_size, seed=self.plan.seed, epoch=epoch).to(self.examples.device)
+
     def train_step(self, index: Tensor) -> Tensor:
-        """One update on the examples of an index; its loss."""
+        """One update on the examples of an index; its loss. Nothing here waits for a GPU."""
         plan, device = self.plan, self.plan.device
         for group in self.optimiser.param_groups:
             group["lr"] = plan.lr(self.step, self.total)
@@ -269,13 +273,17 @@ class Loop:
         self.run.save(state, name)
 
 
-def _resident(tensor: Tensor, device: torch.device) -> Tensor:
+def _resident(examples: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """The whole data set on an accelerator when it is small beside its memory, so that a batch is only an index."""
-    return tensor.to(device) if device.type != "cpu" and tensor.nbytes < 4 << 30 else tensor
+    there = device.type != "cpu" and examples.nbytes < 4 << 30
+    return (examples.to(device), labels.to(device)) if there else (examples, labels)
 
 
 def _take(tensor: Tensor, index: Tensor, device: torch.device) -> Tensor:
-    return tensor[index.to(tensor.device)].to(device, non_blocking=True)
+    batch = tensor[index]
+    if device.type == "cuda" and not batch.is_cuda:
+        batch = batch.pin_memory()  # from other memory a GPU's copy is waited for
+    return batch.to(device, non_blocking=True)
 
 
 def _synchronise(device: torch.device) -> None:

@@ -245,7 +245,8 @@ class Categorical(Assigning):
         self.average_samples = average_samples
 
     def assign(self, log_p: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        codes = torch.distributions.Categorical(logits=log_p).sample((self.num_samples,))  # [S, B, h, w]
+        posterior = torch.distributions.Categorical(logits=log_p, validate_args=False)  # checks would wait for a GPU
+        codes = posterior.sample((self.num_samples,))  # [S, B, h, w]
         w = F.one_hot(codes, self.num_codes).to(log_p.dtype)
         if self.average_samples:
             counts = w.sum(0, keepdim=True)

@@ -4,6 +4,7 @@ B batch, h w code grid, N vectors, D code dimension, K codes.
 """
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from vqvae.latent import Latent
 
 # Scores held at once while searching, so that a tile stays in a CPU's cache, or in a modest part of a GPU's memory.
 TILE_SCORES = {"cpu": 1 << 17, "cuda": 1 << 26, "mps": 1 << 24}
+FAILED: list[Exception] = []  # what Triton failed with, after which this process no longer asks it
 
 
 class Discrete(nn.Module):
@@ -195,11 +197,30 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     compared is z.e - ||e||^2 / 2, in the precision of the inputs. Of equally near codes the first is taken.
     """
     bias = -codebook.square().sum(dim=1) / 2
+    if z.is_cuda and (found := by_one_kernel(z, codebook, bias)) is not None:
+        return found
     if torch.compiler.is_exporting():  # a program for any number of vectors cannot loop over tiles of them
         return torch.addmm(bias, z, codebook.T).argmax(dim=1)
     rows = max(1, TILE_SCORES.get(z.device.type, 1 << 24) // len(codebook))
     codes = [torch.addmm(bias, tile, codebook.T).argmax(dim=1) for tile in z.split(rows)]
     return torch.cat(codes)
+
+
+def by_one_kernel(z: Tensor, codebook: Tensor, bias: Tensor) -> Tensor | None:
+    """argmax_k z_n.e_k + bias_k for vectors on a GPU, with no score in its memory; or None, where PyTorch is to do it.
+
+    That is in compiled and exported programs, in other precisions than fp32, and where Triton is missing or fails.
+    """
+    if torch.compiler.is_compiling() or z.dtype != torch.float32 or FAILED:
+        return None
+    try:
+        from vqvae.bottlenecks.nearest_triton import search
+
+        return search(z, codebook, bias)
+    except Exception as problem:  # an old GPU, no C compiler for Triton ...: whatever it is, PyTorch can search too
+        FAILED.append(problem)
+        warnings.warn(f"Triton cannot search for codes here, PyTorch does, more slowly: {problem!r:.200}", stacklevel=2)
+        return None
 
 
 def straight_through(z: Tensor, quantised: Tensor) -> Tensor:
