@@ -86,15 +86,15 @@ def test_animation_has_a_frame_for_each_epoch_and_a_rest(tmp_path):
 
 
 def test_curves_draw_what_is_logged(tmp_path):
-    rows = [
-        {"kind": "epoch", "epoch": e, "train_nmse": 1 / e, "held_out_nmse": 2 / e, "held_out_rate": 5.0, "step": e}
-        for e in (1, 2, 3)
-    ]
+    rows = [{"kind": "epoch", "held_out_nmse": 2 / e, "held_out_rate": 5.0, "step": e} for e in (1, 2, 3)]
+    rows += [{"kind": "train", "nmse": 1 / step, "step": step} for step in (1, 2, 3)]
     figures.curves(rows, tmp_path / "curves.png", title="a run")
     one = imageio.imread(tmp_path / "curves.png").shape
-    rows = [row | {"held_out_perplexity": row["epoch"]} for row in rows]
+    rows = [row | {"held_out_perplexity": row["step"]} for row in rows]
     figures.curves(rows, tmp_path / "curves.png", title="a run")
     assert imageio.imread(tmp_path / "curves.png").shape[1] > one[1]  # a second panel; the constant rate has none
+    figures.curves([rows[0], *rows[3:]], tmp_path / "curves.png", title="one epoch")
+    assert imageio.imread(tmp_path / "curves.png").shape == one  # its perplexity is a point, and no curve
 
 
 def test_every_other_figure_is_written(tmp_path):

@@ -201,8 +201,7 @@ def usage_chart(usage: Tensor, path: Path, *, title: str) -> None:
         xlim=(0, shares.shape[1]),
     )
     lines.append("perplexity: as varied as so many codes used equally")
-    axes.text(0.98, 0.5, "\n".join(lines), transform=axes.transAxes, ha="right", va="center")
-    axes.legend(loc="upper right", frameon=False)
+    axes.legend(loc="upper right", frameon=False, title="\n".join(lines), alignment="right")
     _save_chart(figure, path)
 
 
@@ -221,23 +220,30 @@ CURVES = {  # metric -> (label, logarithmic)
 
 
 def curves(rows: list[dict], path: Path, *, title: str) -> None:
-    """Training and held-out figures by epoch, from the rows of metrics.jsonl; draws the metrics that are there."""
-    epochs = [row for row in rows if row["kind"] == "epoch"]
+    """Training figures as logged between steps and held-out ones by epoch, from the rows of metrics.jsonl.
+
+    Draws the metrics that are there. A run's first steps may leave the picture, else nothing after them could be told.
+    """
+    trained, epochs = ([row for row in rows if row["kind"] == kind] for kind in ("train", "epoch"))
     held_out = {n: {row[f"held_out_{n}"] for row in epochs if f"held_out_{n}" in row} for n in CURVES}
-    # the rate of a fixed prior is a constant, and no curve
-    names = [n for n, values in held_out.items() if len(values) > 1 or (values and len(epochs) == 1)]
+    # the rate of a fixed prior is a constant, and no curve; nor is a single point
+    curved = {n for row in trained for n in row if len(epochs) == 1}
+    names = [n for n, values in held_out.items() if len(values) > 1 or (values and n in curved)]
     columns = min(3, len(names))
     figure, grid = _axes((4.2 * columns, 3.1 * -(-len(names) // columns)), -(-len(names) // columns), columns)
     panels = np.atleast_1d(grid).flatten()
     for axes, name in zip(panels, names, strict=False):
-        for split, style in (("train", "--"), ("held_out", "-")):
-            points = [(row["epoch"], row[f"{split}_{name}"]) for row in epochs if f"{split}_{name}" in row]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, marker=".", label=split.replace("_", "-"))
-        axes.set(xlabel="epoch", ylabel=CURVES[name][0])
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if CURVES[name][1]:
-            axes.set_yscale("log")
+        during = [(row["step"], row[name]) for row in trained if name in row]
+        after = [(row["step"], row[f"held_out_{name}"]) for row in epochs if f"held_out_{name}" in row]
+        if during:
+            axes.plot(*zip(*during, strict=True), linewidth=1, color="C0", label="train")
+        axes.plot(*zip(*after, strict=True), marker=".", color="C1", label="held-out")
+        label, logarithmic = CURVES[name]
+        axes.set(xlabel="step", ylabel=label, yscale="log" if logarithmic else "linear")
+        shown = [value for _, value in after] + list(np.percentile([v for _, v in during], (0, 95)) if during else [])
+        margin = 0.05 * (max(shown) - min(shown))
+        if margin:
+            axes.set_ylim(min(shown) / 1.05 if logarithmic else min(shown) - margin, max(shown) + margin)
         axes.legend(frameon=False)
     for axes in panels[len(names) :]:
         axes.set_axis_off()
