@@ -25,18 +25,27 @@ def make_vq(**options) -> VQ:
     return VQ(channels=4, grid=(2, 2), **(defaults | options))
 
 
-@pytest.mark.parametrize("num_codes", [1, 7, 512, 3000])
-def test_nearest_code_equals_brute_force_in_float64(num_codes):
-    z, codebook = torch.randn(700, 5), torch.randn(num_codes, 5)
+@pytest.mark.parametrize(("num_codes", "dim"), [(1, 5), (7, 5), (64, 5), (512, 64), (3000, 5), (8192, 64)])
+def test_nearest_code_equals_brute_force_in_float64(num_codes, dim):
+    z, codebook = torch.randn(700, dim), torch.randn(num_codes, dim)
     distances = torch.cdist(z.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
     best, found = distances.min(dim=1).values, distances[torch.arange(700), nearest_code(z, codebook)]
-    assert (found - best).max() < 1e-5  # another code only where the two are equally near up to rounding
+    # another code only where the two are equally near up to the rounding of numbers as large as squared norms
+    assert (found - best).max() < 1e-6 * codebook.square().sum(dim=1).max()
     assert torch.equal(nearest_code(z.double(), codebook.double()), distances.argmin(dim=1))
 
 
 def test_nearest_code_takes_the_first_of_equals_and_accepts_nothing():
     assert nearest_code(torch.zeros(3, 2), torch.ones(4, 2)).tolist() == [0, 0, 0]
+    codebook = torch.zeros(5000, 2)
+    codebook[[70, 90, 100, 4000]] = 1
+    assert nearest_code(torch.ones(3, 2), codebook).tolist() == [70, 70, 70]
     assert nearest_code(torch.zeros(0, 2), torch.ones(4, 2)).shape == (0,)
+
+
+def test_nearest_code_is_a_code_whatever_the_vectors_are():
+    strange = torch.tensor([[math.inf, 0], [-math.inf, 1], [math.nan, 0], [3e38, 3e38]])
+    assert (nearest_code(strange, torch.randn(70, 2)) < 70).all()
 
 
 def test_straight_through_passes_the_value_of_one_and_the_gradient_of_the_other():

@@ -14,8 +14,9 @@ from vqvae import ranks
 from vqvae.errors import UserError
 from vqvae.latent import Latent
 
-# Scores held at once while searching, so that a tile stays in a CPU's cache, or in a modest part of a GPU's memory.
-TILE_SCORES = {"cpu": 1 << 17, "cuda": 1 << 26, "mps": 1 << 24}
+# Scores held at once while searching: a tile stays in a CPU's cache, or in a modest part of a GPU's memory.
+TILE_SCORES = {"cpu": 1 << 21, "cuda": 1 << 26, "mps": 1 << 24}
+BLOCK, GROUP = 2048, 64  # on a CPU: codes of one product, which is read again at once, and of one maximum
 FAILED: list[Exception] = []  # what Triton failed with, after which this process no longer asks it
 
 
@@ -196,6 +197,8 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     The N x K distances never exist at once. ||z||^2 is left out, being the same for every code, so what is
     compared is z.e - ||e||^2 / 2, in the precision of the inputs. Of equally near codes the first is taken.
     """
+    if z.device.type == "cpu" and not torch.compiler.is_exporting():
+        return in_cache(z, codebook)
     bias = -codebook.square().sum(dim=1) / 2
     if z.is_cuda and (found := by_one_kernel(z, codebook, bias)) is not None:
         return found
@@ -221,6 +224,30 @@ def by_one_kernel(z: Tensor, codebook: Tensor, bias: Tensor) -> Tensor | None:
         FAILED.append(problem)
         warnings.warn(f"Triton cannot search for codes here, PyTorch does, more slowly: {problem!r:.200}", stacklevel=2)
         return None
+
+
+def in_cache(z: Tensor, codebook: Tensor) -> Tensor:
+    """The same on a CPU, where argmax over rows costs as much as the product, and maxima next to nothing.
+
+    So the best group of codes is found from the groups' maxima, and the code within that group alone. One buffer
+    holds the scores of every tile: fresh memory costs more to map than to fill.
+    """
+    last = len(codebook) - 1
+    filling = codebook[-1:].expand(-len(codebook) % GROUP, -1)  # copies of the last code complete the last group
+    codebook = torch.cat([codebook, filling])
+    bias = -codebook.square().sum(dim=1) / 2
+    rows = max(16, TILE_SCORES["cpu"] // len(codebook))
+    buffer = z.new_empty(min(rows, len(z)), len(codebook))
+    codes = []
+    for tile in z.split(rows):
+        scores, maxima = buffer[: len(tile)], []
+        for block, e, b in zip(scores.split(BLOCK, dim=1), codebook.split(BLOCK), bias.split(BLOCK), strict=True):
+            torch.addmm(b, tile, e.T, out=block)
+            maxima.append(block.unflatten(1, (-1, GROUP)).amax(dim=2))
+        group = torch.cat(maxima, dim=1).argmax(dim=1)
+        within = scores.unflatten(1, (-1, GROUP))[torch.arange(len(tile)), group].argmax(dim=1)
+        codes.append(group * GROUP + within)
+    return torch.cat(codes).clamp_(max=last)
 
 
 def straight_through(z: Tensor, quantised: Tensor) -> Tensor:
