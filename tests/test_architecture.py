@@ -32,7 +32,7 @@ ALLOWED = {
     "export": {"autoencoder", "checkpoint", "errors", "files", "stage_two"},
     "__main__": {"checkpoint", "config", "data", "devices", "errors", "export", "files", "members", "tokens"},
     "runs": {"checkpoint", "errors"},
-    "training": {"data", "errors", "ranks", "runs", "schedules"},
+    "training": {"data", "devices", "errors", "ranks", "runs", "schedules"},
     "figures": set(),
 }
 HEAVY = {"matplotlib", "sklearn", "scipy", "tensorboard", "torchvision", "imageio", "PIL"}

@@ -1,10 +1,14 @@
-"""Where to compute, in what precision, and whether compiled."""
+"""Where to compute, in what precision and memory, and whether compiled."""
 
+import contextlib
+import ctypes
 import warnings
 
 import torch
 
 from vqvae.errors import UserError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def choose_device(name: str) -> torch.device:
@@ -39,3 +43,15 @@ def _compiles(device: torch.device) -> bool:
     except Exception as problem:  # each of the three fails in its own way
         warnings.warn(f"the nets are not compiled, since torch.compile fails here: {problem!r:.200}", stacklevel=2)
         return False
+
+
+def keep_memory(most: int = 1 << 30) -> None:
+    """Let this process keep up to `most` bytes that it frees, where its allocator is glibc's.
+
+    On a CPU a step frees all its activations, and waits for the system to map and clear as many pages for the next:
+    glibc by itself never keeps more than 64 MiB.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, most)
+        mallopt(M_MMAP_THRESHOLD, most // 2) or mallopt(M_MMAP_THRESHOLD, 1 << 25)  # all that older ones take

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from vqvae import ranks
 from vqvae.data import batch_indices
+from vqvae.devices import keep_memory
 from vqvae.errors import UserError
 from vqvae.runs import Run
 from vqvae.schedules import Schedule
@@ -131,6 +132,8 @@ def fit(
         raise UserError(f"--batch-size {plan.batch_size}: larger than the {len(examples)} training examples")
     if plan.batch_size < ranks.world():
         raise UserError(f"--batch-size {plan.batch_size}: smaller than the {ranks.world()} processes that share it")
+    if plan.device.type == "cpu":
+        keep_memory()
     loop = Loop(module, *_resident(examples, labels, plan.device), plan, run, resume or {})
     if loop.step >= loop.total:
         raise UserError(f"--resume {run.folder}: has done all of its {loop.step} steps; raise --epochs or --max-steps")

@@ -1,0 +1,433 @@
+#!/usr/bin/env python3
+"""How fast training, the quantiser, the whole loop, the input pipeline and the start are, beside what people use.
+
+  python benchmarks/speed.py [--quick] [--device cpu|cuda] [--output results/speed.json]
+
+Peers, in the same nets and on the same data, each taking turns with ours in one process:
+  plain   the common PyTorch VQ-VAE: distances with both norms, a one-hot matrix product for the codes and another for
+          the EMA, NCHW, Adam as PyTorch gives it
+  vqp     vector-quantize-pytorch's EMA quantiser, otherwise as plain
+Figures are medians of rounds after a warm-up. Extra memory is what one pass adds to the peak of a fresh process. On a
+CPU training keeps the memory that it frees (vqvae/devices.py); peers' turns run with as much kept as glibc's own
+thresholds ever grow to, and `same_allocator` has the ratios to peers that are given ours.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from hardware import describe
+from runs import table
+from torch import Tensor, nn
+
+from vqvae.autoencoder import SLOTS, build_autoencoder, unit_range
+from vqvae.bottlenecks.vq import VQ
+from vqvae.data import batch_indices
+from vqvae.devices import keep_memory
+from vqvae.members import Choice, resolve
+from vqvae.nets import Sonnet
+from vqvae.runs import Run
+from vqvae.schedules import Schedule
+from vqvae.training import Plan, fit, optimiser
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE, VARIANCE, BATCH = (3, 32, 32), 0.063, 128  # CIFAR-10's
+VECTORS, DIM = 65_536, 64  # of the quantiser alone
+
+
+class PlainQuantiser(nn.Module):
+    """The EMA quantiser of most PyTorch repositories (`[B, D, h, w]`, decay 0.99, commitment 0.25)."""
+
+    def __init__(self, num_codes: int):
+        super().__init__()
+        self.register_buffer("codebook", torch.randn(num_codes, DIM))
+        self.register_buffer("counts", torch.zeros(num_codes))
+        self.register_buffer("totals", self.codebook.clone())
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        rows = z.permute(0, 2, 3, 1).contiguous()  # [B, h, w, D]
+        flat = rows.view(-1, DIM)
+        norms = flat.square().sum(dim=1, keepdim=True) + self.codebook.square().sum(dim=1)
+        distances = norms - 2 * flat @ self.codebook.t()
+        one_hot = torch.zeros_like(distances).scatter_(1, distances.argmin(dim=1, keepdim=True), 1)
+        quantised = (one_hot @ self.codebook).view_as(rows)
+        with torch.no_grad():
+            self.counts.mul_(0.99).add_(one_hot.sum(dim=0), alpha=0.01)
+            self.totals.mul_(0.99).add_(one_hot.t() @ flat, alpha=0.01)
+            n = self.counts.sum()
+            smoothed = (self.counts + 1e-5) / (n + len(self.counts) * 1e-5) * n
+            self.codebook.copy_(self.totals / smoothed.unsqueeze(1))
+        loss = 0.25 * F.mse_loss(rows, quantised.detach())
+        quantised = rows + (quantised - rows).detach()
+        return quantised.permute(0, 3, 1, 2).contiguous(), loss
+
+
+class PeerQuantiser(nn.Module):
+    """vector-quantize-pytorch, with the same settings."""
+
+    def __init__(self, num_codes: int):
+        super().__init__()
+        from vector_quantize_pytorch import VectorQuantize
+
+        self.inner = VectorQuantize(
+            DIM, num_codes, decay=0.99, commitment_weight=0.25, accept_image_fmap=True, rotation_trick=False
+        )
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        quantised, _, loss = self.inner(z)
+        return quantised, loss.sum()
+
+
+class Peer(nn.Module):
+    """Our nets around a peer's quantiser, and Sonnet's loss."""
+
+    def __init__(self, quantiser: nn.Module):
+        super().__init__()
+        nets = Sonnet(image_shape=SHAPE)
+        self.encoder = nn.Sequential(nets.encoder(), nn.Conv2d(nets.channels, DIM, 1))
+        self.quantiser, self.decoder = quantiser, nets.decoder(DIM, SHAPE[0])
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.float() / 255 - 0.5
+        quantised, loss = self.quantiser(self.encoder(x))
+        return F.mse_loss(self.decoder(quantised), x) / VARIANCE + loss
+
+
+def ours(device: torch.device) -> nn.Module:
+    """`train.py`'s model of CIFAR-10 with every default but k-means, which is no part of a step."""
+    words = {"nets": "sonnet", "bottleneck": "vq init=normal", "prior": "uniform", "likelihood": "mse"}
+    choices = {slot: resolve(SLOTS[slot], Choice.parse("", text.split())) for slot, text in words.items()}
+    return build_autoencoder(choices, image_shape=SHAPE, data_variance=VARIANCE).to(device)
+
+
+QUANTISERS: dict[str, Callable[[int], nn.Module]] = {
+    "ours": lambda k: VQ(channels=DIM, grid=(8, 8), num_codes=k, code_dim=DIM, projection=False, init="normal"),
+    "plain": PlainQuantiser,
+    "vqp": PeerQuantiser,
+}
+
+
+def interleaved(contestants: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each, all taking turns, after a turn each to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds + 1):
+        for name, work in contestants.items():
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+
+
+def usual(work: Callable[[], object]) -> Callable[[], None]:
+    """The same with the allocator as processes have it that do not call keep_memory, at the best it gets by itself."""
+
+    def run() -> None:
+        keep_memory(1 << 26)
+        work()
+        keep_memory()
+
+    return run
+
+
+def plan_of(device: torch.device, **settings) -> Plan:
+    rest = {"weight_decay": 0.0, "seed": 0, "precision": "fp32", "log_every": 50, "save_every": (50, None)}
+    rate = Schedule.parse("--lr", "3e-4")
+    return Plan(epochs=1, batch_size=BATCH, lr=rate, device=device, **(rest | settings))
+
+
+def our_step(model: nn.Module, images: Tensor, plan: Plan) -> Callable[[], None]:
+    adam = optimiser(model, plan)
+
+    def step() -> None:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
+            loss = model(images, None, 0).loss
+        loss.backward()
+        adam.step()
+        adam.zero_grad()
+
+    return step
+
+
+def peer_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
+    adam = torch.optim.Adam(model.parameters(), lr=3e-4)
+
+    def step() -> None:
+        adam.zero_grad()
+        model(images).backward()
+        adam.step()
+
+    return step
+
+
+def products(device: torch.device, dtype: torch.dtype, side: int = 2048) -> dict[str, Callable[[], Tensor]]:
+    """The same product by torch.mm and as a 1x1 convolution, which on a CPU are of two libraries."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    pixels = a.view(1, side, 1, side).permute(0, 3, 1, 2)  # [1, C, H, 1], channels last
+    return {"mm": lambda: a @ b.T, "convolution": lambda: F.conv2d(pixels, b.view(side, side, 1, 1))}
+
+
+def training(device: torch.device, rounds: int, steps: int = 4) -> dict:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    images = torch.randint(256, (BATCH, *SHAPE), dtype=torch.uint8, device=device)
+    bare = {
+        "fp32": our_step(ours(device), images, plan_of(device)),
+        "bf16": our_step(ours(device), images, plan_of(device, precision="bf16")),
+        **{name: peer_step(Peer(QUANTISERS[name](512)).to(device), images) for name in ("plain", "vqp")},
+    }
+    with FlopCounterMode(display=False) as counter:
+        bare["fp32"]()
+    flops = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "convolution" in str(op))
+    contestants = {name: lambda step=step: [step() for _ in range(steps)] for name, step in bare.items()}
+    contestants |= {f"usual {name}": usual(contestants[name]) for name in ("plain", "vqp")}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        contestants |= {f"{kind} {precision}": run for kind, run in products(device, dtype).items()}
+    took = interleaved(contestants, rounds, device)
+    speed = {name: steps * BATCH / took[name] for name in took}
+    result = {"mflop_per_image": flops / BATCH / 1e6}
+    result |= {f"{name}_images_per_s": speed[f"usual {name}"] for name in ("plain", "vqp")}
+    for precision in ("fp32", "bf16"):
+        rate = speed[precision] * flops / BATCH
+        peaks = {kind: 2 * 2048**3 / took[f"{kind} {precision}"] for kind in ("mm", "convolution")}
+        result[precision] = {
+            "images_per_s": speed[precision],
+            "ratio_plain": speed[precision] / speed["usual plain"],
+            "ratio_vqp": speed[precision] / speed["usual vqp"],
+            "ratio_plain_same_allocator": speed[precision] / speed["plain"],
+            "ratio_vqp_same_allocator": speed[precision] / speed["vqp"],
+            "gemm_fraction": rate / peaks["mm"],
+            "fastest_gemm_fraction": rate / max(peaks.values()),
+            "gemm_gflops": peaks["mm"] / 1e9,
+        }
+    return result
+
+
+def quantiser_pass(name: str, num_codes: int, device: torch.device) -> Callable[[], None]:
+    """Forward, backward and EMA of 65,536 vectors, as the encoders hand them over."""
+    torch.manual_seed(0)
+    quantiser = QUANTISERS[name](num_codes).to(device)
+    z = torch.randn(VECTORS // 64, DIM, 8, 8, device=device)
+    z = (z.contiguous(memory_format=torch.channels_last) if name == "ours" else z).requires_grad_()
+
+    def run() -> None:
+        out = quantiser(z, 0) if name == "ours" else quantiser(z)
+        quantised, loss = (out.z, out.loss) if name == "ours" else out
+        (quantised.sum() + loss).backward()
+        z.grad = None
+
+    return run
+
+
+def extra_megabytes(name: str, num_codes: int, device: torch.device) -> float:
+    """What one pass adds to the memory of this process at its peak; for a process that has done nothing else."""
+    run = quantiser_pass(name, num_codes, device)
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is of the imports
+    run()
+    return (_resident("VmHWM") - before) / 1e6
+
+
+def _resident(field: str) -> int:
+    """Bytes of this process's memory now (VmRSS) or at its peak (VmHWM), as Linux counts them."""
+    return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def quantiser(num_codes: int, device: torch.device, rounds: int) -> dict:
+    z, codebook = torch.randn(4096, DIM, device=device), torch.randn(num_codes, DIM, device=device)
+    scores = torch.empty(4096, num_codes, device=device)
+    passes = {name: quantiser_pass(name, num_codes, device) for name in QUANTISERS}
+    passes |= {name: usual(passes[name]) for name in ("plain", "vqp")}
+    # the scores of all vectors, and nothing done with them
+    passes["floor"] = lambda: [torch.mm(z, codebook.T, out=scores) for _ in range(VECTORS // 4096)]
+    took = interleaved(passes, rounds, device)
+    del passes
+    memory = dict.fromkeys(QUANTISERS)
+    if device.type == "cuda" or Path("/proc/self/clear_refs").exists():
+        for name in memory:
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+                memory[name] = fresh.submit(extra_megabytes, name, num_codes, device).result()
+    return {
+        "ms": took["ours"] * 1e3,
+        "ratio_plain": took["plain"] / took["ours"],
+        "ratio_vqp": took["vqp"] / took["ours"],
+        "floor_ratio": took["ours"] / took["floor"],
+        "extra_mb": memory["ours"],
+        "plain_extra_mb": memory["plain"],
+        "vqp_extra_mb": memory["vqp"],
+    }
+
+
+def loop(device: torch.device, rounds: int, steps: int = 100) -> dict:
+    """An epoch of `fit`, with its data, logs, events and checkpoints, against as many bare steps."""
+    images = torch.randint(256, (steps * BATCH, *SHAPE), dtype=torch.uint8)
+    labels = torch.zeros(len(images), dtype=torch.long)
+    step = our_step(ours(device), images[:BATCH].to(device), plan_of(device))
+    folders = tempfile.TemporaryDirectory()
+
+    def epoch() -> None:
+        facts = {"kind": "autoencoder", "run": "loop", "config": {}, "data": {}, "examples": {}, "plots": ""}
+        run = Run(Path(tempfile.mkdtemp(dir=folders.name)) / "run", facts)
+        model = ours(device)
+        model.initialise = lambda batches: None
+        figures = {model.monitor: 0.0}
+        fit(model, images, labels, plan_of(device), run, evaluate=lambda: dict(figures), after_epoch=lambda *_: None)
+        run.close()
+
+    with folders:
+        took = interleaved({"loop": epoch, "step": lambda: [step() for _ in range(steps)]}, rounds, device)
+    return {"images_per_s": len(images) / took["loop"], "fraction_of_step": took["step"] / took["loop"]}
+
+
+class Pictures(torch.utils.data.Dataset):
+    """What torchvision's CIFAR10 does for a picture."""
+
+    def __init__(self, images: Tensor):
+        from torchvision.transforms import Compose, Normalize, ToTensor
+
+        self.arrays = images.permute(0, 2, 3, 1).numpy()  # [N, H, W, C]
+        self.transform = Compose([ToTensor(), Normalize((0.5,) * 3, (1.0,) * 3)])
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.arrays[index])), 0
+
+
+def pipeline(device: torch.device, rounds: int, batches: int = 100) -> dict:
+    """Batches as the encoder reads them: shuffled, scaled, channels last, on the device."""
+    images = torch.randint(256, (batches * BATCH, *SHAPE), dtype=torch.uint8)
+    held = images.to(device)
+    network_input = ours(device).likelihood.network_input
+    loaders = {
+        f"dataloader_{workers}_workers": torch.utils.data.DataLoader(
+            Pictures(images), BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+        )
+        for workers in (0, os.cpu_count())
+    }
+
+    def indexed() -> None:
+        for index in batch_indices(len(held), BATCH, seed=0, epoch=0):
+            network_input(unit_range(held[index.to(device)])).contiguous(memory_format=torch.channels_last)
+
+    def loaded(loader) -> None:
+        for batch, _ in loader:
+            batch.to(device)
+
+    took = interleaved(
+        {"ours": indexed} | {name: lambda loader=loader: loaded(loader) for name, loader in loaders.items()},
+        rounds,
+        device,
+    )
+    speed = {name: len(images) / seconds for name, seconds in took.items()}
+    result = {"images_per_s": speed.pop("ours")}
+    return result | {f"{k}_images_per_s": v for k, v in speed.items()} | {
+        f"ratio_{name}": result["images_per_s"] / value for name, value in speed.items()
+    }  # fmt: skip
+
+
+def startup(device: torch.device, rounds: int) -> dict:
+    """Seconds of `train.py --dataset digits` to its first step, of the imports in it, and of `--help`."""
+
+    def command(folder: str, *options: str) -> list[str]:
+        digits = ["train.py", "--dataset", "digits", "--device", device.type, "--log-every", "1"]
+        return [sys.executable, *options, *digits, "--log-dir", folder, "--plot-dir", folder, "--name", "run"]
+
+    def first_step(*options: str) -> str:
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
+            child = subprocess.Popen(command(folder, *options), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
+            while child.poll() is None and not (Path(folder) / "run" / "metrics.jsonl").exists():
+                time.sleep(0.005)
+            child.kill()
+            child.wait()
+            errors.seek(0)
+            return errors.read()
+
+    def imports() -> float:
+        lines = first_step("-X", "importtime").splitlines()
+        return sum(int(line.split("|")[0].split(":")[1]) for line in lines if re.match(r"import time: +\d", line)) / 1e6
+
+    def helps() -> None:
+        subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+
+    took = interleaved({"step": first_step, "help": helps}, rounds, device)
+    return {
+        "startup_s": took["step"],
+        "startup_imports_s": statistics.median(imports() for _ in range(3)),
+        "help_s": took["help"],
+    }
+
+
+def report(result: dict) -> list[str]:
+    """The figures as Markdown."""
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
+
+    def block(title: str, rows: dict[str, dict]) -> list[str]:
+        columns = next(iter(rows.values())).keys()
+        cells = [(name, *(number(row[c]) for c in columns)) for name, row in rows.items()]
+        return ["", *table((title, *columns), cells)]
+
+    single = {k: result["train"][k] for k in result["train"] if k not in ("fp32", "bf16")}
+    return [
+        result["hardware"],
+        *block("training", {k: result["train"][k] for k in ("fp32", "bf16")}),
+        *block("training's peers", {"fp32": single}),
+        *block("quantiser, K", result["quantiser"]),
+        *block("loop", {"": result["loop"]}),
+        *block("pipeline", {"": result["pipeline"]}),
+        *block("start", {"": {k: result[k] for k in ("startup_s", "startup_imports_s", "help_s")}}),
+    ]
+
+
+def main() -> None:
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--quick", action="store_true", help="three rounds instead of seven, and short ones")
+    cli.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    cli.add_argument("--output", default="results/speed.json", help="where the figures go as JSON")
+    args = cli.parse_args()
+    try:
+        import vector_quantize_pytorch  # noqa: F401
+    except ImportError:
+        sys.exit("error: this compares with vector-quantize-pytorch: pip install vector-quantize-pytorch")
+    device = torch.device(args.device)
+    keep_memory()
+    torch.manual_seed(0)
+    rounds = 3 if args.quick else 7
+    result = {
+        "hardware": describe(device.type),
+        "train": training(device, rounds),
+        "quantiser": {str(k): quantiser(k, device, min(rounds, 5)) for k in (512, 8192)},
+        "loop": loop(device, rounds, 20 if args.quick else 100),
+        "pipeline": pipeline(device, rounds),
+        **startup(device, rounds),
+    }
+    print("\n".join(report(result)))
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
