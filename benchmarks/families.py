@@ -139,8 +139,9 @@ def main() -> None:
             for family in args.only:
                 row = measure(family, trees, *((3, 0.5) if args.quick else (7, 1.5)), args.device)
                 rows[family] = row
-                before = f"{row['before_ms']:.1f} | {row['ms']:.1f} | {row['ratio']:.2f}" if args.against else ""
-                print(f"| {family} | `{row['flags']}` | {row['what']} | {before or ' | %.1f | ' % row['ms']} |", flush=True)
+                timed = [f"{row[key]:.2f}" if key in row else "" for key in ("before_ms", "ms", "ratio")]
+                cells = [family, f"`{row['flags']}`", row["what"], *timed]
+                print(f"| {' | '.join(cells)} |", flush=True)
         finally:
             if args.against:
                 subprocess.run(["git", "worktree", "remove", "--force", trees[0]], cwd=ROOT, check=True)

@@ -94,10 +94,14 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def seed_step(seed: int, step: int) -> None:
+def seed_step(seed: int, step: int, device: str = "cpu") -> None:
     """Make the noise of a step a function of (seed, step), another in every process."""
     apart = 999_999_937 * ranks.rank()  # less than 2**32, of which a CPU's generator sees no more
-    torch.manual_seed((seed * 1_000_003 + step + 1 + apart) % 2**63)
+    number = (seed * 1_000_003 + step + 1 + apart) % 2**63
+    # not torch.manual_seed: for kinds of device that are not in use it formats a stack trace, at every step
+    torch.default_generator.manual_seed(number)
+    if device != "cpu":
+        getattr(torch, device).manual_seed(number)
 
 
 def optimiser(module: nn.Module, plan: Plan) -> torch.optim.Optimizer:
@@ -137,7 +141,7 @@ def fit(
     figures = None
     module.train()
     if loop.step == 0 and hasattr(module, "initialise"):
-        seed_step(plan.seed, -1)
+        seed_step(plan.seed, -1, plan.device.type)
         order = batch_indices(len(examples), 1, seed=plan.seed, epoch=0).flatten()
         module.initialise(lambda n: _take(loop.examples, ranks.share(order[:n]), plan.device))
     with Interrupt() as interrupt, loop.bar:
@@ -177,6 +181,7 @@ class Loop:
         plan, epoch = self.plan, self.step // self.per_epoch
         self.bar.set_description(f"epoch {epoch + 1}/{math.ceil(self.total / self.per_epoch)}", refresh=False)
         order = batch_indices(len(self.examples), plan.batch_size, seed=plan.seed, epoch=epoch)
+        order = order.to(self.examples.device)  # all at once: to copy each batch's would wait for the device at each
         first, started = self.step, time.perf_counter()
         saved = started
         for index in order[self.step - epoch * self.per_epoch :]:
@@ -206,7 +211,7 @@ class Loop:
         plan, device = self.plan, self.plan.device
         for group in self.optimiser.param_groups:
             group["lr"] = plan.lr(self.step, self.total)
-        seed_step(plan.seed, self.step)
+        seed_step(plan.seed, self.step, device.type)
         mine = ranks.share(index)
         batch, labels = _take(self.examples, mine, device), _take(self.labels, mine, device)
         batch = plan.augment(batch) if plan.augment else batch
