@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from vqvae.errors import UserError
-from vqvae.nets import NETS, BottleneckBlock, DallE, DeepMind, PostActivationBlock, Sonnet, initialise_fan_in
+from vqvae.nets import (
+    NETS,
+    BottleneckBlock,
+    DallE,
+    DeepMind,
+    PostActivationBlock,
+    Sonnet,
+    ToPixels,
+    initialise_fan_in,
+)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +105,15 @@ def test_bottleneck_block_by_hand(kernels):
     assert isinstance(BottleneckBlock(8, 8, kernels=kernels, gain=1.0).identity, nn.Identity)
 
 
+def test_bottleneck_block_upsamples_its_input():
+    block = BottleneckBlock(4, 8, kernels=(1, 3, 3, 3), gain=0.25, upsample=True)
+    plain = BottleneckBlock(4, 8, kernels=(1, 3, 3, 3), gain=0.25)
+    plain.load_state_dict(block.state_dict())
+    h = torch.randn(2, 4, 3, 5)
+    expected = plain(h.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+    assert torch.allclose(block(h), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_dalles_gain_is_one_over_its_blocks_squared(blocks):
     nets = DallE(image_shape=(3, 8, 8), hidden=4, blocks=blocks)
@@ -110,6 +128,17 @@ def test_dalles_initial_weights_are_normal_over_the_fan_in():
     assert scaled.var().item() == pytest.approx(1, rel=0.01)
     assert scaled.abs().max() > 3  # not cut off
     assert not any(m.bias.any() for m in layers)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_the_last_convolution_is_a_convolution(kernel):
+    layer = ToPixels(6, 2, kernel, padding=kernel // 2)
+    x = torch.randn(3, 6, 7, 4, requires_grad=True)
+    weights = (x, layer.weight, layer.bias)
+    outputs = layer(x), F.conv2d(x, layer.weight, layer.bias, padding=kernel // 2)
+    direction = torch.randn_like(outputs[0])
+    for ours, theirs in zip(*([y, *torch.autograd.grad(y, weights, direction)] for y in outputs), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
 
 
 def test_dalle_names_sizes_that_its_stride_divides():

@@ -8,7 +8,7 @@ import torch
 
 from vqvae.errors import UserError
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 
 
 def choose_device(name: str) -> torch.device:
@@ -49,9 +49,10 @@ def keep_memory(most: int = 1 << 30) -> None:
     """Let this process keep up to `most` bytes that it frees, where its allocator is glibc's.
 
     On a CPU a step frees all its activations, and waits for the system to map and clear as many pages for the next:
-    glibc by itself never keeps more than 64 MiB.
+    glibc by itself never keeps more than 64 MiB, and no block of more than 32.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, most)
-        mallopt(M_MMAP_THRESHOLD, most // 2) or mallopt(M_MMAP_THRESHOLD, 1 << 25)  # all that older ones take
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)
+        mallopt(M_MMAP_MAX, 0 if most > 1 << 26 else 1 << 16)  # how many blocks come from the system each by itself

@@ -131,7 +131,8 @@ class SimplexFlow(nn.Module):
             )
             self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
             self.gate = nn.Parameter(torch.zeros(()))
-            self.register_buffer("future", torch.ones(latents, latents, dtype=torch.bool).triu(1), persistent=False)
+            future = torch.full((latents, latents), -math.inf).triu(1)
+            self.register_buffer("future", future, persistent=False)
         else:
             self.weight = nn.Parameter(torch.zeros(latents, latents))
 
@@ -139,7 +140,9 @@ class SimplexFlow(nn.Module):
         """s `[B, L, K - 1]`."""
         if self.by_transformer:
             shifted = F.pad(w, (0, 0, 1, 0))[:, :-1]
-            u = self.gate * self.write(self.layers(self.read(shifted) + self.where, mask=self.future))
+            # were it not told that the mask is causal, torch would read the mask to find out
+            h = self.layers(self.read(shifted) + self.where, mask=self.future, is_causal=True)
+            u = self.gate * self.write(h)
         else:
             u = torch.einsum("lj,bjk->blk", self.weight.tril(-1), w[..., :-1])
         return F.softplus(u) + math.log1p(math.exp(self.shift))

@@ -8,8 +8,8 @@ B batch, C channels, H W pixels, h w code grid, D code dimension.
 
 import itertools
 import math
-from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.errors import UserError
@@ -198,7 +198,7 @@ class ConvVAE:
             nn.ConvTranspose2d(2 * n, n, 4, stride=2, padding=1),
             nn.ReLU(),
             CentreCrop(self.size),
-            nn.Conv2d(n, out_channels, 3, padding=1),  # [B, C, H, W]
+            ToPixels(n, out_channels, 3, padding=1),  # [B, C, H, W]
         )
 
 
@@ -222,15 +222,15 @@ class MnistConv:
         n, latents = self.hidden, self.grid[0]
         net = nn.Sequential(
             nn.Conv2d(self.image_channels, n, 5, padding=2),
-            nn.ELU(),
+            nn.ELU(inplace=True),
             nn.Conv2d(n, n, 5, stride=2, padding=2),  # [B, n, H/2, W/2]
-            nn.ELU(),
+            nn.ELU(inplace=True),
             nn.Conv2d(n, 2 * n, 5, padding=2),
-            nn.ELU(),
+            nn.ELU(inplace=True),
             nn.Conv2d(2 * n, 2 * n, 5, stride=2, padding=2),  # [B, 2n, H/4, W/4]
-            nn.ELU(),
+            nn.ELU(inplace=True),
             nn.Conv2d(2 * n, 4 * latents, self.inner),  # [B, 4L, 1, 1]
-            nn.ELU(),
+            nn.ELU(inplace=True),
             nn.Flatten(),
             nn.Linear(4 * latents, latents * self.channels),
             nn.Unflatten(1, (self.channels, latents, 1)),  # [B, features, L, 1]
@@ -244,18 +244,18 @@ class MnistConv:
             nn.Flatten(),
             nn.Unflatten(1, (code_dim * self.grid[0], 1, 1)),
             nn.ConvTranspose2d(code_dim * self.grid[0], 2 * n, self.inner),  # [B, 2n, H/4, W/4]
-            nn.ELU(),
+            nn.ELU(inplace=True),
             nn.ConvTranspose2d(2 * n, 2 * n, 5, padding=2),
-            nn.ELU(),
+            nn.ELU(inplace=True),
             nn.ConvTranspose2d(2 * n, 2 * n, 5, stride=2, padding=2, output_padding=1),  # [B, 2n, H/2, W/2]
-            nn.ELU(),
+            nn.ELU(inplace=True),
             nn.ConvTranspose2d(2 * n, n, 5, padding=2),
-            nn.ELU(),
+            nn.ELU(inplace=True),
             nn.ConvTranspose2d(n, n, 5, stride=2, padding=2, output_padding=1),  # [B, n, H, W]
-            nn.ELU(),
+            nn.ELU(inplace=True),
             nn.ConvTranspose2d(n, n, 5, padding=2),
-            nn.ELU(),
-            nn.Conv2d(n, out_channels, 5, padding=2),  # [B, C, H, W]
+            nn.ELU(inplace=True),
+            ToPixels(n, out_channels, 5, padding=2),  # [B, C, H, W]
         )
         initialise_fan_in(net)
         return net
@@ -318,9 +318,11 @@ class BottleneckBlock(nn.Module):
     """id(h) + gain * residual(h): id a 1x1 where widths differ, residual four ReLU-convolutions at a quarter width.
 
     `kernels` are their sizes; the small gain makes deep nets start near the identity path (2102.12092, appendix A.1).
+    With `upsample`, of h at twice its size (nearest): what is 1x1, the identity path and the first convolution, comes
+    before that, where it gives the same for a quarter of the work.
     """
 
-    def __init__(self, channels: int, out_channels: int, *, kernels: tuple[int, int, int, int], gain: float):
+    def __init__(self, channels: int, out_channels: int, *, kernels: tuple, gain: float, upsample: bool = False):
         super().__init__()
         quarter, self.gain = out_channels // 4, gain
         widths = [channels, quarter, quarter, quarter, out_channels]
@@ -329,9 +331,11 @@ class BottleneckBlock(nn.Module):
         self.residual = nn.Sequential(
             *(m for (a, b), size in layers for m in (nn.ReLU(), nn.Conv2d(a, b, size, padding=size // 2)))
         )
+        self.resize = nn.Upsample(scale_factor=2, mode="nearest") if upsample else nn.Identity()
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.identity(h) + self.gain * self.residual(h)
+        first, rest = self.residual[:2], self.residual[2:]
+        return self.resize(self.identity(h)).add(rest(self.resize(first(h))), alpha=self.gain)
 
 
 class DallE:
@@ -357,7 +361,7 @@ class DallE:
         n = self.hidden
         net = nn.Sequential(
             nn.Conv2d(self.image_channels, n, 7, padding=3),
-            *self._groups([n, n, 2 * n, 4 * n, 8 * n], (3, 3, 3, 1), lambda: nn.MaxPool2d(2)),  # [B, 8n, h, w]
+            *self._groups([n, n, 2 * n, 4 * n, 8 * n], (3, 3, 3, 1), halve=True),  # [B, 8n, h, w]
             nn.ReLU(),
         )
         return self._initialised(net)
@@ -367,20 +371,23 @@ class DallE:
         widths = [self.init, 8 * n, 4 * n, 2 * n, n]
         net = nn.Sequential(
             nn.Conv2d(code_dim, self.init, 1),
-            *self._groups(widths, (1, 3, 3, 3), lambda: nn.Upsample(scale_factor=2, mode="nearest")),  # [B, n, H, W]
+            *self._groups(widths, (1, 3, 3, 3), halve=False),  # [B, n, H, W]
             nn.ReLU(),
             nn.Conv2d(n, out_channels, 1),
         )
         return self._initialised(net)
 
-    def _groups(self, widths: list[int], kernels: tuple, between: Callable[[], nn.Module]) -> list[nn.Module]:
-        gain = 1 / ((len(widths) - 1) * self.blocks) ** 2
+    def _groups(self, widths: list[int], kernels: tuple, *, halve: bool) -> list[nn.Module]:
+        """Groups of blocks, each after the first at half the size of the one before, or else at twice."""
+        shared = {"kernels": kernels, "gain": 1 / ((len(widths) - 1) * self.blocks) ** 2}
         layers: list[nn.Module] = []
         for channels, out_channels in itertools.pairwise(widths):
-            inputs = [channels] + [out_channels] * (self.blocks - 1)
-            layers += [BottleneckBlock(c, out_channels, kernels=kernels, gain=gain) for c in inputs]
-            layers.append(between())
-        return layers[:-1]  # none after the last group
+            later = bool(layers)
+            if later and halve:
+                layers.append(nn.MaxPool2d(2))
+            layers.append(BottleneckBlock(channels, out_channels, upsample=later and not halve, **shared))
+            layers += [BottleneckBlock(out_channels, out_channels, **shared) for _ in range(self.blocks - 1)]
+        return layers
 
     def _initialised(self, net: nn.Module) -> nn.Module:
         for layer in net.modules():
@@ -388,6 +395,20 @@ class DallE:
                 nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_channels * math.prod(layer.kernel_size)))
                 nn.init.zeros_(layer.bias)
         return net
+
+
+class ToPixels(nn.Conv2d):
+    """A convolution to few channels, of the same size: on a CPU computed as the transposed one of the mirrored kernel.
+
+    They are the same sums; the library that computes them is made for many channels on the side it writes to, and the
+    transposed one has them where it reads.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        mirrored = self.weight.flip(2, 3).transpose(0, 1)
+        return F.conv_transpose2d(x, mirrored, self.bias, padding=self.padding)
 
 
 class CentreCrop(nn.Module):

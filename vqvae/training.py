@@ -95,10 +95,14 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def seed_step(seed: int, step: int) -> None:
+def seed_step(seed: int, step: int, device: str = "cpu") -> None:
     """Make the noise of a step a function of (seed, step), another in every process."""
     apart = 999_999_937 * ranks.rank()  # less than 2**32, of which a CPU's generator sees no more
-    torch.manual_seed((seed * 1_000_003 + step + 1 + apart) % 2**63)
+    number = (seed * 1_000_003 + step + 1 + apart) % 2**63
+    # not torch.manual_seed: for kinds of device that are not in use it formats a stack trace, at every step
+    torch.default_generator.manual_seed(number)
+    if device in ("cuda", "mps"):
+        getattr(torch, device).manual_seed(number)
 
 
 def optimiser(module: nn.Module, plan: Plan) -> torch.optim.Optimizer:
@@ -132,15 +136,13 @@ def fit(
         raise UserError(f"--batch-size {plan.batch_size}: larger than the {len(examples)} training examples")
     if plan.batch_size < ranks.world():
         raise UserError(f"--batch-size {plan.batch_size}: smaller than the {ranks.world()} processes that share it")
-    if plan.device.type == "cpu":
-        keep_memory()
     loop = Loop(module, *_resident(examples, labels, plan.device), plan, run, resume or {})
     if loop.step >= loop.total:
         raise UserError(f"--resume {run.folder}: has done all of its {loop.step} steps; raise --epochs or --max-steps")
     figures = None
     module.train()
     if loop.step == 0 and hasattr(module, "initialise"):
-        seed_step(plan.seed, -1)
+        seed_step(plan.seed, -1, plan.device.type)
         order = loop.order(batch_size=1, epoch=0).flatten()
         module.initialise(lambda n: _take(loop.examples, ranks.share(order[:n]), plan.device))
     with Interrupt() as interrupt, loop.bar:
@@ -162,6 +164,8 @@ class Loop:
     def __init__(
         self, module: nn.Module, examples: Tensor, labels: Tensor, plan: Plan, run: Run, state: dict[str, Any]
     ):
+        if plan.device.type == "cpu":
+            keep_memory()
         self.module, self.examples, self.labels, self.plan, self.run = module, examples, labels, plan, run
         self.optimiser = optimiser(module, plan)
         if state:
@@ -213,7 +217,7 @@ class Loop:
         plan, device = self.plan, self.plan.device
         for group in self.optimiser.param_groups:
             group["lr"] = plan.lr(self.step, self.total)
-        seed_step(plan.seed, self.step)
+        seed_step(plan.seed, self.step, device.type)
         mine = ranks.share(index)
         batch, labels = _take(self.examples, mine, device), _take(self.labels, mine, device)
         batch = plan.augment(batch) if plan.augment else batch

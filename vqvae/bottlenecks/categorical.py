@@ -124,23 +124,25 @@ class Assigning(Discrete):
             w = w.view(-1, *log_p.shape)
             log_q = log_q - self.volume_change * log_det.view(len(w), -1)
         z = w @ table  # [S, B, h, w, D]
-        loss, stats = z.new_zeros(()), {"posterior_entropy": _entropy(log_p.detach()).sum((1, 2)).mean()}
+        entropy = -log_q.detach() if self.exact else _entropy(log_p.detach()).sum((1, 2))
+        loss, stats = z.new_zeros(()), {"posterior_entropy": entropy.mean()}
         if f is not None:
             commitment = (f - z.detach()).square().mean()
             loss, stats = self.beta * commitment, stats | {"commitment": commitment.detach()}
             self._learn(f.detach().flatten(0, 2), w.detach().mean(0).flatten(0, 2))
-        w = w.flatten(0, 1).movedim(-1, 1)  # [S*B, K, h, w]
+        w = w.flatten(0, 1)  # [S*B, h, w, K]
         return Latent(
             z.flatten(0, 1).movedim(-1, 1),
-            w.detach().argmax(1),
+            w.detach().argmax(-1),
             log_q=log_q.flatten(),
             loss=loss,
             stats=stats,
-            assignments=w,
+            assignments=w.movedim(-1, 1),
         )
 
     # log q(w') of a flow's output: a map of finitely many points has no volume change, one of densities has
     volume_change = 0.0
+    exact = False  # whether log q in training is its mean over draws, -H(q), in place of a draw's own
 
     def assign(self, log_p: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Training's assignments `[S, B, h, w, K]` and their log q `[S, B]`, given log p `[B, h, w, K]`."""
@@ -148,7 +150,7 @@ class Assigning(Discrete):
 
     def _hard_draw(self, log_p: Tensor) -> Latent:
         # flows map the corners of the simplex to themselves, so that hard draws need none
-        codes = torch.distributions.Categorical(logits=log_p).sample()
+        codes = _draw(log_p, 1)[0]
         log_q = log_p.gather(-1, codes.unsqueeze(-1)).flatten(1).sum(1)
         stats = {"posterior_entropy": _entropy(log_p).sum((1, 2)).mean()}
         return Latent(self.embed(codes), codes, log_q=log_q, loss=log_q.new_zeros(()), stats=stats)
@@ -245,15 +247,15 @@ class Categorical(Assigning):
         self.average_samples = average_samples
 
     def assign(self, log_p: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        posterior = torch.distributions.Categorical(logits=log_p, validate_args=False)  # checks would wait for a GPU
-        codes = posterior.sample((self.num_samples,))  # [S, B, h, w]
-        w = F.one_hot(codes, self.num_codes).to(log_p.dtype)
+        codes = _draw(log_p, self.num_samples)  # [S, B, h, w]
         if self.average_samples:
-            counts = w.sum(0, keepdim=True)
+            ones = torch.ones_like(codes, dtype=log_p.dtype).movedim(0, -1)
+            counts = torch.zeros_like(log_p).scatter_add_(-1, codes.movedim(0, -1), ones)[None]
             w = counts / self.num_samples
             log_q = math.lgamma(self.num_samples + 1) - (counts + 1).lgamma().sum(-1) + (counts * log_p).sum(-1)
         else:
-            log_q = (w * log_p).sum(-1)
+            w = F.one_hot(codes, self.num_codes).to(log_p.dtype)
+            log_q = log_p.expand_as(w).gather(-1, codes.unsqueeze(-1)).squeeze(-1)
         return straight_through(log_p.exp().expand_as(w), w), log_q.flatten(2).sum(2)
 
 
@@ -312,15 +314,30 @@ class Gumbel(Assigning):
             raise UserError("--bottleneck gumbel: entropy=exact is of the draw before any flow; use entropy=draw")
 
     def assign(self, log_p: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        noise = -torch.empty(self.num_samples, *log_p.shape, device=log_p.device).exponential_().log()
-        relaxed = ((log_p + noise) / self.temperature(step, self.total_steps)).softmax(-1)  # [S, B, h, w, K]
+        # Gumbel noise is -log(-log u); torch's own exponential draws, -log u, take a CPU four times as long
+        uniform = torch.rand(self.num_samples, *log_p.shape, device=log_p.device)
+        minus_noise = uniform.clamp_(min=torch.finfo(uniform.dtype).tiny).log_().neg_().log_()
+        relaxed = ((log_p - minus_noise) / self.temperature(step, self.total_steps)).softmax(-1)  # [S, B, h, w, K]
         relaxed = relaxed.clamp(1e-6, 1 - 1e-6)
         w = relaxed
         if self.hard:
             one_hot = F.one_hot(relaxed.argmax(-1), self.num_codes).to(log_p.dtype)
             w = straight_through(relaxed, one_hot)
-        weights = log_p.exp().expand_as(w) if self.exact else w
-        return w, (weights * log_p).flatten(2).sum(2)
+        if self.exact:
+            return w, -_entropy(log_p).sum((1, 2)).expand(self.num_samples, -1)
+        return w, (w * log_p).flatten(2).sum(2)
+
+
+@torch.no_grad()
+def _draw(log_p: Tensor, samples: int) -> Tensor:
+    """Codes `[S, ...]` of log probabilities `[..., K]`, by inverting the distribution function at uniform numbers.
+
+    What torch draws it checks first, for which the host waits for the device.
+    """
+    cumulative = log_p.exp().cumsum(-1)
+    reached = torch.rand(*log_p.shape[:-1], samples, device=log_p.device) * cumulative[..., -1:]
+    codes = torch.searchsorted(cumulative, reached, right=True)
+    return codes.clamp(max=log_p.shape[-1] - 1).movedim(-1, 0)
 
 
 def _entropy(log_p: Tensor) -> Tensor:

@@ -44,11 +44,13 @@ class CodePrior(nn.Module):
     def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
         """log p of the codes, `[B]` nats per image; of assignments w sum_k w_k log p_k, at every position."""
         self._check(labels)
-        w = latent.assignments
+        codes, w = latent.codes, latent.assignments
+        # with the codes last, as nets leave them in memory, nothing is copied
+        logits = self.logits(codes if w is None else w, labels).movedim(1, -1).float()  # [B, h, w, K]
         if w is not None:
-            return (w * self.logits(w, labels).float().log_softmax(1)).flatten(1).sum(1)
-        logits = self.logits(latent.codes, labels)
-        return -F.cross_entropy(logits.float(), latent.codes, reduction="none").flatten(1).sum(1)
+            return (w.movedim(1, -1) * logits.log_softmax(-1)).flatten(1).sum(1)
+        nats = F.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="none")
+        return -nats.view_as(codes).flatten(1).sum(1)
 
     @torch.no_grad()
     def sample(
