@@ -9,6 +9,7 @@ from torch import nn
 
 from train import settle
 from vqvae.autoencoder import Autoencoder, Objective, build_autoencoder
+from vqvae.bottlenecks import BOTTLENECKS
 from vqvae.bottlenecks.categorical import Categorical, Deterministic, Gumbel
 from vqvae.bottlenecks.codebook import Codebook
 from vqvae.config import PRESETS
@@ -125,6 +126,18 @@ def test_averaged_samples_have_the_multinomials_log_probability():
     assert (counts.sum(-1) == 7).all()
     expected = torch.distributions.Multinomial(7, logits=log_p).log_prob(counts).flatten(1).sum(1)
     assert torch.allclose(log_q[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_categorical_draws_have_the_posteriors_frequencies(average):
+    log_p = torch.tensor([[0.6, 0.3, 0.0, 0.1], [0.0, 0.0, 1.0, 0.0]]).log().clamp(min=-200).view(2, 1, 1, 4)
+    options = {"num_samples": 20_000, "average_samples": average}
+    bottleneck = Categorical(channels=3, grid=(1, 1), num_codes=4, **options)
+    w, log_q = bottleneck.assign(log_p, 0)
+    assert torch.allclose(w.mean(0).view(2, 4), log_p.exp().view(2, 4), atol=0.015)
+    if not average:
+        expected = (w.argmax(-1, keepdim=True) == torch.arange(4)).float() * log_p
+        assert torch.allclose(log_q, expected.flatten(2).sum(2))
 
 
 def test_samples_that_are_not_averaged_lead_the_batch():
@@ -347,6 +360,18 @@ def test_a_startup_without_flows_is_refused():
     choices = {slot: getattr(config, slot) for slot in ("nets", "bottleneck", "prior", "likelihood")}
     with pytest.raises(UserError, match="iaf_flows=1"):
         build_autoencoder(choices, image_shape=(1, 28, 28), data_variance=0.1, objective=Objective(iaf_startup_steps=5))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_no_experiments_draw_reads_values_off_the_device(name):
+    choice = settle({"preset": name}, None, None).bottleneck
+    wiring = {"total_steps": 1} if choice.name == "gumbel" else {}
+    bottleneck = BOTTLENECKS[choice.name](channels=16, grid=(10, 1), **wiring, **choice.options).to("meta")
+    features = torch.randn(4, 16, 10, 1, device="meta", requires_grad=True)  # which has no values to read
+    latent = bottleneck(features, 0)
+    (latent.z.sum() + latent.log_q.sum() + latent.loss).backward()
+    assert features.grad.shape == features.shape
+    assert bottleneck.eval()(features, 0).codes.shape == (4, 10, 1)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
