@@ -142,7 +142,7 @@ def fit(
     if loop.step == 0 and hasattr(module, "initialise"):
         seed_step(plan.seed, -1)
         order = batch_indices(len(examples), 1, seed=plan.seed, epoch=0).flatten()
-        module.initialise(lambda n: _take(loop.examples, ranks.share(order[:n]), plan.device))
+        module.initialise(lambda n: take(loop.examples, ranks.share(order[:n]), plan.device))
     with Interrupt() as interrupt, loop.bar:
         while loop.step < loop.total:
             whole = loop.train_epoch(interrupt)
@@ -211,7 +211,7 @@ class Loop:
             group["lr"] = plan.lr(self.step, self.total)
         seed_step(plan.seed, self.step)
         mine = ranks.share(index)
-        batch, labels = _take(self.examples, mine, device), _take(self.labels, mine, device)
+        batch, labels = take(self.examples, mine, device), take(self.labels, mine, device)
         batch = plan.augment(batch) if plan.augment else batch
         with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
             loss, metrics = self.module(batch, labels, self.step)
@@ -277,8 +277,9 @@ def _resident(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device) if device.type != "cpu" and tensor.nbytes < 4 << 30 else tensor
 
 
-def _take(tensor: Tensor, index: Tensor, device: torch.device) -> Tensor:
-    return tensor[index.to(tensor.device)].to(device, non_blocking=True)
+def take(tensor: Tensor, index: Tensor, device: torch.device) -> Tensor:
+    """The examples of an index; `tensor[index]` would copy them number by number."""
+    return tensor.index_select(0, index.to(tensor.device)).to(device, non_blocking=True)
 
 
 def _synchronise(device: torch.device) -> None:
