@@ -40,7 +40,7 @@ from vqvae.members import Choice, resolve
 from vqvae.nets import Sonnet
 from vqvae.runs import Run
 from vqvae.schedules import Schedule
-from vqvae.training import Plan, fit, optimiser
+from vqvae.training import Plan, fit, optimiser, take
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE, VARIANCE, BATCH = (3, 32, 32), 0.063, 128  # CIFAR-10's
@@ -329,7 +329,7 @@ def pipeline(device: torch.device, rounds: int, batches: int = 100) -> dict:
 
     def indexed() -> None:
         for index in batch_indices(len(held), BATCH, seed=0, epoch=0):
-            network_input(unit_range(held[index.to(device)])).contiguous(memory_format=torch.channels_last)
+            network_input(unit_range(take(held, index, device))).contiguous(memory_format=torch.channels_last)
 
     def loaded(loader) -> None:
         for batch, _ in loader:

@@ -283,7 +283,7 @@ class Autoencoder(nn.Module):
 
 def unit_range(images: Tensor) -> Tensor:
     """uint8 pixels as floats in [0, 1]; floats as they are."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 
 def _full_precision(x: Tensor):

@@ -45,7 +45,7 @@ class MSE(nn.Module):
         self.floor = math.prod(image_shape) / 2 * math.log(2 * math.pi * self.variance)
 
     def network_input(self, x: Tensor) -> Tensor:
-        return (x - 0.5) * self.scale
+        return (x - 0.5).mul_(self.scale)
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         error = (params / self.scale + 0.5 - x).square().flatten(1).sum(1)

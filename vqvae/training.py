@@ -144,7 +144,7 @@ def fit(
     if loop.step == 0 and hasattr(module, "initialise"):
         seed_step(plan.seed, -1, plan.device.type)
         order = loop.order(batch_size=1, epoch=0).flatten()
-        module.initialise(lambda n: _take(loop.examples, ranks.share(order[:n]), plan.device))
+        module.initialise(lambda n: take(loop.examples, ranks.share(order[:n]), plan.device))
     with Interrupt() as interrupt, loop.bar:
         while loop.step < loop.total:
             whole = loop.train_epoch(interrupt)
@@ -219,7 +219,7 @@ class Loop:
             group["lr"] = plan.lr(self.step, self.total)
         seed_step(plan.seed, self.step, device.type)
         mine = ranks.share(index)
-        batch, labels = _take(self.examples, mine, device), _take(self.labels, mine, device)
+        batch, labels = take(self.examples, mine, device), take(self.labels, mine, device)
         batch = plan.augment(batch) if plan.augment else batch
         with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
             loss, metrics = self.module(batch, labels, self.step)
@@ -286,8 +286,9 @@ def _resident(examples: Tensor, labels: Tensor, device: torch.device) -> tuple[T
     return (examples.to(device), labels.to(device)) if there else (examples, labels)
 
 
-def _take(tensor: Tensor, index: Tensor, device: torch.device) -> Tensor:
-    batch = tensor[index]
+def take(tensor: Tensor, index: Tensor, device: torch.device) -> Tensor:
+    """The examples of an index; `tensor[index]` would copy them number by number."""
+    batch = tensor.index_select(0, index.to(tensor.device))
     if device.type == "cuda" and not batch.is_cuda:
         batch = batch.pin_memory()  # from other memory a GPU's copy is waited for
     return batch.to(device, non_blocking=True)
