@@ -7,12 +7,14 @@ Peers, in the same nets and on the same data, each taking turns with ours in one
   plain   the common PyTorch VQ-VAE: distances with both norms, a one-hot matrix product for the codes and another for
           the EMA, NCHW, Adam as PyTorch gives it
   vqp     vector-quantize-pytorch's EMA quantiser, otherwise as plain
-Figures are medians of rounds after a warm-up. Extra memory is what one pass adds to the peak of a fresh process. On a
-CPU training keeps the memory that it frees (vqvae/devices.py); peers' turns run with as much kept as glibc's own
-thresholds ever grow to, and `same_allocator` has the ratios to peers that are given ours.
+Figures are medians of five turns after one to warm up. Extra memory is what one pass adds to the peak of a fresh
+process. On a CPU training keeps the memory that it frees (vqvae/devices.py); peers' turns run with as much kept as
+glibc's own thresholds ever grow to, and `same_allocator` has the ratios to peers that are given ours.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -44,7 +46,7 @@ from vqvae.training import Plan, fit, optimiser, take
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE, VARIANCE, BATCH = (3, 32, 32), 0.063, 128  # CIFAR-10's
-VECTORS, DIM = 65_536, 64  # of the quantiser alone
+DIM, ROUNDS, SIDE = 64, 5, 2048
 
 
 class PlainQuantiser(nn.Module):
@@ -119,10 +121,10 @@ QUANTISERS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def interleaved(contestants: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+def interleaved(contestants: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
     """Median seconds of each, all taking turns, after a turn each to warm up."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds + 1):
+    for _ in range(ROUNDS + 1):
         for name, work in contestants.items():
             start = time.perf_counter()
             work()
@@ -173,14 +175,14 @@ def peer_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
     return step
 
 
-def products(device: torch.device, dtype: torch.dtype, side: int = 2048) -> dict[str, Callable[[], Tensor]]:
+def products(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
     """The same product by torch.mm and as a 1x1 convolution, which on a CPU are of two libraries."""
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    pixels = a.view(1, side, 1, side).permute(0, 3, 1, 2)  # [1, C, H, 1], channels last
-    return {"mm": lambda: a @ b.T, "convolution": lambda: F.conv2d(pixels, b.view(side, side, 1, 1))}
+    a, b = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
+    pixels = a.view(1, SIDE, 1, SIDE).permute(0, 3, 1, 2)  # [1, C, H, 1], channels last
+    return {"mm": lambda: a @ b.T, "convolution": lambda: F.conv2d(pixels, b.view(SIDE, SIDE, 1, 1))}
 
 
-def training(device: torch.device, rounds: int, steps: int = 4) -> dict:
+def training(device: torch.device, steps: int) -> dict:
     from torch.utils.flop_counter import FlopCounterMode
 
     images = torch.randint(256, (BATCH, *SHAPE), dtype=torch.uint8, device=device)
@@ -196,13 +198,13 @@ def training(device: torch.device, rounds: int, steps: int = 4) -> dict:
     contestants |= {f"usual {name}": usual(contestants[name]) for name in ("plain", "vqp")}
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         contestants |= {f"{kind} {precision}": run for kind, run in products(device, dtype).items()}
-    took = interleaved(contestants, rounds, device)
+    took = interleaved(contestants, device)
     speed = {name: steps * BATCH / took[name] for name in took}
     result = {"mflop_per_image": flops / BATCH / 1e6}
     result |= {f"{name}_images_per_s": speed[f"usual {name}"] for name in ("plain", "vqp")}
     for precision in ("fp32", "bf16"):
         rate = speed[precision] * flops / BATCH
-        peaks = {kind: 2 * 2048**3 / took[f"{kind} {precision}"] for kind in ("mm", "convolution")}
+        peaks = {kind: 2 * SIDE**3 / took[f"{kind} {precision}"] for kind in ("mm", "convolution")}
         result[precision] = {
             "images_per_s": speed[precision],
             "ratio_plain": speed[precision] / speed["usual plain"],
@@ -216,11 +218,11 @@ def training(device: torch.device, rounds: int, steps: int = 4) -> dict:
     return result
 
 
-def quantiser_pass(name: str, num_codes: int, device: torch.device) -> Callable[[], None]:
-    """Forward, backward and EMA of 65,536 vectors, as the encoders hand them over."""
+def quantiser_pass(name: str, num_codes: int, vectors: int, device: torch.device) -> Callable[[], None]:
+    """Forward, backward and EMA, of vectors as the encoders hand them over."""
     torch.manual_seed(0)
     quantiser = QUANTISERS[name](num_codes).to(device)
-    z = torch.randn(VECTORS // 64, DIM, 8, 8, device=device)
+    z = torch.randn(vectors // 64, DIM, 8, 8, device=device)
     z = (z.contiguous(memory_format=torch.channels_last) if name == "ours" else z).requires_grad_()
 
     def run() -> None:
@@ -232,9 +234,9 @@ def quantiser_pass(name: str, num_codes: int, device: torch.device) -> Callable[
     return run
 
 
-def extra_megabytes(name: str, num_codes: int, device: torch.device) -> float:
+def extra_megabytes(name: str, num_codes: int, vectors: int, device: torch.device) -> float:
     """What one pass adds to the memory of this process at its peak; for a process that has done nothing else."""
-    run = quantiser_pass(name, num_codes, device)
+    run = quantiser_pass(name, num_codes, vectors, device)
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -251,32 +253,29 @@ def _resident(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def quantiser(num_codes: int, device: torch.device, rounds: int) -> dict:
-    z, codebook = torch.randn(4096, DIM, device=device), torch.randn(num_codes, DIM, device=device)
-    scores = torch.empty(4096, num_codes, device=device)
-    passes = {name: quantiser_pass(name, num_codes, device) for name in QUANTISERS}
+def quantiser(num_codes: int, vectors: int, device: torch.device) -> dict:
+    passes = {name: quantiser_pass(name, num_codes, vectors, device) for name in QUANTISERS}
     passes |= {name: usual(passes[name]) for name in ("plain", "vqp")}
-    # the scores of all vectors, and nothing done with them
-    passes["floor"] = lambda: [torch.mm(z, codebook.T, out=scores) for _ in range(VECTORS // 4096)]
-    took = interleaved(passes, rounds, device)
+    took = interleaved(passes | {"mm": products(device, torch.float32)["mm"]}, device)
+    floor = took["mm"] * vectors * num_codes * DIM / SIDE**3  # of the scores alone, at that rate
     del passes
     memory = dict.fromkeys(QUANTISERS)
     if device.type == "cuda" or Path("/proc/self/clear_refs").exists():
         for name in memory:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-                memory[name] = fresh.submit(extra_megabytes, name, num_codes, device).result()
+                memory[name] = fresh.submit(extra_megabytes, name, num_codes, vectors, device).result()
     return {
         "ms": took["ours"] * 1e3,
         "ratio_plain": took["plain"] / took["ours"],
         "ratio_vqp": took["vqp"] / took["ours"],
-        "floor_ratio": took["ours"] / took["floor"],
+        "floor_ratio": took["ours"] / floor,
         "extra_mb": memory["ours"],
         "plain_extra_mb": memory["plain"],
         "vqp_extra_mb": memory["vqp"],
     }
 
 
-def loop(device: torch.device, rounds: int, steps: int = 100) -> dict:
+def loop(device: torch.device, steps: int) -> dict:
     """An epoch of `fit`, with its data, logs, events and checkpoints, against as many bare steps."""
     images = torch.randint(256, (steps * BATCH, *SHAPE), dtype=torch.uint8)
     labels = torch.zeros(len(images), dtype=torch.long)
@@ -292,8 +291,8 @@ def loop(device: torch.device, rounds: int, steps: int = 100) -> dict:
         fit(model, images, labels, plan_of(device), run, evaluate=lambda: dict(figures), after_epoch=lambda *_: None)
         run.close()
 
-    with folders:
-        took = interleaved({"loop": epoch, "step": lambda: [step() for _ in range(steps)]}, rounds, device)
+    with folders, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        took = interleaved({"loop": epoch, "step": lambda: [step() for _ in range(steps)]}, device)
     return {"images_per_s": len(images) / took["loop"], "fraction_of_step": took["step"] / took["loop"]}
 
 
@@ -315,8 +314,8 @@ class Pictures(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.arrays[index])), 0
 
 
-def pipeline(device: torch.device, rounds: int, batches: int = 100) -> dict:
-    """Batches as the encoder reads them: shuffled, scaled, channels last, on the device."""
+def pipeline(device: torch.device, batches: int) -> dict:
+    """Shuffled, scaled batches on the device, as a DataLoader of PIL images with ToTensor and Normalize gives them."""
     images = torch.randint(256, (batches * BATCH, *SHAPE), dtype=torch.uint8)
     held = images.to(device)
     network_input = ours(device).likelihood.network_input
@@ -329,25 +328,23 @@ def pipeline(device: torch.device, rounds: int, batches: int = 100) -> dict:
 
     def indexed() -> None:
         for index in batch_indices(len(held), BATCH, seed=0, epoch=0):
-            network_input(unit_range(take(held, index, device))).contiguous(memory_format=torch.channels_last)
+            network_input(unit_range(take(held, index, device)))
 
     def loaded(loader) -> None:
         for batch, _ in loader:
             batch.to(device)
 
     took = interleaved(
-        {"ours": indexed} | {name: lambda loader=loader: loaded(loader) for name, loader in loaders.items()},
-        rounds,
-        device,
+        {"ours": indexed} | {name: lambda loader=loader: loaded(loader) for name, loader in loaders.items()}, device
     )
-    speed = {name: len(images) / seconds for name, seconds in took.items()}
-    result = {"images_per_s": speed.pop("ours")}
-    return result | {f"{k}_images_per_s": v for k, v in speed.items()} | {
-        f"ratio_{name}": result["images_per_s"] / value for name, value in speed.items()
-    }  # fmt: skip
+    result = {"images_per_s": len(images) / took.pop("ours")}
+    for name, seconds in took.items():
+        result |= {f"{name}_images_per_s": len(images) / seconds}
+        result |= {f"ratio_{name}": result["images_per_s"] * seconds / len(images)}
+    return result
 
 
-def startup(device: torch.device, rounds: int) -> dict:
+def startup(device: torch.device) -> dict:
     """Seconds of `train.py --dataset digits` to its first step, of the imports in it, and of `--help`."""
 
     def command(folder: str, *options: str) -> list[str]:
@@ -371,7 +368,7 @@ def startup(device: torch.device, rounds: int) -> dict:
     def helps() -> None:
         subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
 
-    took = interleaved({"step": first_step, "help": helps}, rounds, device)
+    took = interleaved({"step": first_step, "help": helps}, device)
     return {
         "startup_s": took["step"],
         "startup_imports_s": statistics.median(imports() for _ in range(3)),
@@ -379,32 +376,22 @@ def startup(device: torch.device, rounds: int) -> dict:
     }
 
 
-def report(result: dict) -> list[str]:
-    """The figures as Markdown."""
+def show(rows: dict[str, dict], *columns: str) -> None:
+    """Figures as a table, one line for each row; all of the first row's by default."""
 
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
+    def cell(value: float | None) -> str:
+        return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
-    def block(title: str, rows: dict[str, dict]) -> list[str]:
-        columns = next(iter(rows.values())).keys()
-        cells = [(name, *(number(row[c]) for c in columns)) for name, row in rows.items()]
-        return ["", *table((title, *columns), cells)]
-
-    single = {k: result["train"][k] for k in result["train"] if k not in ("fp32", "bf16")}
-    return [
-        result["hardware"],
-        *block("training", {k: result["train"][k] for k in ("fp32", "bf16")}),
-        *block("training's peers", {"fp32": single}),
-        *block("quantiser, K", result["quantiser"]),
-        *block("loop", {"": result["loop"]}),
-        *block("pipeline", {"": result["pipeline"]}),
-        *block("start", {"": {k: result[k] for k in ("startup_s", "startup_imports_s", "help_s")}}),
-    ]
+    columns = columns or tuple(next(iter(rows.values())))
+    print(
+        "", *table(("", *columns), [(name, *(cell(row[c]) for c in columns)) for name, row in rows.items()]), sep="\n"
+    )
+    sys.stdout.flush()
 
 
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("--quick", action="store_true", help="three rounds instead of seven, and short ones")
+    cli.add_argument("--quick", action="store_true", help="shorter turns, and a quarter of the vectors")
     cli.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     cli.add_argument("--output", default="results/speed.json", help="where the figures go as JSON")
     args = cli.parse_args()
@@ -412,19 +399,27 @@ def main() -> None:
         import vector_quantize_pytorch  # noqa: F401
     except ImportError:
         sys.exit("error: this compares with vector-quantize-pytorch: pip install vector-quantize-pytorch")
-    device = torch.device(args.device)
-    keep_memory()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda: not available here; there is cpu")
+    device, quick = torch.device(args.device), args.quick
+    if device.type == "cpu":
+        keep_memory()
     torch.manual_seed(0)
-    rounds = 3 if args.quick else 7
-    result = {
-        "hardware": describe(device.type),
-        "train": training(device, rounds),
-        "quantiser": {str(k): quantiser(k, device, min(rounds, 5)) for k in (512, 8192)},
-        "loop": loop(device, rounds, 20 if args.quick else 100),
-        "pipeline": pipeline(device, rounds),
-        **startup(device, rounds),
-    }
-    print("\n".join(report(result)))
+    vectors = 16_384 if quick else 65_536
+
+    result = {"hardware": describe(device.type), "vectors": vectors}
+    print(result["hardware"])
+    result["train"] = training(device, 1 if quick else 6)
+    show({"train, peers": result["train"]}, "plain_images_per_s", "vqp_images_per_s")
+    show({f"train, {precision}": result["train"][precision] for precision in ("fp32", "bf16")})
+    result["quantiser"] = {str(k): quantiser(k, vectors, device) for k in (512, 8192)}
+    show({f"quantiser, K = {k}": row for k, row in result["quantiser"].items()})
+    result["loop"] = loop(device, 10 if quick else 50)
+    show({"loop": result["loop"]})
+    result["pipeline"] = pipeline(device, 20 if quick else 100)
+    show({"pipeline": result["pipeline"]})
+    result |= startup(device)
+    show({"start": result}, "startup_s", "startup_imports_s", "help_s")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
 
