@@ -209,8 +209,18 @@ def test_simvq_moves_codes_that_no_vector_chose():
     assert ((simvq.code_vectors() - before).norm(dim=1) > 0).all()
 
 
-def test_simvqs_table_starts_where_the_features_are():
-    simvq = BOTTLENECKS["simvq"](channels=5, grid=(2, 3), num_codes=20_000, code_dim=7)
+def test_simvqs_table_starts_at_the_centres_of_the_features():
+    simvq = make("simvq", 6, num_codes=12, code_dim=6)
+    centres = 3 * torch.randn(12, 6)
+    features = centres[torch.randint(12, (40, 2, 3))].movedim(-1, 1)
+    simvq.initialise(features)
+    latent = simvq(features, 0)
+    assert len(latent.codes.unique()) == 12
+    assert latent.stats["commitment"] < 1e-8
+
+
+def test_simvqs_random_table_starts_where_the_features_are():
+    simvq = BOTTLENECKS["simvq"](channels=5, grid=(2, 3), num_codes=20_000, code_dim=7, init="normal")
     features = 0.1 + 0.01 * torch.randn(500, 5, 2, 3)
     before = len(simvq(features, 0).codes.unique())
     simvq.initialise(features)

@@ -113,10 +113,7 @@ class Codebook(nn.Module):
     def initialise(self, vectors: Tensor) -> None:
         """Fit the first vectors to data `[N, D]`, where `init` asks for it."""
         if self.init == "kmeans":
-            vectors = ranks.gather_rows(vectors)
-            first = ranks.rank() == 0  # one process fits, for all
-            centres = kmeans_codebook(vectors, len(self.vectors)) if first else torch.empty_like(self.vectors)
-            centres = ranks.broadcast(centres)
+            centres = kmeans_codebook(vectors, len(self.vectors))
             self.vectors.copy_(F.normalize(centres, dim=1) if self.unit_norm else centres)
 
     @torch.no_grad()
@@ -315,8 +312,15 @@ def first_codebook(init: str, num_codes: int, code_dim: int) -> Tensor:
 def kmeans_codebook(vectors: Tensor, num_codes: int) -> Tensor:
     """K centres `[K, D]` of vectors `[N, D]` by k-means++ and ten Lloyd iterations (scikit-learn), seeded by torch.
 
-    With fewer distinct vectors than codes, vectors are repeated with a jitter of 1% of their spread.
+    Of several processes one fits, on the vectors of all, and the others get its centres. With fewer distinct vectors
+    than codes, vectors are repeated with a jitter of 1% of their spread.
     """
+    vectors = ranks.gather_rows(vectors)
+    first = ranks.rank() == 0
+    return ranks.broadcast(_kmeans(vectors, num_codes) if first else vectors.new_empty(num_codes, vectors.shape[1]))
+
+
+def _kmeans(vectors: Tensor, num_codes: int) -> Tensor:
     from sklearn.cluster import KMeans
 
     seed = int(torch.randint(2**31, ()))
