@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python benchmarks/probabilistic.py --data-dir data --steps 10000 --batch-size 128
 
-Each run is a preset of train.py with steps, batch and seed of this command; flows that start late start half-way.
-Writes results/probabilistic.md. A run that is done is not repeated, so an interrupted command goes on where it was.
+Each run is a preset of train.py with steps, batch and seed of this command; flows that start late start half-way. The
+controls are presets with one flag changed. Writes results/probabilistic.md. A run that is done is not repeated, so an
+interrupted command goes on where it was.
 """
 
 import argparse
@@ -14,13 +15,16 @@ from runs import row_of, table
 
 EXPERIMENTS = ["1", "2.1", "2.2", "2.3", "2.4", "2.5", "3", "4.1", "4.2.1", "4.2.2"]
 LATE = {"2.5", "4.2.1", "4.2.2"}
-TWICE = {"1", "2.3", "3"}
+CONTROLS = ["2.1 --beta 0.05", "2.3 --entropy-scale 0", "2.4 --entropy-scale 0"]  # which of two changes did it
+RUNS = EXPERIMENTS + CONTROLS
+TWICE = {"1", "2.1", "2.3", "3", "2.1 --beta 0.05", "2.3 --entropy-scale 0"}
 INTRODUCTION = """# The ten probabilistic experiments on binarised MNIST
 
 MNIST, binarised at 0.5; {steps:,} steps at batch {batch_size} each, nets in {precision}; flows that start late start at
 step {half:,}. Held out, in fp32: the 10,000 test images, nats per image, one hard draw of the codes; prior and log q
 are summed over the 10 latents. IW is the importance-weighted bound with {iw_samples} draws; a point posterior has but
-one, and its bound is its -ELBO. ± one standard error over images. Hardware: {on}.
+one, and its bound is its -ELBO. ± one standard error over images. The last rows are controls, experiments with one flag
+changed. Hardware: {on}.
 """
 COLUMNS = (
     "experiment",
@@ -44,8 +48,8 @@ def main() -> None:
     cli.add_argument("--batch-size", type=int, default=128)
     cli.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of training; evaluation is in fp32")
     cli.add_argument("--iw-samples", type=int, default=100)
-    cli.add_argument("--seeds", type=int, default=2, help="seeds of experiments 1, 2.3 and 3; the others run once")
-    cli.add_argument("--only", nargs="+", default=EXPERIMENTS, choices=EXPERIMENTS)
+    cli.add_argument("--seeds", type=int, default=2, help="seeds of those that run more than once")
+    cli.add_argument("--only", nargs="+", default=RUNS, choices=RUNS)
     cli.add_argument("--logs", default="logs")
     cli.add_argument("--plots", default="plots")
     options = cli.parse_args()
@@ -58,18 +62,19 @@ def main() -> None:
 
 
 def run(experiment: str, seed: int, options: argparse.Namespace) -> dict:
+    name, *change = experiment.split()
     flags = {
-        "--preset": f"probabilistic-{experiment}",
+        "--preset": f"probabilistic-{name}",
         "--seed": seed,
         "--max-steps": options.steps,
         "--epochs": 10_000,
         "--batch-size": options.batch_size,
         "--precision": options.precision,
         "--data-dir": options.data_dir,
-    }
-    if experiment in LATE:
+    } | dict(zip(change[::2], change[1::2], strict=True))
+    if name in LATE:
         flags["--iaf-startup-steps"] = options.steps // 2
-    folder = Path(options.logs) / f"probabilistic-{experiment}-seed{seed}"
+    folder = Path(options.logs) / f"probabilistic-{'-'.join((name, *change))}-seed{seed}"
     return row_of(folder, flags, plots=options.plots, iw_samples=options.iw_samples, figures=True)
 
 
@@ -88,7 +93,7 @@ def write(rows: list[dict], options: argparse.Namespace) -> None:
             f"{r['seconds']:.0f}",
             r["commit"],
         )
-        for r in sorted(rows, key=lambda r: (EXPERIMENTS.index(r["experiment"]), r["seed"]))
+        for r in sorted(rows, key=lambda r: (RUNS.index(r["experiment"]), r["seed"]))
     ]
     introduction = INTRODUCTION.format(half=options.steps // 2, on=describe(), **vars(options))
     lines = [introduction, *table(COLUMNS, cells)]
