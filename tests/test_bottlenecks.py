@@ -11,10 +11,10 @@ from vqvae.bottlenecks.codebook import (
     code_usage,
     first_codebook,
     kmeans_codebook,
-    nearest_code,
     perplexity,
     straight_through,
 )
+from vqvae.bottlenecks.nearest import nearest_code
 from vqvae.bottlenecks.vq import VQ
 from vqvae.errors import UserError
 from vqvae.members import signature

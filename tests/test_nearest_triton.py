@@ -12,8 +12,8 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from vqvae.bottlenecks import codebook
-from vqvae.bottlenecks.codebook import by_one_kernel, nearest_code
+from vqvae.bottlenecks import nearest
+from vqvae.bottlenecks.nearest import by_one_kernel, nearest_code
 
 needs_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 
@@ -130,7 +130,7 @@ ARGUMENTS = torch.randn(8, 4), torch.randn(5, 4), torch.randn(5)
 
 @pytest.fixture
 def untried(monkeypatch):
-    monkeypatch.setattr(codebook, "FAILED", [])
+    monkeypatch.setattr(nearest, "FAILED", [])
 
 
 def test_where_triton_fails_pytorch_searches_and_one_warning_says_so(untried, monkeypatch):
@@ -152,7 +152,7 @@ def test_a_kernel_that_cannot_start_is_no_end(untried):
 
 def test_other_precisions_are_pytorchs(untried):
     assert by_one_kernel(*(a.double() for a in ARGUMENTS)) is None
-    assert codebook.FAILED == []
+    assert nearest.FAILED == []
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -162,5 +162,5 @@ def test_the_kernel_on_a_gpu(n, k, d):
     z, table = torch.randn(n, d), torch.randn(k, d)
     codes = nearest_code(z.cuda(), table.cuda())
     assert codes.is_cuda
-    assert codebook.FAILED == []
+    assert nearest.FAILED == []
     check(codes.cpu(), z, table)

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to as their_rotation
 
 from vqvae.bottlenecks import BOTTLENECKS
-from vqvae.bottlenecks.codebook import Discrete, entropy, nearest_code, rotate_to, soft_usage, vectors_of
+from vqvae.bottlenecks.codebook import Discrete, entropy, rotate_to, soft_usage, vectors_of
+from vqvae.bottlenecks.nearest import nearest_code
 from vqvae.errors import UserError
 
 

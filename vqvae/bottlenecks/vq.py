@@ -16,10 +16,10 @@ from vqvae.bottlenecks.codebook import (
     Discrete,
     check_options,
     entropy,
-    nearest_code,
     soft_usage,
     vectors_of,
 )
+from vqvae.bottlenecks.nearest import nearest_code
 from vqvae.errors import UserError
 from vqvae.latent import Latent
 
