@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 from hardware import describe
-from runs import row_of, table
+from runs import command_line, row_of, table
 
 SAME_RATE = {  # name: the bottleneck, 64 positions x 9 bits, or as near as may be
     "vq, EMA": "vq",
@@ -56,15 +56,8 @@ COLUMNS = (
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = command_line(__doc__, steps=2000, batch_size=32, seeds="of the first table; the second has one")
     cli.add_argument("--dataset", default="cifar10")
-    cli.add_argument("--data-dir", default="data")
-    cli.add_argument("--steps", type=int, default=2000)
-    cli.add_argument("--batch-size", type=int, default=32)
-    cli.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of training; evaluation is in fp32")
-    cli.add_argument("--seeds", type=int, default=2, help="of the first table; the second has one")
-    cli.add_argument("--logs", default="logs")
-    cli.add_argument("--plots", default="plots")
     options = cli.parse_args()
     found: dict[str, list[dict]] = {}
     for seed in range(options.seeds):

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from hardware import describe
-from runs import row_of, table
+from runs import command_line, row_of, table
 
 EXPERIMENTS = ["1", "2.1", "2.2", "2.3", "2.4", "2.5", "3", "4.1", "4.2.1", "4.2.2"]
 LATE = {"2.5", "4.2.1", "4.2.2"}
@@ -42,16 +42,9 @@ COLUMNS = (
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("--data-dir", default="data")
-    cli.add_argument("--steps", type=int, default=10_000)
-    cli.add_argument("--batch-size", type=int, default=128)
-    cli.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of training; evaluation is in fp32")
+    cli = command_line(__doc__, steps=10_000, batch_size=128, seeds="of those that run more than once")
     cli.add_argument("--iw-samples", type=int, default=100)
-    cli.add_argument("--seeds", type=int, default=2, help="seeds of those that run more than once")
-    cli.add_argument("--only", nargs="+", default=RUNS, choices=RUNS)
-    cli.add_argument("--logs", default="logs")
-    cli.add_argument("--plots", default="plots")
+    cli.add_argument("--only", nargs="+", default=RUNS, choices=RUNS, metavar="RUN", help="of " + "; ".join(RUNS))
     options = cli.parse_args()
     rows = []
     for seed in range(options.seeds):

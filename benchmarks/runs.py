@@ -1,5 +1,6 @@
 """Train, evaluate and draw one run as a person would, once; its held-out figures as a row for a table."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -8,6 +9,19 @@ from pathlib import Path
 
 import train
 import visualize_codes
+
+
+def command_line(about: str, *, steps: int, batch_size: int, seeds: str) -> argparse.ArgumentParser:
+    """What benchmarks that train ask for; `seeds` says of what there are several."""
+    cli = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_argument("--data-dir", default="data")
+    cli.add_argument("--steps", type=int, default=steps)
+    cli.add_argument("--batch-size", type=int, default=batch_size)
+    cli.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of training; evaluation is in fp32")
+    cli.add_argument("--seeds", type=int, default=2, help=seeds)
+    cli.add_argument("--logs", default="logs")
+    cli.add_argument("--plots", default="plots")
+    return cli
 
 
 def row_of(folder: Path, flags: dict, *, plots: str, iw_samples: int = 1, figures: bool = False) -> dict:
