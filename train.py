@@ -50,10 +50,7 @@ Watch a run with `tensorboard --logdir logs`, look at it with `python visualize_
 logs/<run>/checkpoint.pt`. Ctrl-C saves, and prints the command that goes on.
 """
 
-EXAMPLES_KEPT, POINTS_KEPT = (
-    64,
-    2000,
-)  # held-out examples stored in a checkpoint, so that figures need no data
+EXAMPLES_KEPT, POINTS_KEPT = 64, 2000  # held-out pictures or points in a checkpoint, so that figures need no data
 
 
 class Job(NamedTuple):

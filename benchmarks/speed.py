@@ -3,13 +3,14 @@
 
   python benchmarks/speed.py [--quick] [--device cpu|cuda] [--output results/speed.json]
 
-Peers, in the same nets and on the same data, each taking turns with ours in one process:
+Peers, in the same nets and on the same data, each taking turns with ours:
   plain   the common PyTorch VQ-VAE: distances with both norms, a one-hot matrix product for the codes and another for
           the EMA, NCHW, Adam as PyTorch gives it
   vqp     vector-quantize-pytorch's EMA quantiser, otherwise as plain
-Figures are medians of five turns after one to warm up. Extra memory is what one pass adds to the peak of a fresh
-process. On a CPU training keeps the memory that it frees (vqvae/devices.py); peers' turns run with as much kept as
-glibc's own thresholds ever grow to, and `same_allocator` has the ratios to peers that are given ours.
+Figures are medians of five turns after one to warm up. Who competes has a process of its own for all its turns: on a
+CPU training keeps the memory that it frees (vqvae/devices.py), a setting of the process, which peers have as glibc sets
+it; `same_allocator` has the ratios to peers that are given ours. Extra memory is what one pass adds to the peak of a
+fresh process.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -121,28 +123,53 @@ QUANTISERS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def interleaved(contestants: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+class Contestant:
+    """A process of its own for `build(*arguments)`, of which a turn is some runs; `kept` calls keep_memory there."""
+
+    work: Callable[[], object]  # in that process
+
+    def __init__(self, build: Callable[..., Callable[[], object]], *arguments, runs: int = 1, kept: bool = False):
+        spawn = multiprocessing.get_context("spawn")
+        self.runs = runs
+        self.process = ProcessPoolExecutor(1, spawn, Contestant._prepare, (kept, build, *arguments))
+
+    @staticmethod
+    def _prepare(kept: bool, build: Callable[..., Callable[[], object]], *arguments) -> None:
+        if kept:
+            keep_memory()
+        torch.manual_seed(0)
+        Contestant.work = staticmethod(build(*arguments))
+
+    @staticmethod
+    def _turn(runs: int) -> float:
+        return seconds(lambda: [Contestant.work() for _ in range(runs)]) / runs
+
+    def turn(self) -> float:
+        """Mean seconds of a run."""
+        return self.process.submit(Contestant._turn, self.runs).result()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def interleaved(turns: dict[str, Callable[[], float]]) -> dict[str, float]:
     """Median seconds of each, all taking turns, after a turn each to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(ROUNDS + 1):
-        for name, work in contestants.items():
-            start = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+    times = [{name: turn() for name, turn in turns.items()} for _ in range(ROUNDS + 1)]
+    return {name: statistics.median(row[name] for row in times[1:]) for name in turns}
 
 
-def usual(work: Callable[[], object]) -> Callable[[], None]:
-    """The same with the allocator as processes have it that do not call keep_memory, at the best it gets by itself."""
-
-    def run() -> None:
-        keep_memory(1 << 26)
-        work()
-        keep_memory()
-
-    return run
+def compete(contestants: dict[str, Contestant]) -> dict[str, float]:
+    with contextlib.ExitStack() as stack:
+        for contestant in contestants.values():
+            stack.enter_context(contestant.process)
+        return interleaved({name: contestant.turn for name, contestant in contestants.items()})
 
 
 def plan_of(device: torch.device, **settings) -> Plan:
@@ -175,42 +202,51 @@ def peer_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
     return step
 
 
-def products(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
-    """The same product by torch.mm and as a 1x1 convolution, which on a CPU are of two libraries."""
+def training_step(name: str, device: torch.device) -> Callable[[], None]:
+    """A step of `plain`, `vqp`, or ours in the precision of that name."""
+    images = torch.randint(256, (BATCH, *SHAPE), dtype=torch.uint8, device=device)
+    if name in QUANTISERS:
+        return peer_step(Peer(QUANTISERS[name](512)).to(device), images)
+    return our_step(ours(device), images, plan_of(device, precision=name))
+
+
+def product(kind: str, dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
+    """The same product by torch.mm or as a 1x1 convolution, which on a CPU are of two libraries."""
     a, b = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
     pixels = a.view(1, SIDE, 1, SIDE).permute(0, 3, 1, 2)  # [1, C, H, 1], channels last
-    return {"mm": lambda: a @ b.T, "convolution": lambda: F.conv2d(pixels, b.view(SIDE, SIDE, 1, 1))}
+    return {"mm": lambda: a @ b.T, "convolution": lambda: F.conv2d(pixels, b.view(SIDE, SIDE, 1, 1))}[kind]
+
+
+def peak(kind: str, dtype: torch.dtype, device: torch.device) -> Contestant:
+    return Contestant(product, kind, dtype, device, runs=5, kept=True)
 
 
 def training(device: torch.device, steps: int) -> dict:
     from torch.utils.flop_counter import FlopCounterMode
 
-    images = torch.randint(256, (BATCH, *SHAPE), dtype=torch.uint8, device=device)
-    bare = {
-        "fp32": our_step(ours(device), images, plan_of(device)),
-        "bf16": our_step(ours(device), images, plan_of(device, precision="bf16")),
-        **{name: peer_step(Peer(QUANTISERS[name](512)).to(device), images) for name in ("plain", "vqp")},
-    }
     with FlopCounterMode(display=False) as counter:
-        bare["fp32"]()
-    flops = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "convolution" in str(op))
-    contestants = {name: lambda step=step: [step() for _ in range(steps)] for name, step in bare.items()}
-    contestants |= {f"usual {name}": usual(contestants[name]) for name in ("plain", "vqp")}
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        contestants |= {f"{kind} {precision}": run for kind, run in products(device, dtype).items()}
-    took = interleaved(contestants, device)
-    speed = {name: steps * BATCH / took[name] for name in took}
-    result = {"mflop_per_image": flops / BATCH / 1e6}
-    result |= {f"{name}_images_per_s": speed[f"usual {name}"] for name in ("plain", "vqp")}
-    for precision in ("fp32", "bf16"):
-        rate = speed[precision] * flops / BATCH
+        training_step("fp32", device)()
+    flops = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "convolution" in str(op)) / BATCH
+    peers, precisions = ("plain", "vqp"), {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+    def entrant(name: str, kept: bool) -> Contestant:
+        return Contestant(training_step, name, device, runs=steps, kept=kept)
+
+    contestants = {name: entrant(name, kept=name in precisions) for name in (*precisions, *peers)}
+    contestants |= {f"{name}, same allocator": entrant(name, kept=True) for name in peers}
+    for precision, dtype in precisions.items():
+        contestants |= {f"{kind} {precision}": peak(kind, dtype, device) for kind in ("mm", "convolution")}
+    took = compete(contestants)
+    speed = {name: BATCH / took[name] for name in took}
+    result = {"mflop_per_image": flops / 1e6} | {f"{name}_images_per_s": speed[name] for name in peers}
+    for precision in precisions:
+        rate = speed[precision] * flops
         peaks = {kind: 2 * SIDE**3 / took[f"{kind} {precision}"] for kind in ("mm", "convolution")}
-        result[precision] = {
-            "images_per_s": speed[precision],
-            "ratio_plain": speed[precision] / speed["usual plain"],
-            "ratio_vqp": speed[precision] / speed["usual vqp"],
-            "ratio_plain_same_allocator": speed[precision] / speed["plain"],
-            "ratio_vqp_same_allocator": speed[precision] / speed["vqp"],
+        result[precision] = {"images_per_s": speed[precision]}
+        for name in peers:
+            result[precision][f"ratio_{name}"] = speed[precision] / speed[name]
+            result[precision][f"ratio_{name}_same_allocator"] = speed[precision] / speed[f"{name}, same allocator"]
+        result[precision] |= {
             "gemm_fraction": rate / peaks["mm"],
             "fastest_gemm_fraction": rate / max(peaks.values()),
             "gemm_gflops": peaks["mm"] / 1e9,
@@ -254,11 +290,11 @@ def _resident(field: str) -> int:
 
 
 def quantiser(num_codes: int, vectors: int, device: torch.device) -> dict:
-    passes = {name: quantiser_pass(name, num_codes, vectors, device) for name in QUANTISERS}
-    passes |= {name: usual(passes[name]) for name in ("plain", "vqp")}
-    took = interleaved(passes | {"mm": products(device, torch.float32)["mm"]}, device)
+    passes = {
+        name: Contestant(quantiser_pass, name, num_codes, vectors, device, kept=name == "ours") for name in QUANTISERS
+    }
+    took = compete(passes | {"mm": peak("mm", torch.float32, device)})
     floor = took["mm"] * vectors * num_codes * DIM / SIDE**3  # of the scores alone, at that rate
-    del passes
     memory = dict.fromkeys(QUANTISERS)
     if device.type == "cuda" or Path("/proc/self/clear_refs").exists():
         for name in memory:
@@ -292,7 +328,8 @@ def loop(device: torch.device, steps: int) -> dict:
         run.close()
 
     with folders, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        took = interleaved({"loop": epoch, "step": lambda: [step() for _ in range(steps)]}, device)
+        work = {"loop": epoch, "step": lambda: [step() for _ in range(steps)]}
+        took = interleaved({name: partial(seconds, run) for name, run in work.items()})
     return {"images_per_s": len(images) / took["loop"], "fraction_of_step": took["step"] / took["loop"]}
 
 
@@ -334,13 +371,12 @@ def pipeline(device: torch.device, batches: int) -> dict:
         for batch, _ in loader:
             batch.to(device)
 
-    took = interleaved(
-        {"ours": indexed} | {name: lambda loader=loader: loaded(loader) for name, loader in loaders.items()}, device
-    )
+    work = {"ours": indexed} | {name: partial(loaded, loader) for name, loader in loaders.items()}
+    took = interleaved({name: partial(seconds, run) for name, run in work.items()})
     result = {"images_per_s": len(images) / took.pop("ours")}
-    for name, seconds in took.items():
-        result |= {f"{name}_images_per_s": len(images) / seconds}
-        result |= {f"ratio_{name}": result["images_per_s"] * seconds / len(images)}
+    for name, taken in took.items():
+        result |= {f"{name}_images_per_s": len(images) / taken}
+        result |= {f"ratio_{name}": result["images_per_s"] * taken / len(images)}
     return result
 
 
@@ -368,7 +404,7 @@ def startup(device: torch.device) -> dict:
     def helps() -> None:
         subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
 
-    took = interleaved({"step": first_step, "help": helps}, device)
+    took = interleaved({"step": partial(seconds, first_step), "help": partial(seconds, helps)})
     return {
         "startup_s": took["step"],
         "startup_imports_s": statistics.median(imports() for _ in range(3)),

@@ -45,14 +45,14 @@ def _compiles(device: torch.device) -> bool:
         return False
 
 
-def keep_memory(most: int = 1 << 30) -> None:
-    """Let this process keep up to `most` bytes that it frees, where its allocator is glibc's.
+def keep_memory() -> None:
+    """Let this process keep up to 1 GiB that it frees, where its allocator is glibc's.
 
     On a CPU a step frees all its activations, and waits for the system to map and clear as many pages for the next:
     glibc by itself never keeps more than 64 MiB, and no block of more than 32.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_TRIM_THRESHOLD, most)
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
         mallopt(M_MMAP_THRESHOLD, 1 << 25)
-        mallopt(M_MMAP_MAX, 0 if most > 1 << 26 else 1 << 16)  # how many blocks come from the system each by itself
+        mallopt(M_MMAP_MAX, 0)  # no block comes from the system by itself
