@@ -56,7 +56,7 @@ COLUMNS = (
 
 
 def main() -> None:
-    cli = command_line(__doc__, steps=2000, batch_size=32, seeds="of the first table; the second has one")
+    cli = command_line(__doc__, steps=2000, batch_size=32, seeds=(2, "of the first table; the second has one"))
     cli.add_argument("--dataset", default="cifar10")
     options = cli.parse_args()
     found: dict[str, list[dict]] = {}

@@ -11,14 +11,14 @@ import train
 import visualize_codes
 
 
-def command_line(about: str, *, steps: int, batch_size: int, seeds: str) -> argparse.ArgumentParser:
-    """What benchmarks that train ask for; `seeds` says of what there are several."""
+def command_line(about: str, *, steps: int, batch_size: int, seeds: tuple[int, str]) -> argparse.ArgumentParser:
+    """What benchmarks that train ask for; `seeds` says how many, of what."""
     cli = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--data-dir", default="data")
     cli.add_argument("--steps", type=int, default=steps)
     cli.add_argument("--batch-size", type=int, default=batch_size)
     cli.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of training; evaluation is in fp32")
-    cli.add_argument("--seeds", type=int, default=2, help=seeds)
+    cli.add_argument("--seeds", type=int, default=seeds[0], help=seeds[1])
     cli.add_argument("--logs", default="logs")
     cli.add_argument("--plots", default="plots")
     return cli
