@@ -15,4 +15,5 @@ def describe(device: str = "cpu") -> str:
     if info.exists():
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = lines[0].split(":", 1)[1].strip() if lines else name
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__.split('+')[0]}"
