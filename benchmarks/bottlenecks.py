@@ -28,7 +28,8 @@ SAME_RATE = {  # name: the bottleneck, 64 positions x 9 bits, or as near as may 
     "hierarchy, 80 x 147": "hierarchy num_codes=147",
     "deterministic": "deterministic num_codes=512 code_dim=64",
     "categorical": "categorical num_codes=512 code_dim=64 num_samples=1",
-    "gumbel": "gumbel num_codes=512 code_dim=64 temperature=linear:1:0.1",
+    "gumbel, distances": "gumbel num_codes=512 code_dim=64 temperature=linear:1:0.1",
+    "gumbel, logits": "gumbel num_codes=512 code_dim=64 temperature=linear:1:0.1 posterior=linear entropy=exact",
 }
 PLAIN = "vq codebook=gradient init=uniform revive=0"
 LARGE = {
