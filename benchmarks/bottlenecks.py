@@ -1,6 +1,6 @@
 """Every bottleneck with codes in the same nets, on the same batches, at the same bits per image and steps.
 
-    PYTHONPATH=. python benchmarks/bottlenecks.py --dataset cifar10 --data-dir data --steps 2000
+    python benchmarks/bottlenecks.py --dataset cifar10 --data-dir data --steps 2000
 
 Sizes are chosen so that an image costs the same bits on an 8x8 grid of features (32x32 pixels). A second table grows
 the codebook to see who collapses. Writes results/bottlenecks.md. A run that is done is not repeated, so an interrupted
@@ -42,7 +42,8 @@ INTRODUCTION = """# Bottlenecks side by side
 {dataset}, Sonnet's nets in {precision}, {steps:,} steps at batch {batch_size}, learning rate 3e-4, the same initial
 nets and batches for every row of a seed. Held out, in fp32: the whole test split, likeliest codes; MSE of pictures in
 [0, 1]. ± one standard error over seeds, or over images where there is one seed. bits/image: codes per image x log2 K.
-Perplexity is the mean over levels, where a bottleneck has several. Data: {data}. Hardware: {on}.
+Perplexity is the mean over levels, where a bottleneck has several. Data: {data}.
+Hardware: {on}.
 """
 COLUMNS = (
     "bottleneck",

@@ -5,7 +5,7 @@ A step is the loop's own: batch, forward, backward, AdamW, monitors. Against ano
 temporary worktree, two processes hold the same model and take turns, so that both meet the same machine. Prints a
 table; figures are added to those in results/families.json.
 
-  PYTHONPATH=. python benchmarks/families.py [--against COMMIT] [--only dvae transformer] [--quick]
+  python benchmarks/families.py [--against COMMIT] [--only dvae transformer] [--quick]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The ten probabilistic experiments on binarised MNIST, trained alike and judged by one evaluator.
 
-    PYTHONPATH=. python benchmarks/probabilistic.py --data-dir data --steps 10000 --batch-size 128
+    python benchmarks/probabilistic.py --data-dir data --steps 10000 --batch-size 128
 
 Each run is a preset of train.py with steps, batch and seed of this command; flows that start late start half-way. The
 controls are presets with one flag changed. Writes results/probabilistic.md. A run that is done is not repeated, so an

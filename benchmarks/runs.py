@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # the two scripts are no part of what is installed
 import train
 import visualize_codes
 
