@@ -123,15 +123,19 @@ QUANTISERS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
+def fresh_process(prepare: Callable[..., None] | None = None, arguments: tuple = ()) -> ProcessPoolExecutor:
+    """A process that shares nothing with this one, and calls `prepare(*arguments)` first."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare, arguments)
+
+
 class Contestant:
     """A process of its own for `build(*arguments)`, of which a turn is some runs; `kept` calls keep_memory there."""
 
     work: Callable[[], object]  # in that process
 
     def __init__(self, build: Callable[..., Callable[[], object]], *arguments, runs: int = 1, kept: bool = False):
-        spawn = multiprocessing.get_context("spawn")
         self.runs = runs
-        self.process = ProcessPoolExecutor(1, spawn, Contestant._prepare, (kept, build, *arguments))
+        self.process = fresh_process(Contestant._prepare, (kept, build, *arguments))
 
     @staticmethod
     def _prepare(kept: bool, build: Callable[..., Callable[[], object]], *arguments) -> None:
@@ -150,12 +154,12 @@ class Contestant:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    """What work takes, with all that it asks of a GPU."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    wait()
     start = time.perf_counter()
     work()
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 
@@ -256,7 +260,6 @@ def training(device: torch.device, steps: int) -> dict:
 
 def quantiser_pass(name: str, num_codes: int, vectors: int, device: torch.device) -> Callable[[], None]:
     """Forward, backward and EMA, of vectors as the encoders hand them over."""
-    torch.manual_seed(0)
     quantiser = QUANTISERS[name](num_codes).to(device)
     z = torch.randn(vectors // 64, DIM, 8, 8, device=device)
     z = (z.contiguous(memory_format=torch.channels_last) if name == "ours" else z).requires_grad_()
@@ -298,7 +301,7 @@ def quantiser(num_codes: int, vectors: int, device: torch.device) -> dict:
     memory = dict.fromkeys(QUANTISERS)
     if device.type == "cuda" or Path("/proc/self/clear_refs").exists():
         for name in memory:
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+            with fresh_process() as fresh:
                 memory[name] = fresh.submit(extra_megabytes, name, num_codes, vectors, device).result()
     return {
         "ms": took["ours"] * 1e3,
