@@ -8,11 +8,13 @@ demo: setup
 	@rm -rf logs/demo plots/demo
 	$(RUN) train.py --dataset digits --epochs 30 --name demo
 	$(RUN) visualize_codes.py --checkpoint logs/demo/checkpoint.pt
-	@echo "The figures are in $(CURDIR)/plots/demo"
+	@echo "The plots are in $(CURDIR)/plots/demo"
 
 test: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m codespell_lib
+	$(RUN) -m mypy vqvae train.py visualize_codes.py
 	$(RUN) -m pytest
 
 setup: $(VENV)/installed
@@ -29,5 +31,5 @@ format: setup
 	$(RUN) -m ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

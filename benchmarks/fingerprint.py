@@ -26,20 +26,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
-from vqvae import load  # noqa: E402
-from vqvae.config import PRESETS  # noqa: E402
+from vqvae import cli, load
+from vqvae.commands import train
+from vqvae.presets import PRESETS
 
-main_of_train = train.main
+ROOT = Path(__file__).resolve().parent.parent
 SHARED = "--limit 64 --batch-size 16 --max-steps 6 --epochs 2 --image-size 16 --log-every 1 --device cpu"
 SMALL = f"{SHARED} --hidden 16"
 VQ = f"{SMALL} --codes 32 --code-dim 8"
-FLAT = f"{SMALL} --nets conv-vae --bottleneck gaussian latents=4 --reduction sum"
+FLAT = f"{SMALL} --nets conv-vae --bottleneck gaussian latents=4 --objective elbo reduction=sum"
 PROBABILISTIC = (
-    "--reduction sum --entropy-scale 0.5 --no-sum-over-latents --stop-gradient-for-prior "
-    "--iaf-startup-steps 3 --stop-training-encoder-after-startup --prior transformer layers=1 width=16"
+    "--objective probabilistic reduction=sum entropy_scale=0.5 sum_over_latents=no stop_gradient_for_prior=yes "
+    "iaf_startup_steps=3 stop_training_encoder_after_startup=yes --prior transformer layers=1 width=16"
 )
 SMALL_PRIORS = {
     "unigram": "unigram",
@@ -93,16 +91,16 @@ FAMILIES = {
     "logit-gaussian": f"{VQ} --likelihood logit-gaussian alpha=0.05",
     "bernoulli": f"{VQ} --likelihood bernoulli --dataset folder channels=1 --data-dir binary",
     "logit-laplace": f"{VQ} --likelihood logit-laplace",
-    "discretized logistic": f"{VQ} --likelihood discretised-logistic",
+    "discretized logistic": f"{VQ} --likelihood discretized-logistic",
     "softmax256": f"{VQ} --likelihood softmax256",
     "henrhoi": f"{VQ} --nets henrhoi",
     "mnist-conv": f"{VQ} --nets mnist-conv",
     "deepmind": f"{VQ} --nets deepmind",
     "dalle": f"{VQ} --nets dalle blocks=1 init=16",
     "mlp": f"{VQ} --nets mlp layers=2",
-    "sum": f"{VQ} --reduction sum --prior unigram",
-    "free bits": f"{FLAT} --prior normal --free-bits 30 --kl-weight linear:0:1:4",
-    "late flow": f"{VQ} --bottleneck gumbel iaf_flows=1 --reduction sum --iaf-startup-steps 3",
+    "sum": f"{VQ} --objective elbo reduction=sum --prior unigram",
+    "free bits": f"{FLAT} free_bits=30 --prior normal --kl-weight linear:0:1:4",
+    "late flow": f"{VQ} --bottleneck gumbel iaf_flows=1 --objective probabilistic reduction=sum iaf_startup_steps=3",
     "photos": f"{VQ} --dataset photos crops=64 test_crops=32 --augment crop-flip",
     "folder": f"{VQ} --dataset folder --data-dir color",
     "points": "--preset vae-2d-2 --limit 640 --max-steps 6 --log-every 1 --device cpu",
@@ -129,9 +127,9 @@ def fingerprint(run: Path) -> str:
     content = torch.load(run / "checkpoint.pt", weights_only=True)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
-    figures = [
-        row.get(f"held_out_{name}") for row in rows if row["kind"] == "epoch" for name in ("neg_elbo", "mse", "nats")
-    ]
+    last = [row for row in rows if row["kind"] == "epoch"][-1]
+    names = ("prior_nats",) if content["kind"] == "prior" else ("neg_elbo", "mse")
+    metrics = [last[f"held_out_{name}"] for name in names]
     model, images = load(run), content["examples"]["images"][:4]
     labels = {"labels": torch.arange(4)} if content["config"]["conditional"] else {}
     torch.manual_seed(0)
@@ -139,7 +137,7 @@ def fingerprint(run: Path) -> str:
     return " ".join((
         digest(repr(losses).encode()),
         digest(*sorted(map(of_tensor, content["model"].values()))),
-        digest(repr(figures).encode()),
+        digest(repr(metrics).encode()),
         digest(*map(of_tensor, outputs)),
     ))  # fmt: skip
 
@@ -148,7 +146,7 @@ def train_run(name: str, words: str) -> Path:
     """Train in this process, in `logs/<name>` of the current folder, and say nothing."""
     argv = [*words.split(), "--name", name]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
-        code = main_of_train(argv)
+        code = cli.run(train.main, argv)
     if code:
         raise SystemExit(f"{' '.join(argv)}\n{errors.getvalue()}")
     return Path("logs", name)
@@ -162,7 +160,7 @@ def resumed(name: str, words: str) -> str:
     """Stop after three steps and resume: the same line as the run that never stopped."""
     run = train_run(f"{name}-resumed".replace(" ", "-"), words.replace("--max-steps 6", "--max-steps 3"))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        main_of_train(["--resume", str(run), "--max-steps", "6"])
+        cli.run(train.main, ["--resume", str(run), "--max-steps", "6"])
     return fingerprint(run)
 
 

@@ -1,54 +1,98 @@
-"""Who may import whom, held by the syntax tree."""
+"""Which module may know which, read from the syntax trees."""
 
 import ast
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vqvae"
+SCRIPTS = [ROOT / "train.py", ROOT / "visualize_codes.py"]
 
-# module -> what of ours it may import; a new module needs a row
-ALLOWED = {
-    "__init__": {"checkpoint"},
+# module or package -> those it may import; a new module needs a row
+ALLOWED: dict[str, set[str]] = {
+    # what everything else may know
     "errors": set(),
-    "latent": set(),
-    "flows": {"errors"},
-    "members": {"errors"},
+    "contracts": set(),
+    "metrics": set(),
+    "optimizer": set(),
+    "flows": set(),
+    "registry": {"errors"},
     "schedules": {"errors"},
-    "devices": {"errors"},
-    "ranks": {"errors"},
-    "config": {"errors", "members"},
-    "pictures": {"errors"},
-    "data": {"errors", "members", "pictures"},
-    "nets": {"errors"},
-    "likelihoods": {"errors"},
-    "bottlenecks": {"bottlenecks", "errors", "flows", "latent", "ranks", "schedules"},
-    "priors": {"priors", "errors", "flows", "latent"},
-    "autoencoder": {"bottlenecks", "errors", "latent", "likelihoods", "members", "nets", "priors", "schedules"},
-    "stage_two": {"autoencoder", "latent"},
-    "evaluation": {"bottlenecks"},
-    "checkpoint": {"autoencoder", "config", "errors"},
     "files": {"errors"},
-    "tokens": {"autoencoder", "errors", "files", "pictures", "stage_two"},
-    "export": {"autoencoder", "checkpoint", "errors", "files", "stage_two"},
-    "__main__": {"checkpoint", "config", "data", "devices", "errors", "export", "files", "members", "tokens"},
-    "runs": {"checkpoint", "errors"},
-    "training": {"data", "devices", "errors", "ranks", "runs", "schedules"},
-    "figures": set(),
-}
-HEAVY = {"matplotlib", "sklearn", "scipy", "tensorboard", "torchvision", "imageio", "PIL"}
+    "devices": {"errors"},
+    "distributed": {"errors"},
+    # the slots
+    "data": {"errors", "files", "registry"},
+    "nets": {"errors", "registry"},
+    "bottlenecks": {"contracts", "distributed", "errors", "flows", "registry", "schedules"},
+    "priors": {"contracts", "errors", "flows", "registry"},
+    "likelihoods": {"contracts", "errors", "registry"},
+    "objectives": {"contracts", "errors", "optimizer", "registry", "schedules"},
+    "autoencoder": {"bottlenecks", "contracts", "errors", "likelihoods", "nets", "priors", "registry"},
+    # training
+    "evaluation": {"autoencoder", "contracts", "metrics"},
+    "stage_one": {"autoencoder", "contracts", "evaluation", "metrics"},
+    "stage_two": {"autoencoder", "checkpoint", "contracts", "evaluation", "files", "metrics", "optimizer"},
+    "runs": {"checkpoint", "errors", "files"},
+    "training": {"contracts", "data", "devices", "distributed", "errors", "metrics", "optimizer", "runs", "schedules"},
+    # settings and files
+    "presets": set(),
+    "config": {"errors", "presets", "registry", "schedules"},
+    "checkpoint": {"autoencoder", "config", "errors", "files"},
+    "tokens": {"autoencoder", "checkpoint", "contracts", "data", "devices", "errors", "files", "registry"},
+    "export": {"autoencoder", "checkpoint", "errors", "files"},
+    "plots": {"files", "metrics"},
+    # the program
+    "cli": {"errors", "registry"},
+    "report": {"autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "plots"},
+    "experiment": {
+        "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors", "evaluation", "files",
+        "objectives", "plots", "presets", "registry", "runs", "schedules", "stage_one", "stage_two", "training",
+    },
+    "commands": {
+        "checkpoint", "cli", "config", "errors", "experiment", "export", "files", "metrics", "presets", "registry",
+        "report", "tokens",
+    },
+    "__main__": {"__init__", "cli", "errors"},
+    "__init__": {"checkpoint"},
+}  # fmt: skip
+HEAVY = {"matplotlib", "sklearn", "scipy", "tensorboard", "torchvision", "imageio", "PIL", "triton"}
+# these print or parse flags; all other modules serve Python users too
+COMMAND_LINE = {"cli", "commands", "config", "presets", "experiment", "report", "__main__"}
 
 
-def modules() -> dict[str, list[ast.Module]]:
-    """Every module, a package's files under the package's name."""
-    found: dict[str, list[ast.Module]] = {}
-    for path in PACKAGE.rglob("*.py"):
-        name = path.relative_to(PACKAGE).with_suffix("").parts[0]
-        found.setdefault(name, []).append(ast.parse(path.read_text()))
-    return found
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
-def imports(nodes) -> set[str]:
-    """What the nodes import, `from . import x` as `..x`, which no table allows."""
+def dotted(path: Path) -> str:
+    """`bottlenecks.vq`, `data` for data/__init__.py, `__init__` for the package's own."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {dotted(path): parse(path) for path in sorted(PACKAGE.rglob("*.py"))}
+EVERY_MODULE = pytest.mark.parametrize("name", MODULES)
+
+
+def without(node: ast.AST, skip: type | tuple[type, ...]) -> Iterator[ast.AST]:
+    """Every node below this one, but not into nodes of the types in `skip` and blocks `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(node):
+        only_types = isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        if not only_types and not isinstance(child, skip):
+            yield child
+            yield from without(child, skip)
+
+
+def run_on_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node except those inside functions, which run later."""
+    return without(tree, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+
+
+def imports(nodes: Iterable[ast.AST]) -> set[str]:
+    """Names that are imported, with a leading dot if relative."""
     names = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -58,52 +102,84 @@ def imports(nodes) -> set[str]:
     return names
 
 
-def run_on_import(node: ast.AST):
-    """Every node below this one but those inside functions, which run later."""
-    for child in ast.iter_child_nodes(node):
-        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            yield child
-            yield from run_on_import(child)
+def ours(tree: ast.AST) -> set[str]:
+    """Modules of this package that a module imports, also inside functions."""
+    found = set()
+    for name in imports(without(tree, ())):
+        if name.startswith("."):
+            found.add(name)  # no row allows a relative import
+        elif name == "vqvae" or name.startswith("vqvae."):
+            parts = name.split(".")[1:]
+            prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+            found.add(next((prefix for prefix in prefixes if prefix in MODULES), "__init__"))
+    return found
 
 
-def ours(trees: list[ast.Module]) -> set[str]:
-    names = imports(node for tree in trees for node in ast.walk(tree))
-    return {name.split(".")[1] for name in names if name.startswith(("vqvae.", "."))}
+def texts(tree: ast.AST) -> Iterator[str]:
+    """String literals, without docstrings."""
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield node.value
 
 
 def test_every_module_imports_only_what_it_may():
-    for name, trees in modules().items():
-        assert ours(trees) <= ALLOWED[name], name
+    found: dict[str, set[str]] = {}
+    for name, tree in MODULES.items():
+        room = name.split(".")[0]
+        found.setdefault(room, set()).update(used.split(".")[0] for used in ours(tree))
+    found = {room: used - {room} for room, used in found.items()}
+    assert found == ALLOWED, "a row must allow no more than is used"
 
 
 def test_there_is_no_cycle():
-    graph = {name: ours(trees) - {name} for name, trees in modules().items() if name != "__init__"}
+    graph = {name: ours(tree) for name, tree in MODULES.items() if name != "__init__"}
     while graph:
-        leaves = [name for name, uses in graph.items() if not uses & set(graph)]
+        leaves = [name for name, used in graph.items() if not used & set(graph)]
         assert leaves, f"a cycle among {sorted(graph)}"
         for leaf in leaves:
             del graph[leaf]
 
 
-def test_heavy_libraries_are_imported_where_they_are_used():
-    for name, trees in modules().items():
-        top = imports(node for tree in trees for node in run_on_import(tree))
-        assert not {n.split(".")[0] for n in top} & HEAVY, name
+@EVERY_MODULE
+def test_heavy_libraries_are_imported_where_they_are_used(name):
+    heavy = HEAVY - ({"triton"} if name == "bottlenecks.nearest_triton" else set())
+    assert not {used.split(".")[0] for used in imports(run_on_import(MODULES[name]))} & heavy
 
 
-def test_triton_is_imported_where_a_gpu_asks_for_it():
-    for path in PACKAGE.rglob("*.py"):
-        top = imports(run_on_import(ast.parse(path.read_text())))
-        assert path.stem == "nearest_triton" or not any("triton" in name for name in top), path
+@EVERY_MODULE
+def test_library_modules_know_no_command_line(name):
+    if name.split(".")[0] not in COMMAND_LINE:
+        assert [text for text in texts(MODULES[name]) if re.search("--[a-z]", text)] == []
+
+
+@EVERY_MODULE
+def test_no_module_asks_an_object_what_it_has(name):
+    calls = (node.func for node in ast.walk(MODULES[name]) if isinstance(node, ast.Call))
+    assert "hasattr" not in {call.id for call in calls if isinstance(call, ast.Name)}
+
+
+@pytest.mark.parametrize(
+    "path", [*sorted(PACKAGE.rglob("*.py")), *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_no_assert_guards_against_users(path):
+    assert not any(isinstance(node, ast.Assert) for node in ast.walk(parse(path)))
+
+
+def test_scripts_are_short_and_nothing_imports_them():
+    assert all(len(path.read_text().splitlines()) < 130 for path in SCRIPTS)
+    for path in (file for folder in ("vqvae", "benchmarks", "tests") for file in (ROOT / folder).rglob("*.py")):
+        used = {name.split(".")[0] for name in imports(ast.walk(parse(path)))}
+        assert not used & {script.stem for script in SCRIPTS}, path
 
 
 def test_these_checks_see_through_disguises():
     hidden = ast.parse("try:\n  from scipy import stats\nexcept ImportError:\n  pass\ndef f():\n  import sklearn")
     assert imports(run_on_import(hidden)) == {"scipy.stats"}
-    assert not ours([ast.parse("from .training import Plan")]) <= set().union(*ALLOWED.values())
-    assert ours([ast.parse("def f():\n  import vqvae.training")]) == {"training"}
-
-
-def test_no_assert_guards_against_users():
-    for path in [*PACKAGE.rglob("*.py"), ROOT / "train.py", ROOT / "visualize_codes.py"]:
-        assert not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(path.read_text()))), path
+    assert ours(ast.parse("from .training import Plan")) == {".training.Plan"}
+    assert ours(ast.parse("def f():\n  import vqvae.training")) == {"training"}
+    assert ours(ast.parse("from vqvae import __version__, distributed")) == {"__init__", "distributed"}
+    assert ours(ast.parse("from vqvae.data.base import scale")) == {"data.base"}
+    assert ours(ast.parse("if TYPE_CHECKING:\n  from vqvae.autoencoder import Elbo")) == set()
+    assert ours(ast.parse("if not TYPE_CHECKING:\n  from vqvae.autoencoder import Elbo")) == {"autoencoder"}
+    assert list(texts(ast.parse('"""--help"""\nx = f"--{y} --seed"'))) == ["--", " --seed"]

@@ -4,16 +4,16 @@ import math
 
 import pytest
 
-from vqvae.errors import UserError
-from vqvae.schedules import Schedule
+from vqvae.errors import OptionError
+from vqvae.schedules import Schedule, ScheduleText
 
 
 def value(text: str, step: int, total: int = 100) -> float:
-    return Schedule.parse("--lr", text)(step, total)
+    return Schedule.parse(text)(step, total)
 
 
 def test_a_number_is_constant():
-    assert [value("3e-4", s) for s in (0, 50, 1000)] == [3e-4] * 3
+    assert [value("3e-4", step) for step in (0, 50, 1000)] == [3e-4] * 3
 
 
 @pytest.mark.parametrize(
@@ -34,9 +34,58 @@ def test_pieces_follow_each_other_and_the_last_lasts_to_the_end():
     assert value(text, 99) < 0.001
 
 
+def test_a_warm_up_longer_than_the_run_is_cut_off():
+    assert value("linear:0:1:10,cosine:1:0", 5, total=6) == pytest.approx(0.5)
+
+
+def test_steps_may_be_written_as_floats():
+    assert value("linear:0:1:1e1", 5) == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "fast", "linear:1", "linear:a:b:3", "lineer:0:1:3", "linear:0:1:0", "linear:0:1,linear:1:0"]
+    ("text", "problem"),
+    [
+        ("", "must be a number, or shape:start:end"),
+        ("fast", "must be a number, or shape:start:end"),
+        ("linear:1", "must be a number, or shape:start:end"),
+        ("linear:0:1:2:3", "must be a number, or shape:start:end"),
+        ("lineer:0:1:3", "no shape 'lineer' (did you mean 'linear'?); known: linear, cosine, quarter-cosine"),
+        ("linear:a:b:3", "start, end and steps must be numbers"),
+        ("linear:0:1:inf", "start, end and steps must be numbers"),
+        ("linear:0:nan", "start and end must be finite"),
+        ("linear:0:1:0", "steps must be at least 1"),
+        ("linear:0:1,linear:1:0", "only the last piece may leave out its steps"),
+        ("nan", "must be a finite number or a schedule"),
+        ("-inf", "must be a finite number or a schedule"),
+    ],
 )
-def test_bad_schedules_name_the_flag(text):
-    with pytest.raises(UserError, match="--lr"):
-        value(text, 0)
+def test_a_bad_schedule_is_refused_in_the_name_of_its_option(text, problem):
+    with pytest.raises(OptionError) as caught:
+        Schedule.parse(text, "kl_weight")
+    assert caught.value.flagged.startswith(f"--kl-weight {text}: {problem}")
+    assert ScheduleText().problem(text) == caught.value.problem
+
+
+@pytest.mark.parametrize(
+    ("rule", "text", "problem"),
+    [
+        (ScheduleText(above=0), "0.5", None),
+        (ScheduleText(above=0), "0", "must stay above 0"),
+        (ScheduleText(above=0), "linear:1:0:5,linear:1:2", "must stay above 0"),
+        (ScheduleText(low=0), "linear:1:0", None),
+        (ScheduleText(low=0), "-1e-9", "must stay at 0 or more"),
+        (ScheduleText(low=0), "linear:1:2:5,cosine:1:-1", "must stay at 0 or more"),
+        (ScheduleText(), "-3", None),
+    ],
+)
+def test_every_value_of_a_schedule_must_keep_its_bound(rule, text, problem):
+    assert rule.problem(text) == problem
+
+
+def test_the_rule_tells_its_bound():
+    rules = (ScheduleText(), ScheduleText(low=0), ScheduleText(above=0.5))
+    assert [str(rule) for rule in rules] == [
+        "(a number or a schedule)",
+        "(a number or a schedule, at least 0)",
+        "(a number or a schedule, above 0.5)",
+    ]

@@ -1,4 +1,4 @@
-"""A prior on frozen codes: what trains, what is cached, what it costs; and the two stages by the scripts."""
+"""A prior on frozen codes: what trains, what is cached, what it costs, and both stages from the command line."""
 
 import json
 import math
@@ -8,110 +8,195 @@ import numpy as np
 import pytest
 import torch
 
-import train
-import visualize_codes
-from tests.test_autoencoder import make, pictures
-from tests.test_scripts import run_train, there  # noqa: F401 (a fixture)
-from vqvae import load
-from vqvae.stage_two import PriorTraining, extract_codes, weights_checksum
+from tests.helpers import images, make, run_train
+from vqvae import cli, load
+from vqvae.checkpoint import weights_checksum
+from vqvae.commands import visualize
+from vqvae.evaluation import evaluate, evaluate_prior
+from vqvae.presets import PRESETS
+from vqvae.stage_two import PriorTraining, extract_codes
 
 LABELS = torch.zeros(12, dtype=torch.int64)
+SMALL_PIXELCNN = ("--prior", "pixelcnn", "channels=8", "blocks=1", "head=8")
+
+
+@pytest.fixture
+def there(tmp_path, monkeypatch):
+    """An empty folder to run in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(line: str) -> int:
+    return run_train(*line.split(), small=False)
 
 
 def test_only_the_prior_trains():
     model = make(prior="pixelcnn")
-    stage = PriorTraining(model, conditional=False).train()
+    module = PriorTraining(model, conditional=False).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimiser = torch.optim.Adam([p for p in stage.parameters() if p.requires_grad], 0.01)
-    stage(torch.randint(7, (12, 2, 2)), LABELS, 0).loss.backward()
-    optimiser.step()
+    groups = module.parameter_groups(weight_decay=0.1)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.prior.parameters()))
+    optimizer = torch.optim.Adam(groups, 0.01)
+    module(torch.randint(7, (12, 2, 2)), LABELS, 0).loss.backward()
+    optimizer.step()
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved
     assert all(name.startswith("prior.") for name in moved)
-    assert not model.bottleneck.training  # else its EMA would go on
+    assert model.prior.training
+    assert not model.bottleneck.training  # its EMA would go on
+    assert not module.eval().model.prior.training
+
+
+def test_the_loss_is_nats_per_code():
+    module = PriorTraining(make(prior="pixelcnn"), conditional=False).eval()
+    codes = torch.randint(7, (12, 2, 2))
+    out = module(codes, LABELS, 0)
+    held_out = module.evaluate(codes, LABELS)
+    assert out.loss.item() == pytest.approx(held_out["prior_nats"] / 4, rel=1e-4)
+    numbers = module.summary(out.metrics)
+    for name in ("prior_nats", "bits_per_code", "code_perplexity"):
+        assert numbers[name] == pytest.approx(held_out[name], rel=1e-4)
+    assert set(module.headline) <= set(numbers)
+    assert module.monitor in held_out
 
 
 def test_a_uniform_prior_costs_log_k_a_code():
-    stage = PriorTraining(make(prior="unigram"), conditional=False)  # its untrained logits are equal
-    results = stage.evaluate(torch.randint(7, (12, 2, 2)), LABELS, batch_size=5)
+    model = make(prior="unigram")  # its untrained logits are equal
+    results = evaluate_prior(model, torch.randint(7, (12, 2, 2)), LABELS, conditional=False, batch_size=5)
     assert results["bits_per_code"] == pytest.approx(math.log2(7), rel=1e-6)
     assert results["uniform_bits_per_code"] == pytest.approx(math.log2(7))
-    assert results["nats"] == pytest.approx(4 * math.log(7), rel=1e-6)
-    assert results["bits_per_dim"] == pytest.approx(4 * math.log2(7) / 192, rel=1e-6)
+    assert results["prior_nats"] == pytest.approx(4 * math.log(7), rel=1e-6)
+    assert results["prior_nats_se"] == pytest.approx(0, abs=1e-6)
+    assert results["code_bits_per_dim"] == pytest.approx(4 * math.log2(7) / 192, rel=1e-6)
+    assert results["code_perplexity"] == pytest.approx(7, rel=1e-5)
+
+
+def test_both_evaluations_agree_on_the_priors_cost():
+    model, batch = make(prior="pixelcnn"), images(12)
+    codes = model.eval().encode(batch).int()
+    of_codes = evaluate_prior(model, codes, LABELS, conditional=False)
+    of_images = evaluate(model, batch, LABELS)
+    for name in ("prior_nats", "bits_per_code", "code_bits_per_dim"):
+        assert of_codes[name] == pytest.approx(of_images[name], rel=1e-4)
+
+
+def test_labels_reach_a_conditional_prior():
+    model = make(prior="pixelcnn", num_classes=3)
+    codes = torch.randint(7, (12, 2, 2))
+    with torch.no_grad():
+        for p in model.prior.parameters():
+            torch.nn.init.normal_(p, std=0.5)
+    module = PriorTraining(model, conditional=True)
+    assert module.evaluate(codes, LABELS)["prior_nats"] != module.evaluate(codes, LABELS + 1)["prior_nats"]
+    with pytest.raises(ValueError, match="needs labels"):
+        PriorTraining(model, conditional=False)(codes, LABELS, 0)
 
 
 def test_codes_are_cached_with_the_weights_they_come_from(tmp_path):
-    model, images, cache = make().eval(), pictures(12), tmp_path / "codes.npz"
-    codes = extract_codes(model, images, cache, batch_size=5)
-    assert torch.equal(codes.long(), model.encode(images))
+    model, batch, cache = make().eval(), images(12), tmp_path / "codes.npz"
+    codes = extract_codes(model, batch, cache, batch_size=5)
+    assert codes.dtype == torch.int32
     assert np.load(cache)["codes"].dtype == np.uint8
-    stamp = cache.stat().st_mtime_ns
-    assert torch.equal(extract_codes(model, images, cache), codes)
-    assert cache.stat().st_mtime_ns == stamp
-    before = weights_checksum(model)
+    changed = codes.clone()
+    changed[0, 0, 0] = 6 - changed[0, 0, 0]
+
+    def store(stored: torch.Tensor) -> None:
+        np.savez(cache, codes=stored.numpy(), weights=weights_checksum(model))
+
+    store(changed)
+    assert torch.equal(extract_codes(model, batch, cache, batch_size=5), changed)  # from the cache
+    assert torch.equal(extract_codes(model, batch[:10], cache, batch_size=5), codes[:10])  # of another data set
+    store(changed)
     with torch.no_grad():
         model.bottleneck.codebook.vectors.copy_(model.bottleneck.codebook.vectors.flip(0))
-    assert weights_checksum(model) != before
-    assert torch.equal(extract_codes(model, images, cache).long(), 6 - codes.long())  # made anew
+    assert torch.equal(extract_codes(model, batch, cache, batch_size=5), 6 - codes)  # of other weights
     cache.write_bytes(b"damaged")
-    assert torch.equal(extract_codes(model, images, cache).long(), 6 - codes.long())
+    assert torch.equal(extract_codes(model, batch, cache, batch_size=5), 6 - codes)
+    assert np.array_equal(np.load(cache)["codes"], 6 - codes)
 
 
-def test_two_stages_by_hand_then_samples_and_completions(there):  # noqa: F811
+def test_continuous_latents_have_no_codes_to_extract(tmp_path):
+    with pytest.raises(ValueError, match="latent is continuous"):
+        extract_codes(make(nets="mlp", bottleneck="gaussian", prior="normal"), images(2), tmp_path / "codes.npz")
+
+
+def test_two_stages_then_samples_and_completions(there, capsys):
     assert run_train("--epochs", "1", "--name", "first") == 0
-    line = ["--prior", "pixelcnn", "channels=8", "blocks=1", "head=8", "--checkpoint", "logs/first/checkpoint.pt"]
-    assert train.main([*line, "--epochs", "2", "--batch-size", "20", "--conditional", "--name", "second"]) == 0
+    second = (*SMALL_PIXELCNN, "--checkpoint", "logs/first/checkpoint.pt", "--batch-size", "20", "--conditional")
+    for name in ("second", "straight"):
+        assert run_train(*second, "--epochs", "2" if name == "second" else "3", "--name", name, small=False) == 0
     last = json.loads(Path("logs/second/metrics.jsonl").read_text().splitlines()[-1])
     assert 0 < last["held_out_bits_per_code"] < 6
-    first, second = load("logs/first/checkpoint.pt"), load("logs/second/checkpoint.pt")
-    images = torch.randint(256, (3, 1, 16, 16), dtype=torch.uint8)
-    assert torch.equal(first.encode(images), second.encode(images))
-    assert torch.equal(first.reconstruct(images), second.reconstruct(images))
-    assert train.main(["--resume", "logs/second", "--epochs", "3"]) == 0
-    assert train.main(["--evaluate", "--checkpoint", "logs/second", "--iw-samples", "1"]) == 0
+    first, trained = load("logs/first/checkpoint.pt"), load("logs/second/checkpoint.pt")
+    batch = images(3, (1, 16, 16))
+    assert torch.equal(first.encode(batch), trained.encode(batch))
+    assert torch.equal(first.reconstruct(batch), trained.reconstruct(batch))
+    assert train("--resume logs/second --epochs 3") == 0
+    resumed, straight = (load(f"logs/{name}").state_dict() for name in ("second", "straight"))
+    assert all(torch.equal(value, straight[key]) for key, value in resumed.items())
+    assert train("--evaluate --checkpoint logs/second --iw-samples 1") == 0
     assert json.loads(Path("logs/second/evaluation.json").read_text())["prior"] == "pixelcnn"
-    line = ["--checkpoint", "logs/second", "--samples", "9", "--temperature", "0.8", "--top-k", "3", "--class", "3"]
-    assert visualize_codes.main(line) == 0
+    line = "--checkpoint logs/second --samples 9 --temperature 0.8 --top-k 3 --class 3"
+    assert cli.run(visualize.main, line.split()) == 0
     drawn = {p.name for p in Path("plots/second").iterdir()}
     assert {"samples.png", "class_rows.png", "completions.png", "training_animation.gif"} <= drawn
-    assert visualize_codes.main(["--checkpoint", "logs/second", "--class", "10"]) == 2
+    capsys.readouterr()
+    assert cli.run(visualize.main, ["--checkpoint", "logs/second", "--class", "10"]) == 2
+    assert "--class 10" in capsys.readouterr().err
 
 
-def test_a_prior_can_train_jointly_with_the_autoencoder(there):  # noqa: F811
-    prior = ["--prior", "transformer", "layers=1", "width=8", "heads=2", "--lr", "3e-2"]
+def test_a_prior_can_train_jointly_with_the_autoencoder(there):
+    prior = ("--prior", "transformer", "layers=1", "width=8", "heads=2", "--lr", "3e-2")
     assert run_train(*prior, "--epochs", "6", "--name", "joint") == 0
     rows = [json.loads(line) for line in Path("logs/joint/metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["held_out_rate"] < 0.95 * 16 * math.log(16)  # cheaper than codes of which nothing is known
+    assert rows[-1]["held_out_rate"] < 0.95 * 16 * math.log(16)  # the cost without knowledge is 16 log 16
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory) -> Path:
+    """The folder of an autoencoder `first`, a prior `second` on its codes, and a VAE `vae`."""
+    folder = tmp_path_factory.mktemp("two")
+    where = ("--log-dir", str(folder / "logs"), "--plot-dir", str(folder / "plots"))
+    assert run_train("--epochs", "1", "--name", "first", *where) == 0
+    prior = ("--prior", "unigram", "--checkpoint", str(folder / "logs/first"), "--epochs", "1", "--batch-size", "20")
+    assert run_train(*prior, "--name", "second", *where, small=False) == 0
+    vae = "--preset vae-cifar10 --dataset digits --limit 40 --batch-size 20 --hidden 4 --image-size 16 --epochs 1"
+    assert run_train(*vae.split(), "--name", "vae", *where, small=False) == 0
+    return folder
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--prior pixelcnn --checkpoint logs/second", "is a prior's"),
-        ("--prior normal --checkpoint logs/first", "--prior normal needs latent_dim"),
-        ("--prior uniform --checkpoint logs/first", "has nothing to learn"),
-        ("--prior unigram --checkpoint logs/first --codes 3", "come from --checkpoint"),
-        ("--checkpoint logs/first", "name the prior"),
+        ("--prior pixelcnn --checkpoint logs/second", "--checkpoint logs/second: is a prior's"),
+        ("--prior normal --checkpoint logs/first", "--prior normal: needs latent_dim"),
+        ("--prior uniform --checkpoint logs/first", "--prior uniform: has no parameters to train"),
+        ("--prior unigram --checkpoint logs/first --codes 3", "--codes 3: the model and data come from --checkpoint"),
+        ("--prior unigram --checkpoint logs/first --dataset mnist", "--dataset mnist: the model and data come from"),
+        ("--prior unigram --checkpoint logs/first --objective elbo", "--objective elbo: the model and data come from"),
+        ("--prior unigram --checkpoint logs/first --augment crop-flip", "--augment crop-flip: a prior trains on codes"),
+        ("--prior normal --checkpoint logs/vae", "latent is continuous"),
+        ("--checkpoint logs/first", "name the prior to train"),
     ],
 )
-def test_stages_that_do_not_fit_are_refused(there, capsys, line, message):  # noqa: F811
-    assert run_train("--epochs", "1", "--name", "first") == 0
-    second = "--prior unigram --checkpoint logs/first --epochs 1 --batch-size 20 --name second"
-    assert train.main(second.split()) == 0
-    capsys.readouterr()
-    assert train.main(line.split()) == 2
-    assert message in capsys.readouterr().err
+def test_stages_that_do_not_fit_are_refused(two_runs, monkeypatch, capsys, line, message):
+    monkeypatch.chdir(two_runs)
+    runs = sorted(path.name for path in Path("logs").iterdir())
+    assert train(line) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(path.name for path in Path("logs").iterdir()) == runs
 
 
-def test_a_preset_of_two_stages_runs_both(there):  # noqa: F811
+def test_a_preset_of_two_stages_runs_both(there, monkeypatch):
+    preset = PRESETS["vqvae-pixelcnn"]
+    monkeypatch.setitem(preset.prior, "batch_size", 20)
     line = "--preset vqvae-pixelcnn --dataset digits --limit 40 --batch-size 20 --image-size 8 --hidden 256"
-    own = "--prior pixelcnn channels=8 blocks=1 head=8 --max-steps 2 --name two"
-    stage = train.PRESETS["vqvae-pixelcnn"].prior
-    stage["batch_size"], kept = 20, stage.get("batch_size")
-    try:
-        assert train.main([*line.split(), *own.split()]) == 0
-    finally:
-        stage.pop("batch_size") if kept is None else stage.update(batch_size=kept)
+    assert train(f"{line} {' '.join(SMALL_PIXELCNN)} --max-steps 2 --name two") == 0
     config = json.loads(Path("logs/two-prior/config.json").read_text())
     assert config["prior"]["options"]["blocks"] == 1
     assert config["bottleneck"]["options"]["code_dim"] == 256
+    assert config["patience"] == 5
+    assert load("logs/two-prior").discrete is not None

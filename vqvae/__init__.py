@@ -1,11 +1,16 @@
-"""Train, compare and show vector-quantised and variational autoencoders on images."""
+"""Train, compare and visualize vector-quantized and variational autoencoders on images."""
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vqvae.checkpoint import load
+
+__version__ = "0.2.0"
 __all__ = ["load"]
 
 
-def __getattr__(name: str):
-    # `from vqvae import load` works, while `import vqvae.config` (all that --help needs) stays free of torch.
+def __getattr__(name: str) -> Any:
+    # Imported on first use: `import vqvae.config`, which --help needs, must not import torch.
     if name == "load":
         from vqvae.checkpoint import load
 

@@ -1,567 +1,340 @@
-"""Every option of a run in one dataclass: defaults, help, command line and named presets.
+"""The settings of a run: one dataclass, filled from the command line, a preset, or an earlier run.
 
-Nothing here imports torch, so that `--help` answers at once. Members' own options (`--bottleneck vq decay=0.9`) are
-not listed here: they are read off the members' constructors (`members.py`).
+Nothing here imports torch, so that `--help` answers at once. Options of members (`--bottleneck vq decay=0.9`) are not
+listed here: the registry reads them from the members.
 """
 
 import argparse
 import dataclasses
-import math
 import re
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from vqvae.errors import UserError, near_misses
-from vqvae.members import Choice, convert
+from vqvae.errors import OptionError, UserError, near_misses
+from vqvae.presets import PRESETS
+from vqvae.registry import Choice, Passes, Range, Slot, fields_of, resolve
+from vqvae.schedules import ScheduleText
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-GROUPS = ("model", "data", "training", "run", "machine")
-LISTINGS = ("data", "nets", "bottlenecks", "priors", "likelihoods", "presets")
-
-
-def option(default: Any, help: str, *, group: str, metavar: str | None = None, choices=None, on_resume=False):
-    """A field of `Config`; `on_resume` marks what a resumed run may change."""
-    return dataclasses.field(
-        default=default,
-        metadata={
-            "help": help,
-            "group": group,
-            "metavar": metavar,
-            "choices": choices,
-            "on_resume": on_resume,
-        },
-    )
+Positive = Annotated[int, Range(1)]
 
 
-def slot(default: str, help: str):
-    return option(default, help, group="model", metavar=("NAME", "key=value"))
+@dataclass(frozen=True)
+class Interval:
+    """The rule of `checkpoint_every`: steps ("500") or seconds ("300s")."""
+
+    def problem(self, text: str) -> str | None:
+        return None if interval(text) else "must be steps such as 500, or seconds such as 300s"
+
+    def __str__(self) -> str:
+        return "(steps, or seconds with an s)"
+
+
+def interval(text: str) -> tuple[int | None, float | None] | None:
+    """`500` as (500, None), `300s` as (None, 300.0), anything else as None."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s?)", text)
+    if not match or float(match[1]) == 0 or (not match[2] and "." in match[1]):
+        return None
+    return (None, float(match[1])) if match[2] else (int(match[1]), None)
+
+
+def _is_name(text: str) -> bool:
+    return bool(re.fullmatch(r"[\w.+=-]+", text)) and text not in (".", "..")
+
+
+def _field(default: Any, group: str, *, metavar: str | None = None, on_resume: bool = False) -> Any:
+    """A setting; `on_resume` marks those that a resumed run may change."""
+    return dataclasses.field(default=default, metadata={"group": group, "metavar": metavar, "on_resume": on_resume})
+
+
+def _slot(default: str) -> Any:
+    return _field(Choice.parse("", default.split()), "model")
 
 
 @dataclass
 class Config:
-    """The settings of one run; the slots hold `Choice`s (a member's name and options)."""
+    """The settings of one run."""
 
-    dataset: Choice | str = slot(
-        "digits", "what to learn from: digits, photos (built in), mnist, cifar10, svhn, folder ..."
+    dataset: Annotated[Choice, "what to learn from: digits, photos (built in), mnist, cifar10, svhn, folder ..."] = (
+        _slot("digits")
     )
-    bottleneck: Choice | str = slot("vq", "features to latent: vq codebook=ema decay=0.99 revive=0.03 ...")
-    nets: Choice | str = slot("sonnet", "encoder and decoder")
-    likelihood: Choice | str = slot("mse", "what the decoder's output means: mse, bernoulli, discretised-logistic ...")
-    prior: Choice | str = slot(
-        "uniform", "distribution over the latent; with --checkpoint, the stage-two prior to train"
+    bottleneck: Annotated[Choice, "features to latent, such as vq codebook=ema decay=0.99"] = _slot("vq")
+    nets: Annotated[Choice, "encoder and decoder"] = _slot("sonnet")
+    likelihood: Annotated[Choice, "what the decoder's output means: mse, bernoulli, discretized-logistic ..."] = _slot(
+        "mse"
     )
-    preset: str | None = option(None, "a published set-up, see --list presets; flags beside it win", group="model")
-    checkpoint: str | None = option(
-        None, "train --prior on the codes of this trained model (stage two)", group="model", metavar="PATH"
+    prior: Annotated[Choice, "distribution over the latent; with --checkpoint, the stage-two prior to train"] = _slot(
+        "uniform"
     )
-    conditional: bool = option(False, "let the prior know the labels", group="model")
-    codes: int | None = option(None, "codebook size K (the bottleneck's num_codes)", group="model", metavar="K")
-    code_dim: int | None = option(None, "code dimension D (the bottleneck's code_dim)", group="model", metavar="D")
-    beta: float | None = option(None, "commitment weight (the bottleneck's beta)", group="model")
-    gradient: str | None = option(
-        None,
-        "how gradients pass the codes: copied or turned along (the bottleneck's gradient)",
-        group="model",
-        choices=("straight-through", "rotation"),
+    objective: Annotated[Choice, "what training descends, such as elbo reduction=sum free_bits=2"] = _slot("elbo")
+    preset: Annotated[str | None, "a published set-up, see --list presets; other flags override it"] = _field(
+        None, "model"
     )
-    temperature: str | None = option(
-        None,
-        "of relaxed codes, a number or a schedule as for --lr (the bottleneck's temperature)",
-        group="model",
-        metavar="T",
+    checkpoint: Annotated[str | None, "train --prior on the codes of this trained model (stage two)"] = _field(
+        None, "model", metavar="PATH"
     )
-    hidden: int | None = option(None, "width of the nets (their hidden)", group="model", metavar="N")
+    conditional: Annotated[bool, "condition the prior on the labels"] = _field(False, "model")
 
-    prior_flows: int | None = option(
-        None,
-        "flows of an autoregressive-flow prior, every second one reversed (the prior's flows)",
-        group="model",
-        metavar="N",
+    data_dir: Annotated[str, "folder of the data's files, or of the images of --dataset folder"] = _field(
+        "data", "data", metavar="DIR", on_resume=True
+    )
+    image_size: Annotated[int | None, Range(1), "scale images to this many pixels a side"] = _field(
+        None, "data", metavar="PIXELS"
+    )
+    limit: Annotated[int | None, Range(1), "use at most this many images of each split, for quick looks"] = _field(
+        None, "data", metavar="N"
     )
 
-    data_dir: str = option(
-        "data",
-        "folder with the data's files, or the pictures of --dataset folder",
-        group="data",
-        on_resume=True,
+    epochs: Annotated[Positive, "passes over the training data"] = _field(20, "training", metavar="N", on_resume=True)
+    max_steps: Annotated[int | None, Range(1), "stop after this many updates, whatever --epochs says"] = _field(
+        None, "training", metavar="N", on_resume=True
     )
-    image_size: int | None = option(None, "scale pictures to this many pixels a side", group="data", metavar="PIXELS")
-    limit: int | None = option(
-        None, "use at most this many images of each split, for quick looks", group="data", metavar="N"
+    max_minutes: Annotated[float | None, Range(above=0), "stop after this many minutes, evaluation included"] = _field(
+        None, "training", metavar="MINUTES", on_resume=True
     )
+    batch_size: Annotated[Positive, "images per update, over all processes"] = _field(128, "training", metavar="N")
+    lr: Annotated[
+        str,
+        ScheduleText(low=0),
+        "learning rate: a number, or a schedule such as cosine:3e-4:1e-6 (to the end of the run) or "
+        "linear:0:3e-4:500,cosine:3e-4:0:20000",
+    ] = _field("3e-4", "training", metavar="RATE")
+    augment: Annotated[
+        Literal["none", "crop-flip"],
+        "crop-flip: random crops after 4 pixels of reflected border, every second one mirrored",
+    ] = _field("none", "training")
+    weight_decay: Annotated[float, Range(0), "decoupled weight decay (AdamW) on convolution and linear weights"] = (
+        _field(0.0, "training", metavar="DECAY")
+    )
+    patience: Annotated[int | None, Range(1), "stop after so many epochs without a better held-out metric"] = _field(
+        None, "training", metavar="EPOCHS", on_resume=True
+    )
+    seed: Annotated[
+        int, Range(0, 2**63 - 1), "seed of weights, order and noise; one seed gives one run, bit for bit on a CPU"
+    ] = _field(0, "training", metavar="N")
 
-    epochs: int = option(20, "passes over the training data", group="training", on_resume=True)
-    max_steps: int | None = option(
-        None,
-        "stop after this many updates, whatever --epochs says",
-        group="training",
-        metavar="N",
-        on_resume=True,
+    name: Annotated[
+        str | None,
+        Passes(_is_name, "a folder's name of letters, digits and . _ + = -"),
+        "name of the run; default: the model and data, such as vqvae-cifar10",
+    ] = _field(None, "run")
+    log_dir: Annotated[str, "folder for logs/<run>: config, metrics, TensorBoard events, checkpoints"] = _field(
+        "logs", "run", metavar="DIR"
     )
-    max_minutes: float | None = option(
-        None, "stop after so many minutes, evaluation included", group="training", metavar="MINUTES", on_resume=True
+    plot_dir: Annotated[str, "folder for plots/<run>: images"] = _field("plots", "run", metavar="DIR")
+    log_every: Annotated[Positive, "log training metrics every so many steps"] = _field(
+        100, "run", metavar="STEPS", on_resume=True
     )
-    batch_size: int = option(128, "images per update, of all processes together", group="training", metavar="N")
-    lr: str = option("3e-4", "learning rate: a number, or a schedule such as cosine:3e-4:1e-6 (to the end of the run), "
-                     "linear:0:3e-4:500,cosine:3e-4:0:20000", group="training", metavar="RATE")  # fmt: skip
-    augment: str = option(
-        "none",
-        "crop-flip trains on random crops after 4 pixels of reflected border, every second one mirrored",
-        group="training",
-        choices=("none", "crop-flip"),
-    )
-    weight_decay: float = option(
-        0.0, "decoupled weight decay (AdamW) on convolution and linear weights", group="training"
-    )
-    reduction: str = option(
-        "mean",
-        "train on nats per dimension (mean: with mse, Sonnet's MSE / variance) or per image (sum)",
-        group="training",
-        choices=("mean", "sum"),
-    )
-    kl_weight: str = option(
-        "1",
-        "weight of log q(z|x) - log p(z) in training, a number or a schedule as for --lr",
-        group="training",
-        metavar="WEIGHT",
-    )
-    free_bits: float = option(
-        0.0,
-        "bits per image of log q(z|x) - log p(z) that training does not charge for",
-        group="training",
-        metavar="BITS",
-    )
-    entropy_scale: float = option(
-        1.0, "weight of log q(z|x) alone in training, 0 for no entropy bonus", group="training", metavar="WEIGHT"
-    )
-    sum_over_latents: bool = option(
-        True, "sum prior and entropy over the code positions, as the bound does; without, their mean", group="training"
-    )
-    stop_gradient_for_prior: bool = option(
-        False, "a jointly trained prior does not pull the encoder towards itself", group="training"
-    )
-    iaf_startup_steps: int = option(
-        0, "flows of the bottleneck (iaf_flows) stay as they are for so many steps", group="training", metavar="STEPS"
-    )
-    stop_training_encoder_after_startup: bool = option(
-        False, "then freeze the encoder, the rest trains on", group="training"
-    )
-    patience: int | None = option(
-        None,
-        "stop when so many epochs brought no better held-out figure",
-        group="training",
-        metavar="EPOCHS",
-        on_resume=True,
-    )
-    seed: int = option(
-        0,
-        "seed of weights, order and noise; the same seed gives the same run, bit for bit on a CPU",
-        group="training",
-    )
+    checkpoint_every: Annotated[
+        str, Interval(), "save within epochs too: every so many steps (500) or seconds (300s)"
+    ] = _field("300s", "run", metavar="WHEN", on_resume=True)
 
-    name: str | None = option(None, "name of the run; default: the model and data, such as vqvae-cifar10", group="run")
-    log_dir: str = option(
-        "logs", "where logs/<run> goes: config, metrics, TensorBoard events, checkpoints", group="run"
-    )
-    plot_dir: str = option("plots", "where plots/<run> goes: pictures", group="run")
-    log_every: int = option(
-        100, "write training metrics every so many steps", group="run", metavar="STEPS", on_resume=True
-    )
-    checkpoint_every: str = option(
-        "300s",
-        "save within epochs too: every so many steps (500) or seconds (300s)",
-        group="run",
-        metavar="WHEN",
-        on_resume=True,
-    )
-
-    device: str = option(
-        "auto",
-        "where to compute; auto takes the first there is of cuda, mps, cpu",
-        group="machine",
-        choices=DEVICES,
-        on_resume=True,
-    )
-    precision: str = option(
-        "auto",
-        "bf16 trains the nets in bfloat16; distances, losses and held-out figures stay fp32 (convolutions in TF32 on "
-        "GPUs that have it, as is PyTorch's way); auto is bf16 on a GPU that computes in it, else fp32",
-        group="machine",
-        choices=("auto", "fp32", "bf16"),
-    )
-    compile: bool | None = option(
-        None,
-        "torch.compile the nets: slower to start, faster after (default: on a GPU, in runs of 2,000 steps or more)",
-        group="machine",
-        on_resume=True,
-    )
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps"], "where to compute; auto: the first available of cuda, mps, cpu"
+    ] = _field("auto", "machine", on_resume=True)
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"],
+        "bf16 trains the nets in bfloat16; distances, losses and held-out metrics stay fp32 (with PyTorch's TF32 "
+        "convolutions on GPUs that have it); auto: bf16 on a GPU that computes in it, otherwise fp32",
+    ] = _field("auto", "machine")
+    compile: Annotated[
+        bool | None,
+        "torch.compile the nets: a slower start, then faster (default: on a GPU, in runs of 2,000 steps or more)",
+    ] = _field(None, "machine", on_resume=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as config.json and checkpoints hold them."""
-        return {
-            key: {"name": value.name, "options": value.options} if isinstance(value, Choice) else value
-            for key, value in ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
-        }
+        """Plain values, as config.json and checkpoints store them."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {k: {"name": v.name, "options": v.options} if isinstance(v, Choice) else v for k, v in values.items()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """The inverse of `to_dict`; raises `UserError` when it holds settings of another version."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """The inverse of `to_dict`; raises `UserError` for settings of another version."""
+        unknown = sorted(set(values) - set(FIELDS))
         if unknown:
-            raise UserError(f"settings {', '.join(unknown)} are unknown to this version of the program")
-        return cls(**{
-            key: Choice(value["name"], value["options"]) if isinstance(value, dict) else value
-            for key, value in values.items()
-        })  # fmt: skip
+            raise UserError(f"this version does not know the settings {', '.join(unknown)}")
+        settings: dict[str, Any] = {
+            k: Choice(v["name"], v["options"]) if isinstance(v, dict) else v for k, v in values.items()
+        }
+        return cls(**settings)
 
 
-SLOT_FIELDS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["metavar"] == ("NAME", "key=value"))
-SHORTHANDS = {  # plain flag -> (slot, the member's option it stands for)
-    "codes": ("bottleneck", "num_codes"),
-    "code_dim": ("bottleneck", "code_dim"),
-    "beta": ("bottleneck", "beta"),
-    "gradient": ("bottleneck", "gradient"),
-    "temperature": ("bottleneck", "temperature"),
-    "hidden": ("nets", "hidden"),
-    "prior_flows": ("prior", "flows"),
+FIELDS = fields_of(Config)
+SLOTS = tuple(name for name, option in FIELDS.items() if option.kind is Choice)
+ON_RESUME = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["on_resume"])
+
+
+class Shorthand(NamedTuple):
+    """A flag that stands for an option of the chosen member."""
+
+    slot: str
+    option: str
+    metavar: str
+    help: str
+
+
+SHORTHANDS = {
+    "codes": Shorthand("bottleneck", "num_codes", "K", "codebook size K"),
+    "code_dim": Shorthand("bottleneck", "code_dim", "D", "code dimension D"),
+    "beta": Shorthand("bottleneck", "beta", "WEIGHT", "weight of the commitment loss"),
+    "gradient": Shorthand("bottleneck", "gradient", "HOW", "straight-through or rotation"),
+    "temperature": Shorthand("bottleneck", "temperature", "T", "of relaxed codes, a number or a schedule as for --lr"),
+    "hidden": Shorthand("nets", "hidden", "N", "width of the nets"),
+    "prior_flows": Shorthand("prior", "flows", "N", "flows of an autoregressive-flow prior"),
+    "kl_weight": Shorthand("objective", "kl_weight", "WEIGHT", "of log q(z|x) - log p(z), a number or a schedule"),
 }
 
 
-class Preset(NamedTuple):
-    """Settings that differ from the defaults, written as on the command line, and where they are published."""
-
-    source: str
-    settings: dict[str, Any]
-    prior: dict[str, Any] | None = None  # settings of the second stage, where there is one
+class Fresh(NamedTuple):
+    """A run that starts from nothing."""
 
 
-VAE_2D = {
-    "nets": "mlp",
-    "bottleneck": "gaussian latents=2",
-    "likelihood": "gaussian",
-    "prior": "normal",
-    "reduction": "sum",
-    # after the published 10 epochs at 1e-3 some seeds still sit on the saddle where the latent is not used
-    "lr": "cosine:2e-3:0",
-    "batch_size": 64,
-    "epochs": 60,
-    "precision": "fp32",  # points need more digits than bfloat16 has, and nets as small gain nothing
-}
-IMAGE_VAE = {
-    "nets": "conv-vae",
-    "bottleneck": "gaussian latents=16",
-    "likelihood": "logit-gaussian",
-    "prior": "normal",
-    "reduction": "sum",
-    "lr": "1e-3",
-}
+class Resumed(NamedTuple):
+    """A run that goes on from its checkpoint."""
 
-HENRHOI_VQVAE = {
-    "dataset": "cifar10",
-    "nets": "henrhoi",
-    "likelihood": "mse pixels=symmetric variance=0.125",
-    "bottleneck": "vq num_codes=128 code_dim=256 codebook=gradient init=uniform revive=0 beta=1 weight=5.3333 "
-    "projection=no",
-    "lr": "1e-3",
-    "epochs": 40,
-}
-
-PROBABILISTIC = {
-    "dataset": "mnist-binary",
-    "nets": "mnist-conv",
-    "likelihood": "bernoulli",
-    "prior": "transformer layers=6 width=16",
-    "reduction": "sum",
-    "lr": "1e-3",
-    "epochs": 22,
-    "max_steps": 10_000,
-}
-ROY = PROBABILISTIC | {
-    "bottleneck": "categorical init=normal num_samples=10 average_samples=yes beta=0.05",
-    "stop_gradient_for_prior": True,
-}
-GUMBEL = PROBABILISTIC | {"bottleneck": "gumbel init=normal num_samples=10 temperature=0.5 beta=0.05"}
-GUMBEL_IAF = PROBABILISTIC | {"bottleneck": "gumbel init=normal num_samples=10 temperature=0.5 beta=0.05 iaf_flows=1"}
-DVQ = {
-    "dataset": "cifar10",
-    "nets": "deepmind",
-    "likelihood": "mse variance=0.0632704",
-    "augment": "crop-flip",
-    "lr": "quarter-cosine:3e-4:1.25e-6:1200000",
-    "weight_decay": 1e-4,
-    "epochs": 98,
-}
-DVQ_GUMBEL = DVQ | {
-    "bottleneck": "gumbel posterior=linear num_codes=512 code_dim=64 entropy=exact "
-    "temperature=quarter-cosine:1:0.0625:150000",
-}
-DVQ_SOURCE = "github.com/karpathy/deep-vector-quantization"
-DVQ_LENGTH = (
-    "98 epochs, those of its picture, end early in its schedules: shorten these with them. Unlike it, we take the "
-    "likeliest code in evaluation, without noise"
-)
-EXPERIMENT = "probabilistic VQ-VAEs on binarised MNIST, experiment "
-
-PRESETS = {
-    "sonnet-cifar10": Preset(
-        "github.com/google-deepmind/sonnet, VQ-VAE example: EMA codebook, batch 32, 10,000 steps; with our "
-        "k-means start and revival (the original's own: --bottleneck vq init=fan-in revive=0)",
-        {
-            "dataset": "cifar10",
-            "batch_size": 32,
-            "epochs": 7,
-            "max_steps": 10_000,
-        },
-    ),
-    "sonnet-mnist": Preset(
-        "the same nets and codebook on MNIST, 20 epochs at batch 128",
-        {"dataset": "mnist", "epochs": 20},
-    ),
-    "henrhoi-vqvae": Preset(
-        "github.com/henrhoi/vae-pytorch: K = 128, D = 256, gradient codebook from ±1/K, pixels in [-1, 1]; its loss "
-        "divides both codebook terms by the number of pixels, which weighs their means 64 * 256 / 3072",
-        HENRHOI_VQVAE,
-    ),
-    "vqvae-pixelcnn": Preset(
-        "github.com/henrhoi/vae-pytorch: its VQ-VAE, then a PixelCNN on the codes",
-        HENRHOI_VQVAE,
-        {"prior": "pixelcnn", "lr": "1e-3", "epochs": 30, "patience": 5},
-    ),
-    "vqvae-gated-pixelcnn": Preset(
-        "github.com/henrhoi/vae-pytorch: its VQ-VAE, then a Gated PixelCNN on the codes",
-        HENRHOI_VQVAE | {"lr": "8e-4", "batch_size": 64, "epochs": 30},
-        {"prior": "gated-pixelcnn", "lr": "8e-4", "batch_size": 64, "epochs": 30, "patience": 5},
-    ),
-    "vae-2d-1": Preset("github.com/henrhoi/vae-pytorch, 2-D VAE, data set 1", VAE_2D | {"dataset": "gauss2d set=1"}),
-    "vae-2d-2": Preset("github.com/henrhoi/vae-pytorch, 2-D VAE, data set 2", VAE_2D | {"dataset": "gauss2d set=2"}),
-    "vae-cifar10": Preset(
-        "github.com/henrhoi/vae-pytorch, image VAE, 16 latents", IMAGE_VAE | {"dataset": "cifar10", "epochs": 50}
-    ),
-    "vae-svhn": Preset(
-        "github.com/henrhoi/vae-pytorch, image VAE, 16 latents", IMAGE_VAE | {"dataset": "svhn", "epochs": 20}
-    ),
-    "vlae-cifar10": Preset(
-        "github.com/henrhoi/vae-pytorch, VAE with an autoregressive-flow prior (the prior half of 1611.02731)",
-        IMAGE_VAE | {"dataset": "cifar10", "prior": "made-flow", "epochs": 30},
-    ),
-    "vlae-svhn": Preset(
-        "github.com/henrhoi/vae-pytorch, VAE with an autoregressive-flow prior (the prior half of 1611.02731)",
-        IMAGE_VAE | {"dataset": "svhn", "prior": "made-flow", "epochs": 30},
-    ),
-    "dvq-vqvae": Preset(
-        f"{DVQ_SOURCE}: K = 512, D = 64, gradient codebook after k-means, its loss times 10, half of Sonnet's MSE / "
-        "variance; ours stops at 98 of its epochs, those of its picture, early in its rate's 1.2 million steps",
-        DVQ | {"bottleneck": "vq num_codes=512 code_dim=64 codebook=gradient init=kmeans revive=0 beta=0.25 weight=10"},
-    ),
-    "dvq-gumbel": Preset(
-        f"{DVQ_SOURCE}: Gumbel-Softmax on the same nets; its KL weight, 5e-4 on the mean over the 8x8 codes beside a "
-        f"mean over 3,072 dimensions, is 0.024 on their sum (the bound's is 1). {DVQ_LENGTH}",
-        DVQ_GUMBEL | {"kl_weight": "quarter-cosine:0:0.024:5000"},
-    ),
-    "dvq-dalle": Preset(
-        f"{DVQ_SOURCE} with DALL-E's objective (2102.12092): dVAE nets of 64, 4x4 codes, logit-Laplace pixels, and the "
-        "KL, summed over codes, weighed up to 6.6 before all is divided by the dimensions, as reduction=mean does "
-        "(192 to a code here as there); DALL-E has nets of 256, K = 8,192, a rate from 1e-4, averaged weights, no "
-        f"mirroring. {DVQ_LENGTH}",
-        DVQ_GUMBEL | {"nets": "dalle", "likelihood": "logit-laplace", "kl_weight": "quarter-cosine:0:6.6:5000"},
-    ),
-    "probabilistic-1": Preset(
-        EXPERIMENT + "1, baseline: the nearest code",
-        PROBABILISTIC | {"bottleneck": "deterministic init=normal", "entropy_scale": 0.0},
-    ),
-    "probabilistic-2.1": Preset(
-        EXPERIMENT + "2.1: ten categorical samples averaged (1805.11063), prior and entropy as means over latents",
-        ROY
-        | {"bottleneck": "categorical init=normal num_samples=10 average_samples=yes", "entropy_scale": 0.0}
-        | {"sum_over_latents": False},
-    ),
-    "probabilistic-2.2": Preset(EXPERIMENT + "2.2: 2.1 with the entropy term", ROY | {"sum_over_latents": False}),
-    "probabilistic-2.3": Preset(EXPERIMENT + "2.3: 2.2 summed over latents, the bound's own scale", ROY),
-    "probabilistic-2.4": Preset(
-        EXPERIMENT + "2.4: 2.3 with the prior's gradient to the encoder", ROY | {"stop_gradient_for_prior": False}
-    ),
-    "probabilistic-2.5": Preset(
-        EXPERIMENT + "2.5: 2.2 with a flow on the simplex, trained from step 5,000 with the encoder frozen",
-        ROY
-        | {
-            "bottleneck": "categorical init=normal num_samples=10 average_samples=yes beta=0.05 iaf_flows=1",
-            "sum_over_latents": False,
-            "iaf_startup_steps": 5_000,
-            "stop_training_encoder_after_startup": True,
-        },
-    ),
-    "probabilistic-3": Preset(EXPERIMENT + "3: Gumbel-Softmax, ten samples each decoded", GUMBEL),
-    "probabilistic-4.1": Preset(EXPERIMENT + "4.1: 3 with a flow on the simplex, all trained together", GUMBEL_IAF),
-    "probabilistic-4.2.1": Preset(
-        EXPERIMENT + "4.2.1: the flow trains from step 5,000, the encoder too",
-        GUMBEL_IAF | {"iaf_startup_steps": 5_000},
-    ),
-    "probabilistic-4.2.2": Preset(
-        EXPERIMENT + "4.2.2: the flow trains from step 5,000, the encoder no longer",
-        GUMBEL_IAF | {"iaf_startup_steps": 5_000, "stop_training_encoder_after_startup": True},
-    ),
-}
+    folder: Path
+    content: dict[str, Any]  # of the checkpoint
 
 
-class OneLineErrors(argparse.ArgumentParser):
-    """argparse that says what is wrong in one line, as every other error does, instead of its usage."""
+class StageTwo(NamedTuple):
+    """A run that trains a prior on the codes of a trained autoencoder."""
 
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
+    path: str  # of its checkpoint
+    content: dict[str, Any]
 
 
-def parser(description: str, epilog: str) -> argparse.ArgumentParser:
-    """The command line, made from the fields of `Config`. Only what is typed appears in its result."""
-    cli = OneLineErrors(
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    groups = {name: cli.add_argument_group(name) for name in GROUPS}
-    for f in dataclasses.fields(Config):
-        meta = f.metadata
-        flag = "--" + f.name.replace("_", "-")
-        shown = "" if f.default is None or isinstance(f.default, bool) else f" (default: {f.default})"
-        keywords: dict[str, Any] = {"help": (meta["help"] + shown).replace("%", "%%")}
-        if f.type in (bool, bool | None):
+Start = Fresh | Resumed | StageTwo
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Give a parser a flag for every setting and shorthand. Only flags that are typed appear in its result."""
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    groups = {g: parser.add_argument_group(g) for g in dict.fromkeys(f.metadata["group"] for f in fields.values())}
+    for name, option in FIELDS.items():
+        flag, meta = _flag(name), fields[name].metadata
+        shown = "" if option.default is None or option.kind is bool else f" (default: {option.default})"
+        keywords: dict[str, Any] = {"help": (option.help + shown).replace("%", "%%"), "default": argparse.SUPPRESS}
+        if option.kind is bool:
             keywords["action"] = argparse.BooleanOptionalAction
-        elif f.name in SLOT_FIELDS:
-            keywords |= {"nargs": "+", "metavar": meta["metavar"]}
+        elif option.kind is Choice:
+            keywords |= {"nargs": "+", "metavar": ("NAME", "key=value")}
+        elif typing.get_origin(option.kind) is Literal:
+            keywords["choices"] = typing.get_args(option.kind)
         else:
-            keywords |= {"metavar": meta["metavar"], "choices": meta["choices"]}
+            keywords["metavar"] = meta["metavar"]
         groups[meta["group"]].add_argument(flag, **keywords)
-    return cli
+    group = parser.add_argument_group("shorthands for options of the chosen members")
+    for name, short in SHORTHANDS.items():
+        help = f"{short.help} (--{short.slot} ... {short.option}={short.metavar})"
+        group.add_argument(_flag(name), metavar=short.metavar, help=help, default=argparse.SUPPRESS)
 
 
-def configure(given: dict[str, Any], *, resumed: Config | None = None, stage_one: Config | None = None) -> Config:
-    """The run's settings: defaults, then the preset's, then what was typed; each checked, with its flag's name.
+def configure(given: Mapping[str, Any], start: Start, slots: Mapping[str, Slot]) -> Config:
+    """The settings of a run: what was typed, over the preset's, over the defaults, each checked.
 
-    Of the settings of a run that is `resumed`, only those marked `on_resume` may change. A prior for the codes of
-    `stage_one` takes its model and data from there.
+    `given` maps settings and shorthands to text, words (slots) or values. Members' options are resolved against the
+    tables of `slots`. A resumed run may change only the settings marked `on_resume`; a prior for the codes of a trained
+    model takes model and data from there. Raises `OptionError` that names the setting.
     """
-    settings = {key: _value(key, value) for key, value in given.items()}
-    if resumed is not None:
-        return _resumed(resumed, settings)
-    if stage_one is not None:
-        return _stage_two(stage_one, settings)
+    settings = {key: _typed(key, value) for key, value in given.items() if key not in SHORTHANDS}
+    short = {key: given[key] for key in SHORTHANDS if key in given}
+    match start:
+        case Resumed(content=content):
+            return _resumed(Config.from_dict(content["config"]), settings, short, slots)
+        case StageTwo(content=content):
+            return _stage_two(Config.from_dict(content["config"]), settings, short, slots)
     preset = settings.get("preset")
     if preset is not None and preset not in PRESETS:
-        raise UserError(f"--preset {preset}: no such name{near_misses(preset, PRESETS)}; known: {', '.join(PRESETS)}")
-    published = {key: _value(key, value) for key, value in PRESETS[preset].settings.items()} if preset else {}
-    for key in SLOT_FIELDS:  # options beside the preset's member add to those of the preset
-        if key in settings and key in published and settings[key].name == published[key].name:
-            settings[key] = Choice(settings[key].name, published[key].options | settings[key].options)
-    defaults = {key: _value(key, Config.__dataclass_fields__[key].default) for key in SLOT_FIELDS}
-    config = Config(**(defaults | published | settings))
-    for key, (slot_name, name) in SHORTHANDS.items():
-        value = getattr(config, key)
-        if value is not None:
-            choice = getattr(config, slot_name)
-            setattr(config, slot_name, Choice(choice.name, choice.options | {name: value}))
-    _check(config)
-    return config
+        problem = f"no such name{near_misses(preset, PRESETS)}; known: {', '.join(PRESETS)}"
+        raise OptionError("", "preset", preset, problem)
+    published = {key: _typed(key, value) for key, value in PRESETS[preset].settings.items()} if preset else {}
+    chosen = _merge(published, settings)
+    return Config(**(chosen | _resolved(chosen, settings, short, slots)))
 
 
-def _resumed(base: Config, settings: dict[str, Any]) -> Config:
-    for key, value in settings.items():
-        field = Config.__dataclass_fields__[key]
-        if not field.metadata["on_resume"] and value != getattr(base, key):
-            flag = "--" + key.replace("_", "-")
-            may = ", ".join(
-                "--" + f.name.replace("_", "-") for f in dataclasses.fields(Config) if f.metadata["on_resume"]
-            )
-            raise UserError(f"{flag} {value}: a resumed run keeps its settings; only these may change: {may}")
-    config = dataclasses.replace(base, **settings)
-    _check(config)
-    return config
+def _merge(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` over `base`. Options given for the base's own member are added to that member's."""
+    merged = {**base, **settings}
+    for key in SLOTS:
+        if key in base and key in settings and base[key].name == settings[key].name:
+            merged[key] = Choice(base[key].name, base[key].options | settings[key].options)
+    return merged
 
 
-FROM_STAGE_ONE = (
-    "dataset",
-    "nets",
-    "bottleneck",
-    "likelihood",
-    "image_size",
-    "codes",
-    "code_dim",
-    "beta",
-    "gradient",
-    "temperature",
-    "hidden",
-)
+def _resolved(
+    chosen: Mapping[str, Any], typed: Mapping[str, Any], short: Mapping[str, Any], slots: Mapping[str, Slot]
+) -> dict[str, Choice]:
+    """Every slot's choice with its shorthands folded in and all options checked; errors name what was typed."""
+    choices = {}
+    for key in SLOTS:
+        choice = chosen.get(key, FIELDS[key].default)
+        mine = {name: s for name, s in SHORTHANDS.items() if s.slot == key and name in short}
+        for name, s in mine.items():
+            if key in typed and s.option in typed[key].options:
+                problem = f"is given twice, also as --{key} {choice.name} {s.option}={typed[key].options[s.option]}"
+                raise OptionError("", name, short[name], problem)
+        options = choice.options | {s.option: short[name] for name, s in mine.items()}
+        try:
+            choices[key] = resolve(slots[key], Choice(choice.name, options))
+        except OptionError as problem:
+            for name, s in mine.items():
+                if problem.option == s.option:
+                    reason = problem.problem.replace("unknown option", f"--{key} {choice.name} has no {s.option}")
+                    raise OptionError("", name, short[name], reason) from None
+            raise
+    return choices
 
 
-def _stage_two(stage_one: Config, settings: dict[str, Any]) -> Config:
-    for key in FROM_STAGE_ONE:
+def _resumed(base: Config, settings: Mapping[str, Any], short: Mapping[str, Any], slots: Mapping[str, Slot]) -> Config:
+    stored = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+    wanted = _merge(stored, settings)
+    wanted |= _resolved(wanted, settings, short, slots)
+    options = ((name, SHORTHANDS[name]) for name in short)
+    changed = [name for name, s in options if wanted[s.slot].options[s.option] != stored[s.slot].options.get(s.option)]
+    changed += [key for key in settings if key not in ON_RESUME and wanted[key] != stored[key]]
+    if changed:
+        problem = f"a resumed run keeps its settings; only these may change: {', '.join(map(_flag, ON_RESUME))}"
+        raise OptionError("", changed[0], {**settings, **short}[changed[0]], problem)
+    return Config(**wanted)
+
+
+FROM_STAGE_ONE = ("dataset", "nets", "bottleneck", "likelihood", "objective", "image_size")
+
+
+def _stage_two(
+    first: Config, settings: Mapping[str, Any], short: Mapping[str, Any], slots: Mapping[str, Slot]
+) -> Config:
+    for key in (*FROM_STAGE_ONE, "preset"):
         if key in settings:
-            raise UserError(f"--{key.replace('_', '-')} {settings[key]}: the model and data come from --checkpoint")
+            raise OptionError("", key, settings[key], "the model and data come from --checkpoint")
+    for key, value in short.items():
+        if SHORTHANDS[key].slot != "prior":
+            raise OptionError("", key, value, "the model and data come from --checkpoint")
     if settings.get("augment", "none") != "none":
-        raise UserError(f"--augment {settings['augment']}: a prior trains on codes, not pictures; use --augment none")
+        raise OptionError("", "augment", settings["augment"], "a prior trains on codes, not images; use none")
     if "prior" not in settings:
-        raise UserError("--checkpoint: name the prior to train on its codes, such as --prior pixelcnn")
-    kept = {key: getattr(stage_one, key) for key in (*FROM_STAGE_ONE, "data_dir", "limit")}
-    config = Config(**(kept | settings))
-    _check(config)
-    return config
+        problem = "name the prior to train on its codes, such as --prior pixelcnn"
+        raise OptionError("", "checkpoint", settings.get("checkpoint"), problem)
+    stored = {key: getattr(first, key) for key in (*FROM_STAGE_ONE, "data_dir", "limit")}
+    chosen = stored | dict(settings)
+    return Config(**(chosen | _resolved(chosen, settings, short, slots)))
 
 
-def _value(key: str, value: Any) -> Any:
-    """A setting given as text, as words (slots) or already as a value, in its declared type."""
-    if key not in Config.__dataclass_fields__:
-        raise UserError(f"unknown setting '{key}'{near_misses(key, Config.__dataclass_fields__)}")
-    flag = "--" + key.replace("_", "-")
-    if key in SLOT_FIELDS:
-        return (
-            value
-            if isinstance(value, Choice)
-            else Choice.parse(flag, value.split() if isinstance(value, str) else value)
-        )
-    declared = Config.__dataclass_fields__[key].type
-    kind = next((t for t in typing.get_args(declared) if t is not type(None)), declared)  # int of int | None
-    return value if value is None else convert(value, kind, f"{flag} {value}")
+def _typed(key: str, value: Any) -> Any:
+    """A setting given as text, as words (slots) or as a value, in its declared type and checked."""
+    if key not in FIELDS:
+        raise OptionError("", key, value, f"unknown setting{near_misses(key, FIELDS)}")
+    if FIELDS[key].kind is not Choice:
+        return FIELDS[key].convert(value)
+    if isinstance(value, Choice):
+        return value
+    return Choice.parse(key, value.split() if isinstance(value, str) else value)
 
 
-def _check(config: Config) -> None:
-    for key in (
-        "codes",
-        "code_dim",
-        "hidden",
-        "prior_flows",
-        "image_size",
-        "limit",
-        "epochs",
-        "max_steps",
-        "batch_size",
-        "log_every",
-        "patience",
-    ):
-        value = getattr(config, key)
-        if value is not None and value < 1:
-            raise UserError(f"--{key.replace('_', '-')} {value}: must be at least 1")
-    for key in ("beta", "weight_decay", "free_bits", "max_minutes", "entropy_scale", "iaf_startup_steps"):
-        value = getattr(config, key)
-        if value is not None and not (value >= 0 and math.isfinite(value)):
-            raise UserError(f"--{key.replace('_', '-')} {value}: must be a number from 0 up")
-    if config.name is not None and not re.fullmatch(r"[\w.+=-]+", config.name):
-        raise UserError(f"--name {config.name}: may hold letters, digits and . _ + = - only")
-    if config.name in (".", ".."):
-        raise UserError(f"--name {config.name}: must be the name of a folder")
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"--seed {config.seed}: must be from 0 to {2**63 - 1}")
-    checkpoint_interval(config.checkpoint_every)
-
-
-def checkpoint_interval(text: str) -> tuple[int | None, float | None]:
-    """`--checkpoint-every` as (steps, None) or (None, seconds)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s?)", text)
-    if not match or float(match[1]) == 0 or (not match[2] and "." in match[1]):
-        raise UserError(f"--checkpoint-every {text}: must be steps such as 500, or seconds such as 300s")
-    return (None, float(match[1])) if match[2] else (int(match[1]), None)
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def default_name(config: Config) -> str:
@@ -572,20 +345,3 @@ def default_name(config: Config) -> str:
         return f"{Path(config.checkpoint).resolve().parent.name}-{config.prior.name}"
     bottleneck = config.bottleneck.name
     return f"{bottleneck + 'vae' if bottleneck == 'vq' else bottleneck}-{config.dataset.name}"
-
-
-def describe_presets() -> str:
-    """What `--list presets` prints: each preset as the flags it stands for, and its source."""
-    blocks = []
-    for name, preset in PRESETS.items():
-        stages = [settings for settings in (preset.settings, preset.prior) if settings]
-        flags = [" ".join(_flag(key, value) for key, value in stage.items()) for stage in stages]
-        blocks.append("\n    then ".join([f"--preset {name}\n    {preset.source}\n    {flags[0]}", *flags[1:]]))
-    return "\n\n".join(blocks)
-
-
-def _flag(key: str, value: Any) -> str:
-    name = key.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{name}" if value else f"--no-{name}"
-    return f"--{name} {value}"

@@ -1,58 +1,63 @@
-"""Where to compute, in what precision and memory, and whether compiled."""
+"""Choices of the machine: device, precision, compilation, and how much freed memory the process keeps."""
 
 import contextlib
 import ctypes
 import warnings
+from typing import Literal
 
 import torch
 
-from vqvae.errors import UserError
+from vqvae.errors import OptionError
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # parameters of mallopt, from glibc's malloc.h
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the first there is of cuda, mps, cpu; `UserError` for one that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The device of that name; `auto` is the first available of cuda, mps, cpu. Raises `OptionError` if unavailable."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    names = [kind for kind, present in available.items() if present]
     if name == "auto":
-        name = next(kind for kind, present in there.items() if present)
-    if not there[name]:
-        raise UserError(f"--device {name}: not available here; there is {', '.join(k for k, v in there.items() if v)}")
+        name = names[0]
+    if name not in names:
+        raise OptionError("", "device", name, f"not available on this machine; available: {', '.join(names)}")
     return torch.device(name)
 
 
-def choose_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 on a GPU that computes in it, else fp32."""
+def choose_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> Literal["fp32", "bf16"]:
+    """`fp32` or `bf16`; `auto` is bf16 on a GPU with bf16 hardware, otherwise fp32."""
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def choose_compile(wanted: bool | None, device: torch.device, steps: int) -> bool:
-    """None is True on a GPU where compiling works, in runs long enough to earn back the time that it takes."""
+    """Whether to compile the nets; None means on GPUs where torch.compile works, for runs of at least 2,000 steps.
+
+    Shorter runs do not earn back the time that compilation takes.
+    """
     if wanted is not None:
         return wanted
     return device.type == "cuda" and steps >= 2000 and _compiles(device)
 
 
 def _compiles(device: torch.device) -> bool:
-    """Whether torch.compile, which asks for Triton, a C compiler and Python's headers, gets through a sum."""
+    """Whether torch.compile works here: it needs Triton, a C compiler and Python's headers."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
         return True
-    except Exception as problem:  # each of the three fails in its own way
-        warnings.warn(f"the nets are not compiled, since torch.compile fails here: {problem!r:.200}", stacklevel=2)
+    except Exception as problem:  # each missing part raises another exception
+        warnings.warn(f"the nets are not compiled because torch.compile fails here: {problem!r:.200}", stacklevel=2)
         return False
 
 
 def keep_memory() -> None:
-    """Let this process keep up to 1 GiB that it frees, where its allocator is glibc's.
+    """Let glibc's allocator keep up to 1 GiB of freed memory in this process. No effect with other allocators.
 
-    On a CPU a step frees all its activations, and waits for the system to map and clear as many pages for the next:
-    glibc by itself never keeps more than 64 MiB, and no block of more than 32.
+    By default glibc returns large blocks to the system. Each training step on the CPU would then wait for the system
+    to map and clear the same pages again.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, 1 << 30)
         mallopt(M_MMAP_THRESHOLD, 1 << 25)
-        mallopt(M_MMAP_MAX, 0)  # no block comes from the system by itself
+        mallopt(M_MMAP_MAX, 0)  # take every block from the heap

@@ -1,23 +1,23 @@
-"""Outputs that are whole or absent, and that never replace a folder's contents."""
+"""Outputs that are whole or absent, and never replace the contents of a folder."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from vqvae.errors import UserError
+from vqvae.errors import OptionError, UserError, one_line
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the name `path` once the block has ended well; until then, what was there stays.
+    """Open a file that takes the name `path` when the block ends without an error; until then the old one stays.
 
-    It is opened at once, so that a name that cannot be written is refused before the work and not after.
+    The bytes go to a temporary file of this process beside `path`, opened at once: a name that cannot be written
+    raises `UserError` before the work rather than after.
     """
-    if path.is_dir():
-        raise UserError(f"--output {path}: is a folder; name a file in it, such as {path / 'codes.npz'}")
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
@@ -25,6 +25,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        _sync_folder(path.parent)
     except OSError as problem:
         raise cannot_write(path, problem) from None
     finally:
@@ -32,16 +33,49 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             partial.unlink()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def make_folder(folder: Path, option: str) -> Path:
+    """Make a folder that can be written to; raises `OptionError` for the option that chose it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as problem:
+        raise OptionError("", option, folder, f"cannot write there ({one_line(problem)})") from None
+    return folder
+
+
 def claim_empty(folder: Path) -> Path:
-    """Make a folder; `UserError` if it holds anything already or cannot be made."""
+    """Make a folder; raises `UserError` if it holds anything or cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise UserError(f"--output {folder}: is not empty, and nothing is overwritten; name a new folder")
+            raise UserError(f"{folder}: is not empty, and nothing is overwritten; name a new folder")
     except OSError as problem:
         raise cannot_write(folder, problem) from None
     return folder
 
 
-def cannot_write(path: Path, problem: OSError) -> UserError:
-    return UserError(f"--output {path}: cannot be written ({problem.strerror or problem}); name another place")
+def cannot_write(path: Path, problem: Exception) -> UserError:
+    return UserError(f"{path}: cannot be written ({one_line(problem)}); name another place")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut, on systems that let folders be opened."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,20 +1,22 @@
-"""Autoregressive flows: invertible maps whose Jacobian is triangular, or block triangular.
+"""Autoregressive flows: invertible maps with a triangular or block triangular Jacobian.
 
 B batch, d dimensions; L latents, K codes.
 """
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae.errors import UserError
-
 
 class MaskedLinear(nn.Linear):
-    """A linear layer some of whose weights are held at zero by a fixed mask `[out, in]`."""
+    """A linear layer whose weights are multiplied by a fixed mask `[out, in]` of zeros and ones."""
+
+    mask: Tensor
 
     def __init__(self, mask: Tensor):
         super().__init__(mask.shape[1], mask.shape[0])
@@ -27,19 +29,17 @@ class MaskedLinear(nn.Linear):
 class MADE(nn.Module):
     """Masked autoencoder for distribution estimation (1502.03509): x `[B, d]` to `[B, outputs, d]`.
 
-    Entry i of every output sees only the inputs before i in the ordering (after i, when `reverse`). Inputs have
-    degrees 1..d, hidden units cycle through 1..d - 1; weights connect where the later degree is at least the earlier
-    one, and greater at the output.
+    Entry i of every output depends only on the inputs before i (after i with `reverse`). Inputs have degrees 1..d,
+    and hidden units cycle through 1..d - 1. A weight connects a unit to one of at least its degree; the output layer
+    requires a greater degree.
     """
 
     def __init__(self, dimensions: int, hidden: int, *, layers: int = 2, outputs: int = 2, reverse: bool = False):
         super().__init__()
-        if hidden < 1 or layers < 1:
-            raise UserError(f"MADE: hidden={hidden} and layers={layers} must be at least 1")
         self.dimensions, self.outputs = dimensions, outputs
         inputs = torch.arange(1, dimensions + 1)
         inputs = inputs.flip(0) if reverse else inputs
-        # with d = 1 no hidden unit may see the input: degree 1 reaches no output, whose degree is 1 too
+        # at d = 1 hidden units have degree 1, like the only output, and are not connected to it
         hidden_degrees = torch.arange(hidden) % max(dimensions - 1, 1) + 1
         degrees = [inputs] + [hidden_degrees] * layers
         net: list[nn.Module] = []
@@ -55,10 +55,9 @@ class MADE(nn.Module):
 
 
 class AutoregressiveFlow(nn.Module):
-    """eps = z * s(z) + mu(z), with s_i and mu_i functions of z_<i (1705.07057, section 3).
+    """eps = z * s(z) + mu(z), where s_i and mu_i are functions of z_<i (1705.07057, section 3).
 
-    `forward` maps z `[B, d]` to eps and log |d eps / d z| = sum_i log s_i, `[B]`; `inverse` maps back, coordinate by
-    coordinate. log s is kept in (-4, 4) by a scaled tanh.
+    A scaled tanh keeps log s in (-4, 4).
     """
 
     def __init__(self, dimensions: int, hidden: int, *, layers: int = 2, reverse: bool = False):
@@ -66,15 +65,13 @@ class AutoregressiveFlow(nn.Module):
         self.made = MADE(dimensions, hidden, layers=layers, reverse=reverse)
         self.order = range(dimensions - 1, -1, -1) if reverse else range(dimensions)
 
-    def _shift_and_log_scale(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_scale = self.made(z).unbind(1)
-        return mean, 4 * torch.tanh(log_scale / 4)
-
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z `[B, d]` to eps `[B, d]` and log |d eps / d z| = sum_i log s_i, `[B]`."""
         mean, log_scale = self._shift_and_log_scale(z)
         return z * log_scale.exp() + mean, log_scale.sum(1)
 
     def inverse(self, eps: Tensor) -> Tensor:
+        """eps `[B, d]` to z `[B, d]`, coordinate by coordinate."""
         z = torch.zeros_like(eps)
         for i in self.order:
             mean, log_scale = self._shift_and_log_scale(z)
@@ -82,19 +79,23 @@ class AutoregressiveFlow(nn.Module):
             z[:, i] = (eps[:, i] - mean[:, i]) * (-log_scale[:, i]).exp()
         return z
 
+    def _shift_and_log_scale(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_scale = self.made(z).unbind(1)
+        return mean, 4 * torch.tanh(log_scale / 4)
+
 
 class Stack(nn.Module):
-    """Flows one after the other, every second one in reverse order, so that each coordinate comes first somewhere."""
+    """Autoregressive flows in sequence, every second one in reverse order of the coordinates."""
 
     def __init__(self, dimensions: int, hidden: int, *, flows: int, layers: int = 2):
         super().__init__()
-        if flows < 1:
-            raise UserError(f"flows={flows} must be at least 1")
-        self.flows = nn.ModuleList(
+        stacked = nn.ModuleList(
             AutoregressiveFlow(dimensions, hidden, layers=layers, reverse=i % 2 == 1) for i in range(flows)
         )
+        self.flows = cast(Sequence[AutoregressiveFlow], stacked)  # ModuleList has no type parameter
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z `[B, d]` to eps `[B, d]` and log |d eps / d z|, `[B]`."""
         total = z.new_zeros(len(z))
         for flow in self.flows:
             z, log_det = flow(z)
@@ -102,30 +103,44 @@ class Stack(nn.Module):
         return z, total
 
     def inverse(self, eps: Tensor) -> Tensor:
+        """eps `[B, d]` to z `[B, d]`."""
         for flow in reversed(self.flows):
             eps = flow.inverse(eps)
         return eps
 
 
 class SimplexFlow(nn.Module):
-    """An inverse autoregressive flow on points of the simplex: w'_k = w_k s_k / n, the last code's scale fixed to 1.
+    """An inverse autoregressive flow on points of the simplex, w `[B, L, K]`: w'_k = w_k s_k / n, n = sum_k w_k s_k.
 
-    For assignments w `[B, L, K]`: n = sum_k w_k s_k at each latent, and s = softplus(u) + softplus(b), `[B, L, K - 1]`,
-    with u at latent l a function of the latents before it. b = log(e/2 - 1), so that s = 1 at u = 0, where the flow
-    starts. log |dw'/dw| on the K - 1 free coordinates of each latent is sum_k log s_k - K log n (a projective map of
-    the simplex); latents add up, the Jacobian being block triangular. Corners are mapped to themselves.
+    The scales of a latent are s = softplus(u) + softplus(b), `[B, L, K - 1]`, where u is a function of the latents
+    before it; the last code's scale is 1. b = log(e/2 - 1) gives s = 1 at u = 0, where the flow starts.
 
-    parameters   transformer: u is a causal Transformer's output on the latents shifted by one, times a learnt scalar
-                 that starts at 0; triangular: u = T w with T `[L, L]` strictly lower triangular, from 0.
+    log |dw'/dw| on the K - 1 free coordinates of a latent is sum_k log s_k - K log n, because the flow is a projective
+    map of the simplex. The Jacobian is block triangular, so that the latents' terms add up. Corners of the simplex are
+    fixed points.
+
+    With `parameters="transformer"`, u is the output of a causal Transformer on the latents shifted by one, times a
+    learned scalar that starts at 0. With "triangular", u = T w, where T `[L, L]` is strictly lower triangular and
+    starts at 0.
     """
 
-    def __init__(self, latents: int, num_codes: int, *, parameters: str, width: int = 32, layers: int = 2):
+    future: Tensor  # [L, L] additive attention mask, of the Transformer only
+
+    def __init__(
+        self,
+        latents: int,
+        num_codes: int,
+        *,
+        parameters: Literal["transformer", "triangular"],
+        width: int = 32,
+        layers: int = 2,
+    ):
         super().__init__()
         self.latents, self.by_transformer = latents, parameters == "transformer"
         self.shift = math.log(math.e / 2 - 1)
         if self.by_transformer:
             self.read, self.write = nn.Linear(num_codes, width), nn.Linear(width, num_codes - 1)
-            self.where = nn.Parameter(0.02 * torch.randn(latents, width))
+            self.positions = nn.Parameter(0.02 * torch.randn(latents, width))
             layer = nn.TransformerEncoderLayer(
                 width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
             )
@@ -140,15 +155,15 @@ class SimplexFlow(nn.Module):
         """s `[B, L, K - 1]`."""
         if self.by_transformer:
             shifted = F.pad(w, (0, 0, 1, 0))[:, :-1]
-            # were it not told that the mask is causal, torch would read the mask to find out
-            h = self.layers(self.read(shifted) + self.where, mask=self.future, is_causal=True)
+            # without is_causal, torch compares the mask with a causal one, which synchronizes with the GPU
+            h = self.layers(self.read(shifted) + self.positions, mask=self.future, is_causal=True)
             u = self.gate * self.write(h)
         else:
             u = torch.einsum("lj,bjk->blk", self.weight.tril(-1), w[..., :-1])
         return F.softplus(u) + math.log1p(math.exp(self.shift))
 
     def forward(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """w' `[B, L, K]` and log |dw'/dw| `[B]`."""
+        """w' `[B, L, K]` and log |dw'/dw|, `[B]`."""
         log_s = F.pad(self.scales(w).log(), (0, 1))
         scaled = w * log_s.exp()
         total = scaled.sum(-1, keepdim=True)

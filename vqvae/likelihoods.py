@@ -1,55 +1,54 @@
-"""Likelihoods: what the decoder's output says about pixels, as log p(x|z) in nats per example.
+"""Likelihoods: log p(x|z) in nats per example, given the decoder's output.
 
-Each owns its pixel map: what the encoder reads, and how its parameters become a picture again. Parameters come as
-`[B, P*C, H, W]`, parameter-major, for pictures x in [0, 1], `[B, C, H, W]`; losses keep the batch axis.
+Each defines the encoder's input, and how the decoder's output becomes an image. contracts.py gives the interface and
+the layout of the parameters.
 
 B batch, C channels, H W pixels, P parameters per channel.
 """
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vqvae.errors import UserError
+from vqvae.contracts import Likelihood
+from vqvae.errors import OptionError
+from vqvae.registry import Range, checked
 
 
-class MSE(nn.Module):
+class MSE(Likelihood):
     """Gaussian of fixed variance: log N(x; mean, variance I), a density in nats on pixels in [0, 1].
 
-    With the default variance, half that of the training data, -log p per dimension is MSE / data variance and a
-    constant: Sonnet's objective exactly.
-
-    variance   in squared [0, 1] pixels; 0 for half the training data's variance.
-    pixels     centred: nets see and predict x - 0.5; symmetric: 2x - 1.
+    The default variance is half that of the training data. Then -log p per dimension is MSE / data variance plus a
+    constant, which is Sonnet's objective.
     """
 
-    discrete = False
     params_per_channel = 1
 
+    @checked
     def __init__(
         self,
         *,
-        image_shape: tuple,
+        image_shape: tuple[int, int, int],
         data_variance: float,
-        variance: float = 0.0,
-        pixels: Literal["centred", "symmetric"] = "centred",
+        variance: Annotated[float, Range(0), "variance of pixels in [0, 1]; 0 for half the training data's"] = 0.0,
+        pixels: Annotated[
+            Literal["centered", "symmetric"], "range of the nets' input and output: x - 0.5, or 2x - 1"
+        ] = "centered",
     ):
         super().__init__()
-        if not (variance >= 0 and math.isfinite(variance)):
-            raise UserError(f"--likelihood mse: variance={variance} must be a number from 0 up")
         self.variance = variance or data_variance / 2
-        self.scale = {"centred": 1.0, "symmetric": 2.0}[pixels]
-        self.floor = math.prod(image_shape) / 2 * math.log(2 * math.pi * self.variance)
+        self.scale = {"centered": 1.0, "symmetric": 2.0}[pixels]
+        self.log_normalizer = math.prod(image_shape) / 2 * math.log(2 * math.pi * self.variance)
 
     def network_input(self, x: Tensor) -> Tensor:
         return (x - 0.5).mul_(self.scale)
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         error = (params / self.scale + 0.5 - x).square().flatten(1).sum(1)
-        return -error / (2 * self.variance) - self.floor
+        return -error / (2 * self.variance) - self.log_normalizer
 
     def mean(self, params: Tensor) -> Tensor:
         return (params / self.scale + 0.5).clamp(0, 1)
@@ -59,64 +58,55 @@ class MSE(nn.Module):
         return mean + self.variance**0.5 * torch.randn_like(mean)
 
 
-class Gaussian(nn.Module):
-    """Diagonal Gaussian whose mean and log-std the decoder gives: log N(x; mu, diag sigma^2) on raw x.
+class Gaussian(Likelihood):
+    """Diagonal Gaussian with mean and log standard deviation from the decoder: log N(x; mu, diag sigma^2).
 
-    A density in nats on x, which is not clamped to [0, 1]: made for points of the plane (VAE-2D). log sigma is kept
-    in [-7, 7], so that a pixel that never varies cannot make the density infinite.
+    A density in nats on x, made for points of the plane (VAE-2D), which are not in [0, 1]. log sigma is clamped to
+    [-7, 7], because the density of a pixel that never varies is unbounded.
     """
 
-    discrete = False
     params_per_channel = 2
-    floor = 0.0
 
-    def __init__(self, *, image_shape: tuple, data_variance: float):
+    def __init__(self, *, image_shape: tuple[int, int, int]):
         super().__init__()
-        self.clamps = tuple(image_shape[1:]) != (1, 1)
+        self.clamps = tuple(image_shape[1:]) != (1, 1)  # images, not points
 
     def network_input(self, x: Tensor) -> Tensor:
         return x
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        mean, log_std = _split(params, 2)
-        log_std = log_std.clamp(-7, 7)
+        mean, log_std = self._mean_and_log_std(params)
         z = (x - mean) * (-log_std).exp()
         return (-0.5 * (z.square() + math.log(2 * math.pi)) - log_std).flatten(1).sum(1)
 
     def mean(self, params: Tensor) -> Tensor:
-        mean = _split(params, 2)[0]
+        mean, _ = self._mean_and_log_std(params)
         return mean.clamp(0, 1) if self.clamps else mean
 
     def sample(self, params: Tensor) -> Tensor:
-        mean, log_std = _split(params, 2)
-        return mean + log_std.clamp(-7, 7).exp() * torch.randn_like(mean)
+        mean, log_std = self._mean_and_log_std(params)
+        return mean + log_std.exp() * torch.randn_like(mean)
+
+    def _mean_and_log_std(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = params.chunk(2, dim=1)
+        return mean, log_std.clamp(-7, 7)
 
 
-class LogitGaussian(nn.Module):
-    """Unit-variance Gaussian on logit-transformed, dequantised pixels (github.com/henrhoi/vae-pytorch).
+class LogitGaussian(Likelihood):
+    """Gaussian of unit variance on the logits of dequantized pixels (github.com/henrhoi/vae-pytorch).
 
     With level v = 255 x, u ~ U[0, 1) and p = alpha/2 + (1 - alpha)(v + u)/256, y = logit p has density N(y; mu, I).
-    log_prob adds log |dy/dv| = log((1 - alpha)/256) - log p - log(1 - p) per dimension, which makes its mean over u a
-    lower bound of the log probability of the 8-bit pixels (1511.01844, section 3.1), and so of bits/dim.
-
-    alpha   how far pixels are kept from 0 and 1, where logits are infinite.
+    log_prob adds log |dy/dv| = log((1 - alpha)/256) - log p - log(1 - p) per dimension. Its mean over u is then a
+    lower bound of the log probability of 8-bit pixels (1511.01844, section 3.1), so that bits/dim are defined.
     """
 
     discrete = True
     params_per_channel = 1
-    floor = 0.0
 
-    def __init__(self, *, image_shape: tuple, data_variance: float, alpha: float = 0.1):
+    @checked
+    def __init__(self, *, alpha: Annotated[float, Range(above=0, below=1), "twice the margin of p from 0 and 1"] = 0.1):
         super().__init__()
-        if not 0 < alpha < 1:
-            raise UserError(f"--likelihood logit-gaussian: alpha={alpha} must be between 0 and 1")
         self.alpha = alpha
-
-    def _logit(self, x: Tensor, u: Tensor | float) -> tuple[Tensor, Tensor]:
-        """y and log |dy/dv| of pixels x in [0, 1] with noise u."""
-        p = self.alpha / 2 + (1 - self.alpha) * (x * 255 + u) / 256
-        log_jacobian = math.log((1 - self.alpha) / 256) - p.log() - (1 - p).log()
-        return p.logit(), log_jacobian
 
     def network_input(self, x: Tensor) -> Tensor:
         return self._logit(x, 0.5)[0]
@@ -126,26 +116,27 @@ class LogitGaussian(nn.Module):
         return (-0.5 * ((y - params).square() + math.log(2 * math.pi)) + log_jacobian).flatten(1).sum(1)
 
     def mean(self, params: Tensor) -> Tensor:
-        v = 256 * (params.sigmoid() - self.alpha / 2) / (1 - self.alpha)
-        return ((v - 0.5) / 255).clamp(0, 1)  # the middle of the level's interval
+        return ((self._level(params) - 0.5) / 255).clamp(0, 1)  # the middle of the level's interval
 
     def sample(self, params: Tensor) -> Tensor:
-        v = 256 * ((params + torch.randn_like(params)).sigmoid() - self.alpha / 2) / (1 - self.alpha)
-        return v.floor().clamp(0, 255) / 255
+        return self._level(params + torch.randn_like(params)).floor().clamp(0, 255) / 255
+
+    def _logit(self, x: Tensor, u: Tensor | float) -> tuple[Tensor, Tensor]:
+        """y and log |dy/dv| of pixels x in [0, 1] with noise u."""
+        p = self.alpha / 2 + (1 - self.alpha) * (x * 255 + u) / 256
+        log_jacobian = math.log((1 - self.alpha) / 256) - p.log() - (1 - p).log()
+        return p.logit(), log_jacobian
+
+    def _level(self, y: Tensor) -> Tensor:
+        """v + u of logits y."""
+        return 256 * (y.sigmoid() - self.alpha / 2) / (1 - self.alpha)
 
 
-class Bernoulli(nn.Module):
-    """Bernoulli on binary pixels, the decoder's output its logits; nats, for x of 0 and 1 alone.
-
-    Pixels in between are refused: there it is no likelihood. Binarise with --dataset mnist-binary.
-    """
+class Bernoulli(Likelihood):
+    """Bernoulli on binary pixels, which are 0 or 1. The decoder gives the logits; nats."""
 
     discrete = True
     params_per_channel = 1
-    floor = 0.0
-
-    def __init__(self, *, image_shape: tuple, data_variance: float):
-        super().__init__()
 
     def network_input(self, x: Tensor) -> Tensor:
         return 2 * x - 1
@@ -153,78 +144,73 @@ class Bernoulli(nn.Module):
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         return -F.binary_cross_entropy_with_logits(params, x, reduction="none").flatten(1).sum(1)
 
-    def check(self, images: Tensor) -> None:
-        """Raise `UserError` unless all pixels (uint8) are 0 or 255."""
-        if ((images > 0) & (images < 255)).any():
-            raise UserError("--likelihood bernoulli: pixels must be black or white; --dataset mnist-binary has such")
-
     def mean(self, params: Tensor) -> Tensor:
         return params.sigmoid()
 
     def sample(self, params: Tensor) -> Tensor:
         return torch.bernoulli(params.sigmoid())
 
+    def check(self, images: Tensor) -> None:
+        """Raise `OptionError` unless all pixels `[N, C, H, W]` (uint8) are 0 or 255."""
+        if ((images > 0) & (images < 255)).any():
+            problem = (
+                "needs black and white pixels, but the images have gray ones; use binary data such as mnist-binary"
+            )
+            raise OptionError("", "likelihood", "bernoulli", problem)
 
-class LogitLaplace(nn.Module):
+
+class LogitLaplace(Likelihood):
     """Logit-Laplace of DALL-E (2102.12092, eq. 3), a density in nats on pixels in [0, 1].
 
     f(y | mu, b) = exp(-|logit y - mu| / b) / (2 b y (1 - y)) for y = (1 - 2 eps) x + eps; log_prob adds the map's
-    log(1 - 2 eps). The decoder gives mu and log b, kept in [-7, 7]; the picture is (sigmoid(mu) - eps) / (1 - 2 eps).
-
-    eps   how far pixels are kept from 0 and 1.
+    log(1 - 2 eps). The decoder gives mu and log b, which is clamped to [-7, 7]. The image is
+    (sigmoid(mu) - eps) / (1 - 2 eps).
     """
 
-    discrete = False
     params_per_channel = 2
-    floor = 0.0
 
-    def __init__(self, *, image_shape: tuple, data_variance: float, eps: float = 0.1):
+    @checked
+    def __init__(self, *, eps: Annotated[float, Range(above=0, below=0.5), "margin of y from 0 and 1"] = 0.1):
         super().__init__()
-        if not 0 < eps < 0.5:
-            raise UserError(f"--likelihood logit-laplace: eps={eps} must be between 0 and 0.5")
         self.eps = eps
 
     def network_input(self, x: Tensor) -> Tensor:
         return (1 - 2 * self.eps) * x + self.eps
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        mean, log_b = _split(params, 2)
+        mean, log_b = params.chunk(2, dim=1)
         log_b = log_b.clamp(-7, 7)
         y = self.network_input(x)
         log_f = -(y.logit() - mean).abs() * (-log_b).exp() - math.log(2) - log_b - y.log() - (1 - y).log()
         return (log_f + math.log(1 - 2 * self.eps)).flatten(1).sum(1)
 
-    def _picture(self, logit: Tensor) -> Tensor:
-        return ((logit.sigmoid() - self.eps) / (1 - 2 * self.eps)).clamp(0, 1)
-
     def mean(self, params: Tensor) -> Tensor:
-        return self._picture(_split(params, 2)[0])
+        return self._image(params.chunk(2, dim=1)[0])
 
     def sample(self, params: Tensor) -> Tensor:
-        mean, log_b = _split(params, 2)
+        mean, log_b = params.chunk(2, dim=1)
         u = torch.rand_like(mean) - 0.5
-        return self._picture(mean - log_b.clamp(-7, 7).exp() * u.sign() * torch.log1p(-2 * u.abs()))
+        return self._image(mean - log_b.clamp(-7, 7).exp() * u.sign() * torch.log1p(-2 * u.abs()))
+
+    def _image(self, logit: Tensor) -> Tensor:
+        return ((logit.sigmoid() - self.eps) / (1 - 2 * self.eps)).clamp(0, 1)
 
 
-class DiscretisedLogistic(nn.Module):
-    """Logistic integrated over each of the 256 levels (1701.05517, eq. 2, with one component): nats, bits/dim.
+class DiscretizedLogistic(Likelihood):
+    """Logistic integrated over each of the 256 levels (1701.05517, eq. 2, with one component), in nats.
 
-    Levels are 1/255 apart in [0, 1]; the outermost bins reach to infinity, so the 256 probabilities sum to one. The
-    decoder gives the mean (on x - 0.5) and the log-scale plus 2; the log-scale is kept in [-7, 7].
+    Levels are 1/255 apart in [0, 1]. The outermost bins reach to infinity, so that the probabilities sum to one. The
+    decoder gives the mean minus 0.5, and the log scale plus 2. The log scale is clamped to [-7, 7].
     """
 
     discrete = True
     params_per_channel = 2
-    floor = 0.0
-
-    def __init__(self, *, image_shape: tuple, data_variance: float):
-        super().__init__()
 
     def network_input(self, x: Tensor) -> Tensor:
         return x - 0.5
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        mean, log_scale = self._logistic(params)
+        mean, log_scale = self._mean_and_log_scale(params)
         inverse = (-log_scale).exp()
         upper = (x + 0.5 / 255 - mean) * inverse
         lower = (x - 0.5 / 255 - mean) * inverse
@@ -234,30 +220,31 @@ class DiscretisedLogistic(nn.Module):
         log_p = torch.where(x > 254.5 / 255, F.logsigmoid(-lower), log_p)
         return log_p.flatten(1).sum(1)
 
-    def _logistic(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_scale = _split(params, 2)
-        return mean + 0.5, (log_scale - 2).clamp(-7, 7)  # at first a scale of e^-2: about the spread of pixels
-
     def mean(self, params: Tensor) -> Tensor:
-        return self._logistic(params)[0].clamp(0, 1)
+        return self._mean_and_log_scale(params)[0].clamp(0, 1)
 
     def sample(self, params: Tensor) -> Tensor:
-        mean, log_scale = self._logistic(params)
+        mean, log_scale = self._mean_and_log_scale(params)
         u = torch.rand_like(mean).clamp(1e-6, 1 - 1e-6)
         return ((mean + log_scale.exp() * u.logit()) * 255).round().clamp(0, 255) / 255
 
+    def _mean_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_scale = params.chunk(2, dim=1)
+        # output 0 gives a scale of e^-2, about the spread of pixels
+        return mean + 0.5, (log_scale - 2).clamp(-7, 7)
 
-class Softmax256(nn.Module):
-    """One categorical over the 256 levels of each channel, as behind VQ-VAE's CIFAR-10 figure (1711.00937): nats.
 
-    The picture shown is the expected level. 256 outputs per channel make the last layer dear.
+class Softmax256(Likelihood):
+    """One categorical distribution over 256 levels per channel, as in VQ-VAE on CIFAR-10 (1711.00937), in nats.
+
+    The image shown is the expected level. With 256 outputs per channel the decoder's last layer is expensive.
     """
 
     discrete = True
     params_per_channel = 256
-    floor = 0.0
+    levels: Tensor  # [256], pixel values in [0, 1]
 
-    def __init__(self, *, image_shape: tuple, data_variance: float):
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("levels", torch.arange(256.0) / 255, persistent=False)
 
@@ -265,26 +252,19 @@ class Softmax256(nn.Module):
         return x - 0.5
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        logits = _view(params, 256)  # [B, 256, C, H, W]
         levels = (x * 255).round().long()
-        return -F.cross_entropy(logits, levels, reduction="none").flatten(1).sum(1)
+        return -F.cross_entropy(self._logits(params), levels, reduction="none").flatten(1).sum(1)
 
     def mean(self, params: Tensor) -> Tensor:
-        return torch.einsum("bpchw,p->bchw", _view(params, 256).softmax(1), self.levels)
+        return torch.einsum("bpchw,p->bchw", self._logits(params).softmax(1), self.levels)
 
     def sample(self, params: Tensor) -> Tensor:
-        p = _view(params, 256).softmax(1).movedim(1, -1)  # [B, C, H, W, 256]
+        p = self._logits(params).softmax(1).movedim(1, -1)  # [B, C, H, W, 256]
         return torch.multinomial(p.flatten(0, -2), 1).view(p.shape[:-1]) / 255
 
-
-def _view(params: Tensor, count: int) -> Tensor:
-    """`[B, P*C, H, W]` as `[B, P, C, H, W]`."""
-    return params.unflatten(1, (count, -1))
-
-
-def _split(params: Tensor, count: int) -> tuple[Tensor, ...]:
-    """The parameters, each `[B, C, H, W]`."""
-    return params.chunk(count, dim=1)
+    def _logits(self, params: Tensor) -> Tensor:
+        """`[B, 256, C, H, W]`."""
+        return params.unflatten(1, (256, -1))
 
 
 LIKELIHOODS = {
@@ -293,6 +273,6 @@ LIKELIHOODS = {
     "logit-gaussian": LogitGaussian,
     "bernoulli": Bernoulli,
     "logit-laplace": LogitLaplace,
-    "discretised-logistic": DiscretisedLogistic,
+    "discretized-logistic": DiscretizedLogistic,
     "softmax256": Softmax256,
 }

@@ -1,14 +1,15 @@
 """A number that may change over training, as a pure function of the step.
 
-Written on the command line as a plain number, or as pieces `shape:start:end[:steps]` joined by commas, one after
-the other. `linear:0:3e-4:500,cosine:3e-4:1e-6` warms up over 500 steps, then falls until the end of the run.
-A piece without steps lasts to the end of the run (only the last piece may); after the last piece its end value holds.
+Written as a plain number, or as pieces `shape:start:end[:steps]` joined by commas, one after the other:
+`linear:0:3e-4:500,cosine:3e-4:1e-6` warms up over 500 steps, then falls until the end of the run. Only the last piece
+may leave out its steps; it then lasts to the end of the run. After the last piece its end value stays.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
-from vqvae.errors import UserError, near_misses
+from vqvae.errors import OptionError, UserError, near_misses
 
 SHAPES = {
     "linear": lambda progress: progress,
@@ -26,20 +27,26 @@ class Piece(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """`schedule(step, total_steps)` is its value at a step; see the module's docstring for the form."""
+    """`schedule(step, total_steps)` is the value at a step; the module's docstring gives the form."""
 
     pieces: tuple[Piece, ...]
 
     @classmethod
-    def parse(cls, flag: str, text: str) -> "Schedule":
+    def parse(cls, text: str, option: str = "schedule") -> "Schedule":
+        """Read a schedule; raises `OptionError` for the option that it is the value of."""
         try:
             value = float(text)
-            return cls((Piece("linear", value, value, None),))
         except ValueError:
-            pieces = [_piece(flag, part) for part in str(text).split(",")]
-        if any(piece.steps is None for piece in pieces[:-1]):
-            raise UserError(f"{flag} {text}: only the last piece may leave out its steps")
-        return cls(tuple(pieces))
+            try:
+                pieces = [_piece(part) for part in str(text).split(",")]
+                if any(piece.steps is None for piece in pieces[:-1]):
+                    raise UserError("only the last piece may leave out its steps")
+            except UserError as problem:
+                raise OptionError("", option, text, str(problem)) from None
+            return cls(tuple(pieces))
+        if not math.isfinite(value):
+            raise OptionError("", option, text, "must be a finite number or a schedule")
+        return cls((Piece("linear", value, value, None),))
 
     def __call__(self, step: int, total_steps: int) -> float:
         begin = 0
@@ -51,18 +58,46 @@ class Schedule(NamedTuple):
             begin += steps
         return self.pieces[-1].end
 
+    def values(self) -> list[float]:
+        """Where each piece starts and ends."""
+        return [value for piece in self.pieces for value in (piece.start, piece.end)]
 
-def _piece(flag: str, text: str) -> Piece:
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleText:
+    """The rule of an option whose text is a schedule; its values must be above `above`, or at least `low`."""
+
+    low: float = -math.inf
+    above: float = -math.inf
+
+    def problem(self, text: str) -> str | None:
+        try:
+            values = Schedule.parse(text).values()
+        except OptionError as problem:
+            return problem.problem
+        if min(values) <= self.above:
+            return f"must stay above {self.above:g}"
+        return f"must stay at {self.low:g} or more" if min(values) < self.low else None
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.low, "above": self.above}
+        finite = [f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound)]
+        return f"({', '.join(['a number or a schedule', *finite])})"
+
+
+def _piece(text: str) -> Piece:
     shape, *numbers = text.split(":")
     if len(numbers) not in (2, 3):
-        raise UserError(f"{flag} {text}: must be a number, or shape:start:end[:steps] such as cosine:3e-4:1e-6:20000")
+        raise UserError("must be a number, or shape:start:end[:steps] such as cosine:3e-4:1e-6:20000")
     if shape not in SHAPES:
-        raise UserError(f"{flag} {text}: no shape '{shape}'{near_misses(shape, SHAPES)}; known: {', '.join(SHAPES)}")
+        raise UserError(f"no shape '{shape}'{near_misses(shape, SHAPES)}; known: {', '.join(SHAPES)}")
     try:
         start, end = float(numbers[0]), float(numbers[1])
         steps = int(float(numbers[2])) if len(numbers) == 3 else None
     except (ValueError, OverflowError):
-        raise UserError(f"{flag} {text}: start, end and steps must be numbers") from None
+        raise UserError("start, end and steps must be numbers") from None
+    if not (math.isfinite(start) and math.isfinite(end)):
+        raise UserError("start and end must be finite")
     if steps is not None and steps < 1:
-        raise UserError(f"{flag} {text}: steps must be at least 1")
+        raise UserError("steps must be at least 1")
     return Piece(shape, start, end, steps)

@@ -1,14 +1,13 @@
 """Stage two: a prior trained on the codes of a frozen autoencoder.
 
-What the loop trains is a thin wrapper; what it saves is the whole autoencoder with its prior slot replaced, so that
-the result samples, evaluates and draws as any other model does.
+The training loop sees a thin wrapper. Checkpoints hold the whole autoencoder with its prior replaced, so the result
+samples, evaluates and draws as any other model does.
 
-B batch, h w code grid, K codes.
+B batch, N images, h w code grid, K codes.
 """
 
-import hashlib
-import math
-import os
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,103 +16,73 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vqvae.autoencoder import Autoencoder, Step
-from vqvae.latent import Latent
+from vqvae import metrics
+from vqvae.autoencoder import Autoencoder
+from vqvae.checkpoint import weights_checksum
+from vqvae.contracts import Discrete, TrainOutput
+from vqvae.evaluation import evaluate_prior, facts_of, log_prior_of_codes
+from vqvae.files import whole_file
+from vqvae.optimizer import decay_groups
 
 
 class PriorTraining(nn.Module):
-    """The loop's view of a prior: batches of codes `[B, h, w]` to nats per code."""
+    """Batches of codes `[B, h, w]` to nats per code."""
 
-    headline = {"bits_per_code": "{:.4f} bits/code", "perplexity": "perplexity {:.1f}"}
-    monitor = "nats"
+    monitor = "prior_nats"
+    headline = ("bits_per_code", "code_perplexity")
 
-    def __init__(self, autoencoder: Autoencoder, *, conditional: bool):
+    def __init__(self, model: Autoencoder, *, conditional: bool):
         super().__init__()
-        autoencoder.requires_grad_(False).eval()
-        autoencoder.prior.requires_grad_(True)
-        self.autoencoder, self.conditional = autoencoder, conditional
+        model.requires_grad_(False).eval()
+        model.prior.requires_grad_(True)
+        self.model, self.conditional = model, conditional
 
     def train(self, mode: bool = True) -> "PriorTraining":
+        """Switch the prior's mode; the frozen parts stay in evaluation mode."""
         self.training = mode
-        self.autoencoder.prior.train(mode)  # the frozen parts stay as they were evaluated
+        self.model.prior.train(mode)
         return self
 
-    def forward(self, codes: Tensor, labels: Tensor, step: int) -> Step:
-        loss = self._nats(codes, labels).mean() / codes[0].numel()
-        return Step(loss, {"loss": loss.detach()})
+    def forward(self, codes: Tensor, labels: Tensor, step: int) -> TrainOutput:
+        nats = -log_prior_of_codes(self.model, codes, labels, self.conditional).mean()
+        loss = nats / codes[0].numel()
+        return TrainOutput(loss, {"loss": loss.detach(), "prior_nats": nats.detach()})
 
     def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
-        nats = float(means["loss"])
-        return {"loss": nats, "bits_per_code": nats / math.log(2), "perplexity": math.exp(nats)}
+        """Metrics averaged over steps, as plain numbers."""
+        numbers = {name: float(value) for name, value in means.items()}
+        return numbers | metrics.of_split(metrics.Split(numbers, facts_of(self.model)), monitored=True)
 
-    @torch.no_grad()
-    def evaluate(self, codes: Tensor, labels: Tensor, batch_size: int = 256) -> dict[str, Any]:
-        """Held-out cost of codes `[N, h, w]`: `nats` per image with its standard error, and nats and bits per code.
+    def evaluate(self, codes: Tensor, labels: Tensor) -> dict[str, Any]:
+        """The prior's metrics on held-out codes `[N, h, w]`."""
+        return evaluate_prior(self.model, codes, labels, conditional=self.conditional)
 
-        perplexity is exp(nats per code); `uniform_bits_per_code` is log2 K, what a prior that knows nothing pays.
-        """
-        training = self.training
-        self.eval()
-        parts = zip(codes.split(batch_size), labels.split(batch_size), strict=True)
-        device = self.autoencoder.device
-        nats = torch.cat([self._nats(c.to(device), y.to(device)).cpu().double() for c, y in parts])
-        self.train(training)
-        per_code = float(nats.mean()) / codes[0].numel()
-        return {
-            "nats": float(nats.mean()),
-            "nats_se": float(nats.std() / math.sqrt(len(nats))),
-            "nats_per_code": per_code,
-            "bits_per_code": per_code / math.log(2),
-            "uniform_bits_per_code": math.log2(self.autoencoder.bottleneck.num_codes),
-            "bits_per_dim": float(nats.mean()) / (self.autoencoder.dimensions * math.log(2)),
-            "perplexity": math.exp(per_code),
-        }
+    def initialize(self, batches: Callable[[int], Tensor]) -> None:
+        """Priors start from their random weights."""
 
-    def _nats(self, codes: Tensor, labels: Tensor) -> Tensor:
-        latent = Latent.of_codes(codes.long())
-        with torch.autocast(codes.device.type, enabled=torch.is_autocast_enabled(codes.device.type)):
-            return -self.autoencoder.prior.log_prob(latent, labels if self.conditional else None)
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return decay_groups(self, weight_decay)
 
-    # a checkpoint holds the autoencoder, not this wrapper
-
-    def state_dict(self, *args: Any, **keywords: Any) -> dict[str, Any]:
-        return self.autoencoder.state_dict(*args, **keywords)
-
-    def load_state_dict(self, state: dict[str, Any], *args: Any, **keywords: Any):
-        return self.autoencoder.load_state_dict(state, *args, **keywords)
-
-
-def weights_checksum(model: nn.Module) -> str:
-    """16 hexadecimal digits of the SHA-256 of what turns pictures into codes and back: all weights but the prior's."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith("prior."):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    def saved_state(self) -> dict[str, Any]:
+        """The whole autoencoder, of which this module trains the prior."""
+        return {"model": self.model.state_dict(), "objective": {}}
 
 
 def extract_codes(model: Autoencoder, images: Tensor, cache: Path, *, batch_size: int = 256) -> Tensor:
     """The codes `[N, h, w]` (int32) of images `[N, C, H, W]`, computed once and cached with the weights' checksum.
 
-    A cache of other weights, or of another number of images, is made anew.
+    A cache made with other weights, or from another number of images, is replaced.
     """
-    checksum = weights_checksum(model)
-    if cache.exists():
-        try:
-            with np.load(cache, allow_pickle=False) as held:
-                if str(held["weights"]) == checksum and len(held["codes"]) == len(images):
-                    return torch.from_numpy(held["codes"].astype(np.int32))
-        except (OSError, ValueError, KeyError, EOFError):
-            pass  # a damaged cache is as good as none
+    bottleneck, checksum = model.bottleneck, weights_checksum(model)
+    if not isinstance(bottleneck, Discrete):
+        raise ValueError("extract_codes needs discrete codes; this model's latent is continuous")
+    # a damaged cache is computed again
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError), np.load(cache, allow_pickle=False) as stored:
+        if str(stored["weights"]) == checksum and len(stored["codes"]) == len(images):
+            return torch.from_numpy(stored["codes"].astype(np.int32))
     tiles = tqdm(images.split(batch_size), desc="codes", unit="batch", disable=None, leave=False)
     codes = torch.cat([model.encode(tile).to("cpu", torch.int32) for tile in tiles])
-    smallest = np.uint8 if model.bottleneck.num_codes <= 256 else np.uint16
-    if model.bottleneck.num_codes > 1 << 16:
-        smallest = np.int32
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = cache.with_name(cache.name + ".partial")
-    with open(partial, "wb") as file:
+    smallest = np.min_scalar_type(bottleneck.num_codes - 1)
+    with whole_file(cache) as file:
         np.savez_compressed(file, codes=codes.numpy().astype(smallest), weights=checksum)
-    os.replace(partial, cache)
     return codes

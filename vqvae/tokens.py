@@ -1,88 +1,169 @@
-"""Pictures to a file of codes, and a file of codes to pictures, a batch at a time: tokens for other programs.
+"""Encode images to a file of codes and decode such a file to images, a batch at a time.
 
-N pictures, B batch, C channels, S pixels a side; a code's own shape is the bottleneck's `grid`.
+N images, B batch, C channels, S pixels per side; `grid` is the bottleneck's code grid, (h, w).
 """
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vqvae import pictures
+from vqvae import checkpoint, data
 from vqvae.autoencoder import Autoencoder
-from vqvae.errors import UserError
-from vqvae.files import cannot_write
-from vqvae.stage_two import weights_checksum
+from vqvae.checkpoint import weights_checksum
+from vqvae.contracts import Discrete
+from vqvae.data import image_folder
+from vqvae.devices import choose_device
+from vqvae.errors import OptionError, UserError, one_line
+from vqvae.files import cannot_write, whole_file
+from vqvae.registry import Choice, resolve
 
 FIELDS = ("codes", "num_codes", "grid", "image_shape", "files", "model")
-COLOURS = {1: "grey", 3: "RGB"}  # what picture files can hold, by channels
-READERS = 4  # threads that decode pictures, which releases Python's lock
+COLORS = {1: "gray", 3: "RGB"}  # what an image file can store, by number of channels
+READERS = 4  # threads that read image files; decoding releases Python's lock
 
 
-class PictureFolder:
-    """The pictures below a folder, in batches `[B, C, S, S]` uint8 of which two at most are in memory.
+class Source(Protocol):
+    """Examples to encode."""
 
-    Cropped and scaled as `--dataset folder` does it. Files that cannot be read are named on stderr and left out; the
-    paths of the others, relative to the folder, gather in `names` as the batches come.
+    def __len__(self) -> int:
+        """The number of examples, unreadable ones included."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Batches `[B, C, H, W]`."""
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Arrays to store next to the codes, complete after the last batch: `files`, and `labels` where known."""
+
+
+class ImageFolder:
+    """The images below a folder, in batches `[B, C, S, S]` uint8; at most two batches are in memory.
+
+    Images are cropped and scaled as in training on a folder. Files that cannot be read are named on stderr and
+    skipped. `names` collects the relative paths of the others as the batches are read.
     """
 
     def __init__(self, folder: Path, model: Autoencoder, batch_size: int, limit: int | None = None):
-        need_pictures(model, f"--input {folder}")
+        need_images(model, "input", folder)
         self.folder, self.batch_size = folder, batch_size
         self.channels, self.size, _ = model.image_shape
-        self.files = pictures.picture_files(folder, "--input")[:limit]
+        self.files = image_folder.image_files(folder, "input")[:limit]
         self.names: list[str] = []
 
     def __len__(self) -> int:
-        """How many files there are to read, some of which may turn out unreadable."""
         return len(self.files)
 
     def __iter__(self) -> Iterator[Tensor]:
         parts = [self.files[i : i + self.batch_size] for i in range(0, len(self.files), self.batch_size)]
         with ThreadPoolExecutor(READERS) as pool:
-            ahead = None
-            for part in [*parts, []]:  # the next batch is read while the model works on this one
+            ahead: list[tuple[Path, Future]] = []
+            for part in [*parts, []]:  # the threads read the next batch while the model encodes this one
                 now, ahead = ahead, [(path, pool.submit(self._read, path)) for path in part]
-                read = self._readable(now or [])
-                if read:
-                    yield torch.from_numpy(np.stack(read))
+                if images := self._readable(now):
+                    yield torch.from_numpy(np.stack(images))
+        if not self.names:
+            raise OptionError("", "input", self.folder, f"none of its {len(self)} images can be read")
+
+    def columns(self) -> dict[str, np.ndarray]:
+        return {"files": np.array(self.names, dtype=str)}
 
     def _read(self, path: Path) -> np.ndarray:
-        return pictures.read_picture(path, self.size, self.channels)
+        return image_folder.read_image(path, self.size, self.channels)
 
     def _readable(self, jobs: list[tuple[Path, Future]]) -> list[np.ndarray]:
-        read = []
+        images = []
         for path, job in jobs:
             name = path.relative_to(self.folder).as_posix()
             try:
-                read.append(job.result())
+                images.append(job.result())
                 self.names.append(name)
             except Exception as problem:  # decoders raise anything on a damaged file
-                reason = " ".join(str(problem).split())[:120] or type(problem).__name__
-                tqdm.write(f"{name!r}: left out, cannot be read ({reason})", file=sys.stderr)
-        return read
+                tqdm.write(f"{name!r}: skipped, cannot be read ({one_line(problem, 120)})", file=sys.stderr)
+        return images
 
 
-def need_pictures(model: Autoencoder, what: str) -> None:
-    """`UserError` that begins with `what` unless the model's examples are pictures that a file can hold."""
-    if not model.shows_pictures or model.image_shape[0] not in COLOURS:
+class DatasetSplit:
+    """A split of a data set, scaled to the model's size. Raises `OptionError` for examples of another shape."""
+
+    def __init__(
+        self,
+        choice: Choice,
+        model: Autoencoder,
+        batch_size: int,
+        *,
+        split: str = "train",
+        data_dir: str | Path = "data",
+        limit: int | None = None,
+    ):
+        choice = resolve(data.SLOT, choice)
+        size = model.image_shape[1] if model.shows_images and choice.name != "gauss2d" else None  # points have no size
+        dataset = data.load(choice.name, data_dir=Path(data_dir), image_size=size, limit=limit, **choice.options)
+        self.images, self.labels = getattr(dataset, split)
+        self.batch_size = batch_size
+        if tuple(self.images.shape[1:]) != model.image_shape:
+            found, wanted = ("x".join(map(str, shape)) for shape in (self.images.shape[1:], model.image_shape))
+            problem = f"its examples are {found}, and the model's are {wanted}; encode the data set that the model "
+            raise OptionError("", "dataset", choice.name, problem + "was trained on, or a folder of images")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.images.split(self.batch_size))
+
+    def columns(self) -> dict[str, np.ndarray]:
+        return {"files": np.array([], dtype=str), "labels": self.labels.numpy()}
+
+
+def load_model(path: str, device: str) -> Autoencoder:
+    """The model of a checkpoint. Raises `UserError` if its latent is continuous."""
+    model = checkpoint.load(path, choose_device(device))
+    discrete(model, path)
+    return model
+
+
+def discrete(model: Autoencoder, name: str = "the model") -> Discrete:
+    """The model's discrete bottleneck. Raises `UserError`, which begins with `name`, if the latent is continuous."""
+    if model.discrete is None:
+        raise UserError(
+            f"{name}: the latent is continuous and has no codes; "
+            "`vqvae export` writes programs that map images to latent means and back"
+        )
+    return model.discrete
+
+
+def need_images(model: Autoencoder, option: str, value: object) -> None:
+    """Raise `OptionError` for this option unless the model's examples are images that a file can store."""
+    if not model.shows_images or model.image_shape[0] not in COLORS:
         shape = "x".join(map(str, model.image_shape))
-        raise UserError(f"{what}: the model's examples are {shape}, which no picture file holds; use --dataset")
+        problem = f"the model's examples are {shape}, which image files cannot store"
+        raise OptionError("", option, value, f"{problem}; encode a data set, or use vqvae.load in Python")
+
+
+def encode_file(path: Path, model: Autoencoder, source: Source) -> np.ndarray:
+    """Encode all examples of a source, write `path`, and return the codes `[N, *grid]`."""
+    with whole_file(path) as file:
+        codes = encode(model, source, len(source))
+        write(file, model, codes, source.columns())
+    return codes
 
 
 def encode(model: Autoencoder, batches: Iterable[Tensor], at_most: int) -> np.ndarray:
-    """The codes `[N, *grid]` of N <= `at_most` pictures that come in batches `[B, C, H, W]`; only codes are kept."""
-    kind = np.uint16 if model.bottleneck.num_codes <= 1 << 16 else np.int32
-    codes = np.empty((at_most, *model.bottleneck.grid), kind)
+    """The codes `[N, *grid]` of N <= `at_most` images that come in batches `[B, C, H, W]`. Only codes stay in memory.
+
+    uint16, or int32 for more than 65,536 codes.
+    """
+    bottleneck = discrete(model)
+    codes = np.empty((at_most, *bottleneck.grid), np.uint16 if bottleneck.num_codes <= 1 << 16 else np.int32)
     count = 0
-    with tqdm(total=at_most, desc="encoding", unit="picture", disable=None) as bar:
+    with tqdm(total=at_most, desc="encoding", unit="image", disable=None) as bar:
         for images in batches:
             codes[count : count + len(images)] = model.encode(images).cpu().numpy()
             count += len(images)
@@ -90,75 +171,78 @@ def encode(model: Autoencoder, batches: Iterable[Tensor], at_most: int) -> np.nd
     return codes[:count]
 
 
-def write(file: BinaryIO, model: Autoencoder, codes: np.ndarray, *, files: list[str] = (), **more: Any) -> None:
-    """Save codes `[N, *grid]` and what a reader needs to know of them as an npz without pickles."""
-    np.savez_compressed(
-        file,
-        codes=codes,
-        num_codes=model.bottleneck.num_codes,
-        grid=np.array(model.bottleneck.grid),
-        image_shape=np.array(model.image_shape),
-        files=np.array(files, dtype=str),
-        model=weights_checksum(model),
-        **more,
-    )
+def write(file: BinaryIO, model: Autoencoder, codes: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
+    """Save codes `[N, *grid]`, a source's columns, and what identifies the model, as an npz without pickles."""
+    bottleneck = discrete(model)
+    arrays: dict[str, Any] = {
+        "codes": codes,
+        "num_codes": bottleneck.num_codes,
+        "grid": bottleneck.grid,
+        "image_shape": model.image_shape,
+        "model": weights_checksum(model),
+        **columns,
+    }
+    np.savez_compressed(file, **arrays)
 
 
 def read(path: Path, model: Autoencoder) -> tuple[np.ndarray, list[str]]:
-    """The codes `[N, *grid]` of a file and the name of the picture that each becomes.
+    """The codes `[N, *grid]` in a file, and the file name of each decoded image.
 
-    The file may come from a stranger: `UserError` for one that is damaged, holds pickled objects, is of another model,
-    or names a picture outside the folder it is to be written to.
+    The file is not trusted. Raises `UserError` if it is damaged, contains pickled objects, comes from another model, or
+    names an image outside the output folder.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; `python -m vqvae encode` writes one")
+        raise UserError(f"{path}: no such file; `vqvae encode` writes one")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            held = {name: archive[name] for name in FIELDS}
+            content = {name: archive[name] for name in FIELDS}
     except Exception as problem:  # damaged archives raise anything
-        reason = " ".join(str(problem).split())[:120] or type(problem).__name__
-        raise UserError(f"{path}: truncated, or not a file of codes from `python -m vqvae encode` ({reason})") from None
-    checksum = weights_checksum(model)
-    if str(held["model"]) != checksum:
+        reason = one_line(problem, 120)
+        raise UserError(f"{path}: truncated, or not a file that `vqvae encode` wrote ({reason})") from None
+    bottleneck, checksum = discrete(model), weights_checksum(model)
+    if str(content["model"]) != checksum:
         raise UserError(
-            f"{path}: its codes are those of model {str(held['model'])[:40]!r}, and --checkpoint is model {checksum}; "
-            "give the checkpoint that encoded them"
+            f"{path}: encoded by model {str(content['model'])[:40]!r}, and this is model {checksum}; "
+            "use the checkpoint that encoded it"
         )
-    codes, grid, num_codes = held["codes"], tuple(model.bottleneck.grid), model.bottleneck.num_codes
-    for name, found, expected in [
-        ("num_codes", held["num_codes"].tolist(), num_codes),
-        ("grid", held["grid"].tolist(), list(grid)),
-        ("image_shape", held["image_shape"].tolist(), list(model.image_shape)),
+    codes, grid, num_codes = content["codes"], tuple(bottleneck.grid), bottleneck.num_codes
+    for name, expected in [
+        ("num_codes", num_codes),
+        ("grid", list(grid)),
+        ("image_shape", list(model.image_shape)),
     ]:
+        found = content[name].tolist()
         if found != expected:
-            raise UserError(f"{path}: its {name} is {repr(found)[:40]}, and the model's {expected}; encode again")
+            raise UserError(f"{path}: its {name} is {repr(found)[:40]}, and the model's is {expected}; encode again")
     if codes.dtype.kind not in "iu" or codes.shape[1:] != grid or not len(codes):
-        raise UserError(
-            f"{path}: codes should be integers [N, {', '.join(map(str, grid))}], and are {codes.dtype} "
-            f"{list(codes.shape)}"
-        )
+        wanted = f"integers [N, {', '.join(map(str, grid))}]"
+        raise UserError(f"{path}: codes must be {wanted}, not {codes.dtype} {list(codes.shape)}; encode again")
     if codes.min() < 0 or codes.max() >= num_codes:
-        raise UserError(f"{path}: codes should be from 0 to {num_codes - 1}, and are {codes.min()} to {codes.max()}")
-    return codes, _picture_names(path, held["files"], len(codes))
+        found = f"{codes.min()} to {codes.max()}"
+        raise UserError(f"{path}: codes must be from 0 to {num_codes - 1}, not {found}; encode again")
+    return codes, image_names(path, content["files"], len(codes))
 
 
-def _picture_names(path: Path, files: np.ndarray, count: int) -> list[str]:
-    """`a/b.png` for a source `a/b.jpg`, `000000.png` ... where no sources are known; no two are the same."""
+def image_names(path: Path, files: np.ndarray, count: int) -> list[str]:
+    """Unique PNG names: `a/b.png` for a source `a/b.jpg`, or `000000.png` ... without sources.
+
+    Errors begin with `path`, the file of codes that contains the names.
+    """
     if not files.size:
         return [f"{i:06}.png" for i in range(count)]
     if files.dtype.kind != "U" or files.shape != (count,) or len(set(files.tolist())) < count:
-        raise UserError(f"{path}: files should be {count} different names, one for each row of codes, or none at all")
+        raise UserError(f"{path}: files must be {count} different names, one for each row of codes, or empty")
     for name in files.tolist():
-        # Path reads a name as this system does: drives and backslashes matter on Windows alone
+        # Path follows the rules of this system: drives and backslashes count on Windows only
         if not Path(name).name or Path(name).anchor or ".." in Path(name).parts or "\0" in name:
-            raise UserError(f"{path}: the file name {name[:80]!r} leads out of --output; remove it from files")
+            raise UserError(f"{path}: the file name {name[:80]!r} leads out of the output folder; remove it from files")
     sources = [PurePosixPath(name) for name in files.tolist()]
     short = [str(source.with_suffix(".png")) for source in sources]
     sharing = Counter(short)
     taken = {str(folder) for source in sources for folder in source.parents}
     names = []
     for source, name in zip(sources, short, strict=True):
-        if sharing[name] > 1 or name in taken:  # a.jpg beside a.png: a.jpg.png and a.png.png
+        if sharing[name] > 1 or name in taken:  # a.jpg next to a.png: a.jpg.png and a.png.png
             name, number = f"{source}.png", 1
             while name in taken or name in sharing:
                 number += 1
@@ -169,21 +253,21 @@ def _picture_names(path: Path, files: np.ndarray, count: int) -> list[str]:
 
 
 def decode(model: Autoencoder, codes: np.ndarray, names: list[str], folder: Path, batch_size: int) -> None:
-    """Write the picture of each row of codes `[N, *grid]` into a folder, under its name."""
-    with tqdm(total=len(codes), desc="decoding", unit="picture", disable=None) as bar:
+    """Decode codes `[N, *grid]` and write each image into a folder as a PNG file of that name."""
+    with tqdm(total=len(codes), desc="decoding", unit="image", disable=None) as bar:
         for start in range(0, len(codes), batch_size):
             rows = torch.from_numpy(codes[start : start + batch_size].astype(np.int64))
-            values = (model.decode(rows) * 255).round().to("cpu", torch.uint8).numpy()
-            for name, pixels in zip(names[start : start + batch_size], values, strict=True):
+            images = (model.decode(rows) * 255).round().to("cpu", torch.uint8).numpy()
+            for name, pixels in zip(names[start : start + batch_size], images, strict=True):
                 try:
                     _write_png(folder / name, pixels)
-                except (OSError, ValueError) as problem:  # ValueError: a name that this file system cannot spell
+                except (OSError, ValueError) as problem:  # ValueError: a name that this file system does not allow
                     raise cannot_write(folder / name, problem) from None
             bar.update(len(rows))
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:
-    """Save `[C, H, W]` uint8 under a name that must be free."""
+    """Save pixels `[C, H, W]` uint8 as a new file; an existing one raises FileExistsError."""
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,14 @@
-"""Bottlenecks: features to a latent, and what it costs. One class each; the table below names them."""
+"""The bottlenecks: features to a latent, one class each. This table names them."""
 
 from vqvae.bottlenecks.categorical import Categorical, Deterministic, Gumbel
-from vqvae.bottlenecks.cosine import CosineVQ
 from vqvae.bottlenecks.fsq import FSQ
 from vqvae.bottlenecks.gaussian import Gaussian
 from vqvae.bottlenecks.lfq import LFQ
 from vqvae.bottlenecks.multilevel import GroupedVQ, Hierarchy, ResidualVQ
-from vqvae.bottlenecks.simvq import SimVQ
-from vqvae.bottlenecks.vq import VQ
+from vqvae.bottlenecks.vq import VQ, CosineVQ, SimVQ
+from vqvae.contracts import Bottleneck
 
-BOTTLENECKS = {
+BOTTLENECKS: dict[str, type[Bottleneck]] = {
     "vq": VQ,
     "cosine": CosineVQ,
     "simvq": SimVQ,

@@ -4,47 +4,41 @@ B batch, D latent dimension.
 """
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from vqvae.errors import UserError
-from vqvae.latent import Latent
+from vqvae.contracts import Continuous, Latent
+from vqvae.errors import OptionError
+from vqvae.registry import Count, checked
 
 
-class Gaussian(nn.Module):
-    """Diagonal Gaussian posterior q(z|x) = N(mu, sigma^2), reparametrised (1312.6114, section 2.4 and appendix B).
+class Gaussian(Continuous):
+    """Diagonal Gaussian posterior q(z|x) = N(mu, sigma^2), reparametrized (1312.6114, section 2.4 and appendix B).
 
-    A linear map of the features gives mu and log sigma; z = mu + sigma * eps with eps ~ N(0, I), also in evaluation,
-    where the bound needs a draw; `mode` takes the mean. log q is of that draw, so that any prior can stand against it.
-
-    latents   dimensions of z.
+    A linear map of the features gives mu and log sigma; z = mu + sigma * eps with eps ~ N(0, I), in evaluation too,
+    because the bound needs a draw. log q is the density of that draw, so that any prior fits. `quantize` returns mu
+    and its density.
     """
 
     stochastic = True
 
-    def __init__(self, *, channels: int, grid: tuple, latents: int = 16):
+    @checked
+    def __init__(self, *, channels: int, grid: tuple[int, int], latents: Annotated[Count, "latent dimensions D"] = 16):
         super().__init__()
-        if latents < 1:
-            raise UserError(f"--bottleneck gaussian: latents={latents} must be at least 1")
-        if tuple(grid) != (1, 1):
-            raise UserError(
-                f"--bottleneck gaussian: needs nets with one flat feature vector, such as --nets conv-vae or mlp; "
-                f"these give a grid of {grid[0]}x{grid[1]}"
-            )
-        self.num_codes, self.code_dim, self.grid = None, latents, (1, 1)
+        if grid != (1, 1):
+            problem = "must be 1x1; choose nets that give one vector per image, such as conv-vae or mlp"
+            raise OptionError("gaussian", "grid", f"{grid[0]}x{grid[1]}", problem)
+        self.code_dim, self.grid = latents, grid
         self.head = nn.Conv2d(channels, 2 * latents, 1)
 
-    def prior_context(self) -> dict:
-        return {"latent_dim": self.code_dim, "grid": self.grid}
-
     def posterior(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """mu and log sigma, each `[B, D, 1, 1]`."""
+        """mu and log sigma, each `[B, D, 1, 1]`, for features `[B, channels, 1, 1]`."""
         mean, log_std = self.head(features).chunk(2, dim=1)
-        return mean, log_std.clamp(-8, 8)  # exp(2 * 8) is still far from overflow in the KL term
+        return mean, log_std.clamp(-8, 8)  # exp(2 * 8) is far from overflow in the KL term
 
-    def mode(self, features: Tensor) -> Latent:
-        """The posterior's mean and its density there, without noise."""
+    def quantize(self, features: Tensor) -> Latent:
         mean, log_std = self.posterior(features)
         return self._latent(mean, log_std, torch.zeros_like(mean))
 

@@ -1,64 +1,71 @@
-"""Bottlenecks of several codes per position, or of several grids: residual, grouped and hierarchical quantisation.
+"""Bottlenecks with several codes per position, or several grids: residual, grouped and hierarchical quantization.
 
-To priors, tokenizers and figures their codes are one grid; `maps` takes it apart, level by level.
+Priors, tokenizers and plots see their codes as one grid; `maps` takes it apart, level by level.
 
-B batch, D code dimension, K codes, Q levels, h w feature grid.
+B batch, D code dimension, K codes, Q levels, h w feature grid, sg stop-gradient.
 """
 
-import math
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae import ranks
-from vqvae.bottlenecks.codebook import Codebook, Discrete, check_options, straight_through, vectors_of
-from vqvae.bottlenecks.vq import VQ
-from vqvae.errors import UserError
-from vqvae.latent import Latent
+from vqvae import distributed
+from vqvae.bottlenecks.base import Projection, vectors_of
+from vqvae.bottlenecks.codebook import Codebook, CodebookOptions
+from vqvae.bottlenecks.gradients import straight_through
+from vqvae.bottlenecks.vq import VQ, VQOptions
+from vqvae.contracts import Discrete, Latent
+from vqvae.errors import OptionError
+from vqvae.registry import Count, Range
 
 
-class Stacked(Discrete):
-    """Q codebooks, each giving one code to every position; the codes of a position stand side by side.
+class Level(NamedTuple):
+    """The input and the output of one codebook."""
 
-    A row of the code grid is [code 1 .. code Q] of position 1, then of position 2 ...: `[B, h, w Q]`.
+    given: Tensor  # [B, D, h, w], the vectors to quantize
+    vectors: Tensor  # [B, D, h, w], the vectors of their codes
+    codes: Tensor  # [B, h, w]
+
+    @classmethod
+    def of(cls, book: Codebook, given: Tensor) -> "Level":
+        codes = book.nearest(vectors_of(given.detach())).view(len(given), *given.shape[2:])
+        return cls(given, book.embed(codes), codes)
+
+
+class MultiCodebook(Discrete):
+    """Q codebooks, each with one code per position.
+
+    A row of the code grid `[B, h, w Q]` is [code 1 .. code Q] of position 1, then of position 2, and so on.
     """
 
-    name: str
+    options: CodebookOptions
+    codebooks: Sequence[Codebook]
 
-    def __init__(
-        self,
-        *,
-        channels: int,
-        grid: tuple,
-        num_codes: int,
-        code_dim: int,
-        levels: int,
-        vector_dim: int,
-        beta: float,
-        codebook: str,
-        decay: float,
-        epsilon: float,
-        init: str,
-        revive: float,
-    ):
+    def __init__(self, channels: int, grid: tuple[int, int], options: CodebookOptions, *, levels: int, dim: int):
         super().__init__()
-        check_options(
-            self.name,
-            num_codes=(num_codes, 1, 2**31),
-            beta=(beta, 0, math.inf),
-            decay=(decay, 0, 1 - 1e-9),
-            epsilon=(epsilon, 0, math.inf),
-            revive=(revive, 0, 1),
-        )
-        self.num_codes, self.code_dim, self.levels, self.beta = num_codes, code_dim, levels, beta
+        self.options, self.levels = options, levels
+        self.num_codes, self.code_dim = options.num_codes, options.code_dim
         self.grid = (grid[0], grid[1] * levels)
-        self.projection = nn.Conv2d(channels, code_dim, 1)
-        self.codebooks = nn.ModuleList(
-            Codebook(num_codes, vector_dim, learns=codebook, decay=decay, epsilon=epsilon, init=init, revive=revive)
-            for _ in range(levels)
-        )
+        self.projection = Projection(channels, self.code_dim)
+        books = nn.ModuleList(Codebook(options, dim, learns=options.codebook) for _ in range(levels))
+        self.codebooks = cast(Sequence[Codebook], books)  # ModuleList has no type parameter
+
+    def search(self, f: Tensor) -> list[Level]:
+        """Quantize vectors f `[B, D, h, w]`, level by level."""
+        raise NotImplementedError
+
+    def join(self, vectors: list[Tensor]) -> Tensor:
+        """The decoder's input `[B, D, h, w]` for the vectors of the first levels, or of all."""
+        raise NotImplementedError
+
+    def draw_depth(self) -> int:
+        """How many of the first levels a training step uses."""
+        return self.levels
 
     def code_vectors(self) -> Tensor:
         """The first level's codebook `[K, D]`."""
@@ -68,218 +75,160 @@ class Stacked(Discrete):
         levels = codes.unflatten(2, (-1, self.levels)).unbind(3)
         return {f"level {i + 1}": level for i, level in enumerate(levels)}
 
-    def vectors(self, codes: Tensor) -> list[Tensor]:
-        """Each level's vectors, `[B, D, h, w]`, of codes `[B, h, w Q]`."""
+    def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:
         maps = self.maps(codes).values()
-        return [book.embed(level) for book, level in zip(self.codebooks, maps, strict=True)]
+        return self.join([book.embed(level) for book, level in zip(self.codebooks, maps, strict=True)][:levels])
 
-    def assemble(self, f: Tensor, parts: list[tuple[Tensor, Tensor, Tensor]], used: int | None = None) -> Latent:
-        """A latent of what each level was given, its vectors and its codes; `used` levels share in z and the loss."""
-        used = len(parts) if used is None else used
-        commitment = torch.stack([F.mse_loss(given, e.detach()) for given, e, _ in parts[:used]]).mean()
-        loss = self.beta * commitment
+    def quantize(self, features: Tensor) -> Latent:
+        f = self.projection(features)
+        return self._latent(f, self.search(f), self.levels)
+
+    def forward(self, features: Tensor, step: int) -> Latent:
+        f = self.projection(features)
+        levels = self.search(f)
+        depth = self.draw_depth() if self.training else self.levels
+        if self.training:
+            self.update(levels[:depth])
+        return self._latent(f, levels, depth)
+
+    def update(self, levels: list[Level]) -> None:
+        """Update the codebooks of the first levels outside the optimizer (EMA, revival)."""
+        for book, level in zip(self.codebooks, levels, strict=False):
+            book.update(vectors_of(level.given.detach()), level.codes.flatten())
+
+    def _latent(self, f: Tensor, levels: list[Level], depth: int) -> Latent:
+        """The latent of all codes, with z and the losses of the first `depth` levels."""
+        used = levels[:depth]
+        commitment = torch.stack([F.mse_loss(level.given, level.vectors.detach()) for level in used]).mean()
+        loss = self.options.beta * commitment
         if not self.codebooks[0].learns_by_ema:
-            loss = loss + torch.stack([F.mse_loss(e, given.detach()) for given, e, _ in parts[:used]]).mean()
-        codes = torch.stack([codes for _, _, codes in parts], dim=3).flatten(2)  # [B, h, w Q]
-        z = straight_through(f, self.join([e for _, e, _ in parts[:used]]))
+            loss = loss + torch.stack([F.mse_loss(level.vectors, level.given.detach()) for level in used]).mean()
+        codes = torch.stack([level.codes for level in levels], dim=3).flatten(2)  # [B, h, w Q]
+        z = straight_through(f, self.join([level.vectors for level in used]))
         zero = torch.zeros(len(f), device=f.device)
         return Latent(z, codes, log_q=zero, loss=loss, stats={"commitment": commitment.detach()})
 
-    def quantise(self, level: int, given: Tensor, learn: bool) -> tuple[Tensor, Tensor]:
-        """One level's vectors `[B, D, h, w]` and codes `[B, h, w]`; its codebook then follows what it was given."""
-        book, rows = self.codebooks[level], vectors_of(given.detach())
-        flat = book.nearest(rows)
-        codes = flat.view(len(given), *given.shape[2:])
-        e = book.embed(codes)
-        if learn:
-            book.learn(rows, flat)
-        return e, codes
 
-    def join(self, vectors: list[Tensor]) -> Tensor:
-        """What the decoder reads, `[B, D, h, w]`, of the levels' vectors; of the first levels alone, a preview."""
-        raise NotImplementedError
-
-    def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:
-        """What the decoder reads of codes; with `levels`, of that many first levels alone."""
-        return self.join(self.vectors(codes)[:levels])
+@dataclass(frozen=True, kw_only=True)
+class ResidualOptions(CodebookOptions):
+    quantizers: Annotated[int, Range(1, 1024), "levels Q; an image has h w Q codes"] = 4
+    dropout: Annotated[
+        float, Range(0, 1), "probability that a training step uses a random number of first levels only"
+    ] = 0.0
 
 
-class ResidualVQ(Stacked):
-    """Residual quantisation: every level quantises what the levels before left (2107.03312, alg. 1; 2203.01941, eq. 3).
+class ResidualVQ(MultiCodebook):
+    """Residual quantization: every level quantizes the error of those before (2107.03312, alg. 1; 2203.01941, eq. 3).
 
     r_0 = f, k_i = argmin_k ||r_(i-1) - e_ik||, r_i = r_(i-1) - e_(i, k_i), z = sum_i e_(i, k_i), straight through.
-    Loss: beta * mean over levels of mean (r_(i-1) - sg e_i)^2, and with codebook=gradient the same the other way round.
-
-    num_codes, code_dim   K of every level, and D.
-    quantisers            levels Q; an image costs h w Q codes.
-    dropout               chance that a training batch uses only a random number of first levels, so that a prefix of
-                          the codes decodes well too (2107.03312, section III.C).
-    beta, codebook, decay, epsilon, init, revive   as for vq.
+    Loss: beta * mean over levels of mean (r_(i-1) - sg e_i)^2 [+ mean (sg r_(i-1) - e_i)^2 with codebook=gradient].
+    With dropout, the first levels decode well without the rest (2107.03312, section III.C).
     """
 
-    name = "residual"
+    options: ResidualOptions
 
-    def __init__(
-        self,
-        *,
-        channels: int,
-        grid: tuple,
-        num_codes: int = 512,
-        code_dim: int = 64,
-        quantisers: int = 4,
-        dropout: float = 0.0,
-        beta: float = 0.25,
-        codebook: Literal["ema", "gradient"] = "ema",
-        decay: float = 0.99,
-        epsilon: float = 1e-5,
-        init: Literal["kmeans", "uniform", "fan-in", "normal"] = "kmeans",
-        revive: float = 0.03,
-    ):
-        check_options(
-            "residual", quantisers=(quantisers, 1, 1024), code_dim=(code_dim, 1, 2**31), dropout=(dropout, 0, 1)
-        )
-        super().__init__(
-            channels=channels, grid=grid, num_codes=num_codes, code_dim=code_dim, levels=quantisers,
-            vector_dim=code_dim, beta=beta, codebook=codebook, decay=decay, epsilon=epsilon, init=init, revive=revive,
-        )  # fmt: skip
-        self.dropout = dropout
+    def __init__(self, *, channels: int, grid: tuple[int, int], options: ResidualOptions = ResidualOptions()):
+        super().__init__(channels, grid, options, levels=options.quantizers, dim=options.code_dim)
 
     @torch.no_grad()
-    def initialise(self, features: Tensor) -> None:
+    def initialize(self, features: Tensor) -> None:
         rest = vectors_of(self.projection(features))
         for book in self.codebooks:
-            book.initialise(rest)
+            book.initialize(rest)
             rest = rest - F.embedding(book.nearest(rest), book.table())
+
+    def search(self, f: Tensor) -> list[Level]:
+        levels, rest = [], f
+        for book in self.codebooks:
+            levels.append(Level.of(book, rest))
+            rest = rest - levels[-1].vectors.detach()
+        return levels
 
     def join(self, vectors: list[Tensor]) -> Tensor:
         return torch.stack(vectors).sum(0)
 
-    def forward(self, features: Tensor, step: int) -> Latent:
-        f = self.projection(features)
-        used = self.levels
-        if self.training and self.dropout:
-            few = torch.randint(1, self.levels + 1, ())
-            # processes that learnt different levels would wait for each other's sums for ever
-            used = int(ranks.broadcast(torch.where(torch.rand(()) < self.dropout, few, used)))
-        rest, parts = f, []
-        for level in range(self.levels):
-            e, codes = self.quantise(level, rest, learn=self.training and level < used)
-            parts.append((rest, e, codes))
-            rest = rest - e.detach()
-        return self.assemble(f, parts, used)
+    def draw_depth(self) -> int:
+        if not self.options.dropout:
+            return self.levels
+        few = torch.randint(1, self.levels + 1, ())
+        # processes that updated different levels would wait for each other's sums forever
+        return int(distributed.broadcast(torch.where(torch.rand(()) < self.options.dropout, few, self.levels)))
 
 
-class GroupedVQ(Stacked):
-    """Product quantisation: the vector is cut into groups of channels, each with a codebook of its own.
+@dataclass(frozen=True, kw_only=True)
+class GroupedOptions(CodebookOptions):
+    code_dim: Annotated[Count, "dimension D of the whole vector, a multiple of groups"] = 64
+    groups: Annotated[int, Range(1, 1024), "groups G of channels; an image has h w G codes"] = 2
 
-    z = [e_1 .. e_G], each the nearest code to its part of the vector (1711.00937 with several codebooks per position;
-    product quantisation of Jegou et al., 2011). K^G vectors for the price of G codes.
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.code_dim % self.groups:
+            raise OptionError("", "code_dim", self.code_dim, f"must be a multiple of groups={self.groups}")
 
-    num_codes, code_dim   K of every group, and D of the whole vector, a multiple of groups.
-    groups                G; an image costs h w G codes.
-    beta, codebook, decay, epsilon, init, revive   as for vq.
+
+class GroupedVQ(MultiCodebook):
+    """Product quantization: the vector is split into groups of channels, each with a codebook.
+
+    z = [e_1 .. e_G], each the code nearest to its group (1711.00937 with several codebooks per position; product
+    quantization of Jegou et al., 2011). G codebooks of K codes give K^G vectors.
     """
 
-    name = "grouped"
-
-    def __init__(
-        self,
-        *,
-        channels: int,
-        grid: tuple,
-        num_codes: int = 512,
-        code_dim: int = 64,
-        groups: int = 2,
-        beta: float = 0.25,
-        codebook: Literal["ema", "gradient"] = "ema",
-        decay: float = 0.99,
-        epsilon: float = 1e-5,
-        init: Literal["kmeans", "uniform", "fan-in", "normal"] = "kmeans",
-        revive: float = 0.03,
-    ):
-        check_options("grouped", groups=(groups, 1, 1024), code_dim=(code_dim, 1, 2**31))
-        if code_dim % groups:
-            raise UserError(f"--bottleneck grouped: code_dim={code_dim} must be a multiple of groups={groups}")
-        super().__init__(
-            channels=channels, grid=grid, num_codes=num_codes, code_dim=code_dim, levels=groups,
-            vector_dim=code_dim // groups, beta=beta, codebook=codebook, decay=decay, epsilon=epsilon, init=init,
-            revive=revive,
-        )  # fmt: skip
+    def __init__(self, *, channels: int, grid: tuple[int, int], options: GroupedOptions = GroupedOptions()):
+        super().__init__(channels, grid, options, levels=options.groups, dim=options.code_dim // options.groups)
 
     @torch.no_grad()
-    def initialise(self, features: Tensor) -> None:
+    def initialize(self, features: Tensor) -> None:
         for book, part in zip(self.codebooks, self.projection(features).chunk(self.levels, 1), strict=True):
-            book.initialise(vectors_of(part))
+            book.initialize(vectors_of(part))
+
+    def search(self, f: Tensor) -> list[Level]:
+        return [Level.of(book, part) for book, part in zip(self.codebooks, f.chunk(self.levels, 1), strict=True)]
 
     def join(self, vectors: list[Tensor]) -> Tensor:
         missing = [torch.zeros_like(vectors[0])] * (self.levels - len(vectors))
         return torch.cat([*vectors, *missing], dim=1)
 
-    def forward(self, features: Tensor, step: int) -> Latent:
-        f = self.projection(features)
-        parts = []
-        for level, part in enumerate(f.chunk(self.levels, 1)):
-            e, codes = self.quantise(level, part, learn=self.training)
-            parts.append((part, e, codes))
-        return self.assemble(f, parts)
+
+@dataclass(frozen=True, kw_only=True)
+class HierarchyOptions(CodebookOptions):
+    hidden: Annotated[Count, "channels of the convolutions between the levels"] = 128
 
 
 class Hierarchy(Discrete):
-    """Two levels, a coarse grid that the fine one refines: VQ-VAE-2 (1906.00446, section 3.1 and figure 2a).
+    """Two levels, a coarse grid and a fine one that refines it: VQ-VAE-2 (1906.00446, section 3.1 and figure 2a).
 
-    The features are halved in size to the top grid [h/2, w/2] and quantised; the bottom grid [h, w] quantises the
-    features together with the decoded top. The decoder reads both, z = [up(top), bottom] of 2 D channels.
+    The features are halved in size and quantized: the top grid [h/2, w/2]. The bottom grid [h, w] quantizes the
+    features together with the decoded top. K and D are those of one level; the decoder's input is
+    z = [up(top), bottom] with 2 D channels.
 
-    As one grid the codes are first the top's rows, then the bottom's, each bottom row as its even and its odd columns:
-    `[B, h/2 + 2 h, w/2]`. So a raster-order prior predicts the top first, then the bottom given the top, and codes of
-    one place stand in one column.
-
-    num_codes, code_dim   K and D of either level.
-    hidden                channels of the convolutions between the levels.
-    beta, codebook, decay, epsilon, init, revive   as for vq.
+    The code grid `[B, h/2 + 2 h, w/2]` has the top's rows first, then every bottom row as its even and its odd
+    columns. So a prior in raster order predicts the top first, and codes of one place are in one column.
     """
 
-    def __init__(
-        self,
-        *,
-        channels: int,
-        grid: tuple,
-        num_codes: int = 512,
-        code_dim: int = 64,
-        hidden: int = 128,
-        beta: float = 0.25,
-        codebook: Literal["ema", "gradient"] = "ema",
-        decay: float = 0.99,
-        epsilon: float = 1e-5,
-        init: Literal["kmeans", "uniform", "fan-in", "normal"] = "kmeans",
-        revive: float = 0.03,
-    ):
+    def __init__(self, *, channels: int, grid: tuple[int, int], options: HierarchyOptions = HierarchyOptions()):
         super().__init__()
-        check_options("hierarchy", code_dim=(code_dim, 1, 2**31), hidden=(hidden, 1, 2**31))
         h, w = grid
         if h % 2 or w % 2:
-            raise UserError(
-                f"--bottleneck hierarchy: the nets' grid of {h}x{w} cannot be halved; try another --image-size, "
-                "such as 32"
-            )
-        self.num_codes, self.code_dim = num_codes, 2 * code_dim
-        self.fine, self.grid = (h, w), (h // 2 + 2 * h, w // 2)
-        shared = {"num_codes": num_codes, "code_dim": code_dim, "beta": beta, "codebook": codebook, "decay": decay}
-        shared |= {"epsilon": epsilon, "init": init, "revive": revive}
+            problem = "cannot be halved; choose an image size for which the nets' grid is even, such as 32"
+            raise OptionError("hierarchy", "grid", f"{h}x{w}", problem)
+        hidden, code_dim = options.hidden, options.code_dim
+        self.num_codes, self.code_dim = options.num_codes, 2 * code_dim
+        self.fine, self.grid = grid, (h // 2 + 2 * h, w // 2)
+        level = VQOptions(**{name: value for name, value in asdict(options).items() if name != "hidden"})
         self.down = nn.Sequential(
             nn.Conv2d(channels, hidden, 4, stride=2, padding=1),  # [B, hidden, h/2, w/2]
             nn.ReLU(),
             nn.Conv2d(hidden, hidden, 3, padding=1),
             nn.ReLU(),
         )
-        self.top = VQ(channels=hidden, grid=(h // 2, w // 2), **shared)
+        self.top = VQ(channels=hidden, grid=(h // 2, w // 2), options=level)
         self.decode_top = nn.Sequential(
             nn.Conv2d(code_dim, hidden, 3, padding=1),
             nn.ReLU(),
             nn.ConvTranspose2d(hidden, hidden, 4, stride=2, padding=1),  # [B, hidden, h, w]
             nn.ReLU(),
         )
-        self.bottom = VQ(channels=channels + hidden, grid=self.fine, **shared)
+        self.bottom = VQ(channels=channels + hidden, grid=grid, options=level)
         self.up = nn.ConvTranspose2d(code_dim, code_dim, 4, stride=2, padding=1)
 
     def code_vectors(self) -> Tensor:
@@ -292,22 +241,29 @@ class Hierarchy(Discrete):
         return {"top": top, "bottom": bottom.unflatten(1, (h, 2)).movedim(2, 3).flatten(2)}
 
     @torch.no_grad()
-    def initialise(self, features: Tensor) -> None:
+    def initialize(self, features: Tensor) -> None:
         coarse = self.down(features)
-        self.top.initialise(coarse)
-        self.bottom.initialise(torch.cat([features, self.decode_top(self.top.mode(coarse).z)], dim=1))
+        self.top.initialize(coarse)
+        top = self.top(coarse, step=0)  # in training mode this is also the first update of the top codebook
+        self.bottom.initialize(torch.cat([features, self.decode_top(top.z)], dim=1))
 
     def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:
-        """What the decoder reads of codes; with `levels=1`, of the top alone, the bottom's vectors 0."""
         maps = self.maps(codes)
         bottom = self.bottom.embed(maps["bottom"])
         bottom = torch.zeros_like(bottom) if levels == 1 else bottom
         return torch.cat([self.up(self.top.embed(maps["top"])), bottom], dim=1)
 
+    def quantize(self, features: Tensor) -> Latent:
+        return self._latent(features, self.top.quantize, self.bottom.quantize)
+
     def forward(self, features: Tensor, step: int) -> Latent:
-        coarse = self.down(features)
-        top = self.top(coarse, step)
-        bottom = self.bottom(torch.cat([features, self.decode_top(top.z)], dim=1), step)
+        return self._latent(features, partial(self.top, step=step), partial(self.bottom, step=step))
+
+    def _latent(
+        self, features: Tensor, quantize_top: Callable[[Tensor], Any], quantize_bottom: Callable[[Tensor], Any]
+    ) -> Latent:
+        top = quantize_top(self.down(features))
+        bottom = quantize_bottom(torch.cat([features, self.decode_top(top.z)], dim=1))
         below = bottom.codes.unflatten(2, (-1, 2)).movedim(3, 2).flatten(1, 2)  # [B, 2h, w/2]
         return Latent(
             torch.cat([self.up(top.z), bottom.z], dim=1),

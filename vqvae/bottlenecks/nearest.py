@@ -1,4 +1,4 @@
-"""The search for the nearest code, on each kind of device.
+"""The search for the nearest code on each kind of device.
 
 N vectors, D code dimension, K codes.
 """
@@ -8,35 +8,35 @@ import warnings
 import torch
 from torch import Tensor
 
-# Scores held at once while searching: a tile stays in a CPU's cache, or in a modest part of a GPU's memory.
+# Scores in memory at once: few enough for a CPU's cache, or for a modest part of a GPU's memory.
 TILE_SCORES = {"cpu": 1 << 21, "cuda": 1 << 26, "mps": 1 << 24}
-BLOCK, GROUP = 2048, 64  # on a CPU: codes of one product, which is read again at once, and of one maximum
-FAILED: list[Exception] = []  # what Triton failed with, after which this process no longer asks it
+BLOCK, GROUP = 2048, 64  # CPU: codes per matrix product, whose scores are read again at once, and codes per maximum
+FAILED: list[Exception] = []  # Triton's errors; after the first one this process uses PyTorch
 
 
 @torch.no_grad()
 def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     """argmin_k ||z_n - e_k||^2 for z `[N, D]` and codebook `[K, D]`, as `[N]` int64.
 
-    The N x K distances never exist at once. ||z||^2 is left out, being the same for every code, so what is
-    compared is z.e - ||e||^2 / 2, in the precision of the inputs. Of equally near codes the first is taken.
+    The N x K distances never exist at once. ||z||^2 is the same for every code, so the largest z.e - ||e||^2 / 2 wins,
+    computed in the precision of the inputs. Ties, up to rounding, may go to either code.
     """
     if z.device.type == "cpu" and not torch.compiler.is_exporting():
-        return in_cache(z, codebook)
+        return search_on_cpu(z, codebook)
     bias = -codebook.square().sum(dim=1) / 2
-    if z.is_cuda and (found := by_one_kernel(z, codebook, bias)) is not None:
+    if z.is_cuda and (found := search_with_triton(z, codebook, bias)) is not None:
         return found
-    if torch.compiler.is_exporting():  # a program for any number of vectors cannot loop over tiles of them
+    if torch.compiler.is_exporting():  # a program for any number of vectors cannot loop over tiles
         return torch.addmm(bias, z, codebook.T).argmax(dim=1)
     rows = max(1, TILE_SCORES.get(z.device.type, 1 << 24) // len(codebook))
     codes = [torch.addmm(bias, tile, codebook.T).argmax(dim=1) for tile in z.split(rows)]
     return torch.cat(codes)
 
 
-def by_one_kernel(z: Tensor, codebook: Tensor, bias: Tensor) -> Tensor | None:
-    """argmax_k z_n.e_k + bias_k for vectors on a GPU, with no score in its memory; or None, where PyTorch is to do it.
+def search_with_triton(z: Tensor, codebook: Tensor, bias: Tensor) -> Tensor | None:
+    """argmax_k z_n.e_k + bias_k on a GPU, by a kernel that writes no scores to memory; None if PyTorch must search.
 
-    That is in compiled and exported programs, in other precisions than fp32, and where Triton is missing or fails.
+    PyTorch searches in compiled and exported programs, in precisions other than fp32, and where Triton fails.
     """
     if torch.compiler.is_compiling() or z.dtype != torch.float32 or FAILED:
         return None
@@ -44,17 +44,17 @@ def by_one_kernel(z: Tensor, codebook: Tensor, bias: Tensor) -> Tensor | None:
         from vqvae.bottlenecks.nearest_triton import search
 
         return search(z, codebook, bias)
-    except Exception as problem:  # an old GPU, no C compiler for Triton ...: whatever it is, PyTorch can search too
+    except Exception as problem:  # an old GPU, no C compiler ...: PyTorch works in all these cases
         FAILED.append(problem)
-        warnings.warn(f"Triton cannot search for codes here, PyTorch does, more slowly: {problem!r:.200}", stacklevel=2)
+        warnings.warn(f"Triton failed; PyTorch searches for codes instead, more slowly: {problem!r:.200}", stacklevel=2)
         return None
 
 
-def in_cache(z: Tensor, codebook: Tensor) -> Tensor:
-    """The same on a CPU, where argmax over rows costs as much as the product, and maxima next to nothing.
+def search_on_cpu(z: Tensor, codebook: Tensor) -> Tensor:
+    """The search on a CPU, where argmax over rows takes as long as the matrix product, and maxima almost no time.
 
-    So the best group of codes is found from the groups' maxima, and the code within that group alone. One buffer
-    holds the scores of every tile: fresh memory costs more to map than to fill.
+    The maxima of groups of codes give the best group, and only that group is searched. All tiles share one buffer:
+    mapping new memory takes longer than filling it.
     """
     last = len(codebook) - 1
     filling = codebook[-1:].expand(-len(codebook) % GROUP, -1)  # copies of the last code complete the last group

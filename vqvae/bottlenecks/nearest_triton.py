@@ -1,4 +1,4 @@
-"""The search for the nearest code as one GPU kernel, in Triton; to be imported only where there is a GPU.
+"""The search for the nearest code as one Triton kernel. Import it only where there is a GPU.
 
 N vectors, K codes, D code dimension.
 """
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# (rows and codes of a block, warps, pipeline stages): Triton times them once for each K and D, and keeps the fastest.
+# (rows per block, codes per block, warps, pipeline stages). Triton times them once per K and D and takes the fastest.
 SHAPES = ((64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2))
 CONFIGS = [
     triton.Config({"BLOCK_N": rows, "BLOCK_K": codes}, num_warps=warps, num_stages=stages)
@@ -22,13 +22,13 @@ def nearest_kernel(
     z, codebook, bias, codes, N, K, z_row, z_column, e_row, e_column,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N rows of z `[N, D]` against all codes, BLOCK_K at a time: no score outlives its block."""
+    """Compare BLOCK_N rows of z `[N, D]` with all codes, BLOCK_K at a time. Scores stay on the chip."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     lanes, d = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     z_tile = z + rows[:, None] * z_row + d[None, :] * z_column
     e_tile = codebook + lanes[None, :].to(tl.int64) * e_row + d[:, None] * e_column  # transposed
     inside = rows[:, None] < N
-    first = tl.load(z_tile, inside & (d[None, :] < D), 0.0)  # the first BLOCK_D dimensions, mostly all, stay at hand
+    first = tl.load(z_tile, inside & (d[None, :] < D), 0.0)  # loaded once; mostly all of D
     best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     code = tl.zeros((BLOCK_N,), tl.int32)
     for start in range(0, K, BLOCK_K):
@@ -42,7 +42,7 @@ def nearest_kernel(
             scores = tl.dot(more, e, scores, input_precision=PRECISION)
         scores += tl.load(bias + start + lanes, there, float("-inf"))[None, :]
         top = tl.max(scores, 1)
-        which = tl.min(tl.where(scores == top[:, None], start + lanes[None, :], K), 1)  # the first of equal ones
+        which = tl.min(tl.where(scores == top[:, None], start + lanes[None, :], K), 1)
         better = top > best
         best = tl.where(better, top, best)
         code = tl.where(better, which, code)
@@ -53,9 +53,9 @@ def nearest_kernel(
 def search(z: Tensor, codebook: Tensor, bias: Tensor) -> Tensor:
     """argmax_k z_n.e_k + bias_k for z `[N, D]`, codebook `[K, D]` and bias `[K]`, all fp32, as `[N]` int64.
 
-    On tensor cores every number is split into two of TF32, of whose products three are summed in fp32 ("3xTF32"): what
-    is left out is 2^-22 of a product, no more than a sum of 64 loses in fp32. One product of TF32, three times as fast,
-    would give one vector in a thousand another code (K = 16,384, D = 64, normal).
+    Tensor cores compute "3xTF32": every number is split into two TF32 numbers, and three of their four products are
+    summed in fp32. The fourth is 2^-22 of the product, no more than the rounding of a sum of 64 terms in fp32. A single
+    TF32 product is three times as fast, but gives one vector in a thousand another code (K = 16,384, D = 64, normal).
     """
     tensor_cores = z.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(z.device) >= (8, 0)
     (N, D), K = z.shape, len(codebook)

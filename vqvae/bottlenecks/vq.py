@@ -1,180 +1,195 @@
-"""Vector quantisation: every feature vector becomes the nearest entry of a codebook.
+"""Vector quantization: every feature vector becomes the nearest entry of a codebook.
 
-B batch, D code dimension, h w code grid, K codes, N = B h w vectors.
+B batch, h w code grid, N = B h w vectors, D code dimension, K codes, sg stop-gradient.
 """
 
-import math
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae.bottlenecks.codebook import (
-    GRADIENTS,
-    Codebook,
-    Discrete,
-    check_options,
-    entropy,
-    soft_usage,
-    vectors_of,
-)
+from vqvae import distributed
+from vqvae.bottlenecks.base import CodeOptions, Projection, entropy, vectors_of
+from vqvae.bottlenecks.codebook import Codebook, CodebookOptions, kmeans_codebook
+from vqvae.bottlenecks.gradients import GRADIENTS, Gradient
 from vqvae.bottlenecks.nearest import nearest_code
-from vqvae.errors import UserError
-from vqvae.latent import Latent
+from vqvae.contracts import Discrete, Latent
+from vqvae.errors import OptionError
+from vqvae.registry import Count, Range, checked
 
 
-class Nearest(Discrete):
-    """z = e_k with k = argmin_j ||f - e_j|| in a table that members give as `code_vectors`, and its losses.
+@dataclass(frozen=True, kw_only=True)
+class NearestOptions(CodeOptions):
+    gradient: Gradient = "straight-through"
 
-    weight * (beta * mean (f - sg e)^2 + mean (sg f - e)^2 - diversity * H), where the second term is there if the
-    table learns by gradient, and the third in training: H is the entropy of `soft_usage`.
-    """
 
-    name: str
+class NearestCode(Discrete):
+    """z = e_k with k = argmin_j ||f - e_j||, and the losses of vq; subclasses give the table e as `code_vectors`."""
+
     learns_by_gradient = True
+    weight, diversity, temperature = 1.0, 0.0, 1.0
 
-    def __init__(
-        self,
-        *,
-        channels: int,
-        grid: tuple,
-        num_codes: int,
-        code_dim: int,
-        beta: float,
-        gradient: str,
-        diversity: float = 0.0,
-        temperature: float = 1.0,
-        weight: float = 1.0,
-        projection: bool = True,
-    ):
+    def __init__(self, channels: int, grid: tuple[int, int], options: NearestOptions, projection: bool = True):
         super().__init__()
-        check_options(
-            self.name,
-            num_codes=(num_codes, 1, 2**31),
-            code_dim=(code_dim, 1, 2**31),
-            beta=(beta, 0, math.inf),
-            diversity=(diversity, 0, math.inf),
-            temperature=(temperature, 1e-6, math.inf),
-            weight=(weight, 0, math.inf),
-        )
-        if not projection and channels != code_dim:
-            raise UserError(
-                f"--bottleneck {self.name} projection=no: code_dim={code_dim} must equal the nets' {channels} "
-                "feature channels"
-            )
-        self.num_codes, self.code_dim, self.grid = num_codes, code_dim, tuple(grid)
-        self.beta, self.weight = beta, weight
-        self.diversity, self.temperature = diversity, temperature
-        self.past = GRADIENTS[gradient]
-        self.projection = nn.Conv2d(channels, code_dim, 1) if projection else nn.Identity()
+        self.options, self.gradient_estimator = options, GRADIENTS[options.gradient]
+        self.num_codes, self.code_dim, self.grid = options.num_codes, options.code_dim, grid
+        self.projection: nn.Module = Projection(channels, self.code_dim) if projection else nn.Identity()
 
     def project(self, features: Tensor) -> Tensor:
-        """Features `[B, channels, h, w]` as the vectors `[B, D, h, w]` that are compared with the codes."""
+        """The vectors `[B, D, h, w]` that are compared with the codes, for features `[B, channels, h, w]`."""
         return self.projection(features)
 
-    def learn(self, rows: Tensor, codes: Tensor) -> None:
-        """What a table does beside the optimiser, given a batch's vectors `[N, D]` and codes `[N]`."""
+    def update(self, f: Tensor, codes: Tensor) -> None:
+        """Update the codebook outside the optimizer (EMA, revival), given vectors `[N, D]` and their codes `[N]`."""
 
-    def embed(self, codes: Tensor) -> Tensor:
+    def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:
         return F.embedding(codes, self.code_vectors()).movedim(-1, 1)
 
+    def quantize(self, features: Tensor) -> Latent:
+        return self._nearest(features, diversity=0.0)[0]
+
     def forward(self, features: Tensor, step: int) -> Latent:
+        latent, f, codes = self._nearest(features, self.diversity if self.training else 0.0)
+        if self.training:
+            self.update(f.detach(), codes)
+        return latent
+
+    def _nearest(self, features: Tensor, diversity: float) -> tuple[Latent, Tensor, Tensor]:
+        """The latent, the vectors `[N, D]` and their codes `[N]`."""
         f, table = self.project(features), self.code_vectors()  # [B, D, h, w], [K, D]
         rows = vectors_of(f)
         nearest = nearest_code(rows, table)
         codes = nearest.view(len(f), *f.shape[2:])
         e = F.embedding(codes, table).movedim(-1, 1)
         commitment = F.mse_loss(f, e.detach())
-        loss, stats = self.beta * commitment, {"commitment": commitment.detach()}
+        loss, stats = self.options.beta * commitment, {"commitment": commitment.detach()}
         if self.learns_by_gradient:
             loss = loss + F.mse_loss(e, f.detach())
-        if self.training and self.diversity:
-            # a copy, because the gradient needs the table as it is now, and `learn` may move it
+        if diversity:
+            # cloned, because `update` may change the table before the gradient is computed
             varied = entropy(soft_usage(rows, table.clone(), self.temperature))
-            loss, stats = loss - self.diversity * varied, stats | {"usage_entropy": varied.detach()}
-        z = self.past(f, e)
-        if self.training:
-            self.learn(rows.detach(), nearest)
+            loss, stats = loss - diversity * varied, stats | {"usage_entropy": varied.detach()}
+        z = self.gradient_estimator(f, e)
         log_q = torch.zeros(len(f), device=f.device)
-        return Latent(z, codes, log_q, loss=self.weight * loss, stats=stats)
+        return Latent(z, codes, log_q, loss=self.weight * loss, stats=stats), rows, nearest
 
 
-class VQ(Nearest):
-    """Vector quantisation with a codebook that learns by EMA or by gradient (1711.00937, eq. 1-3 and appendix A.1).
+def soft_usage(f: Tensor, codebook: Tensor, temperature: float) -> Tensor:
+    """Mean over vectors f `[N, D]` of softmax_k(-||f_n - e_k||^2 / temperature), `[K]`."""
+    # without ||f_n||^2, which is the same for every k
+    return ((2 * f @ codebook.T - codebook.square().sum(dim=1)) / temperature).softmax(dim=1).mean(dim=0)
 
-    z = e_k with k = argmin_j ||f - e_j||, f the projected feature vector; by default the gradient passes straight
-    through. Loss: weight * (beta * mean (f - sg e)^2), and with codebook=gradient also + weight * mean (sg f - e)^2.
 
-    num_codes, code_dim   K and D; code_dim is also what the decoder reads.
-    beta                  commitment: how hard the encoder is pulled to its codes.
-    codebook              ema: e_k = m_k / N_k, running means over the vectors assigned to k (Sonnet's
-                          VectorQuantizerEMA, both zero-debiased); gradient: learnt by the optimiser.
-    decay, epsilon        of the running means: N <- decay N + (1 - decay) n; Laplace smoothing of the counts.
-    init                  kmeans: k-means++ on the first batches' features; uniform: in ±1/K; fan-in: uniform
-                          in ±sqrt(3/D), Sonnet's; normal: N(0, 1).
-    revive                a code used less than this share of the average code is dead: it moves onto a vector
-                          of the batch, its running mean and count with it. 0 never revives.
-    weight                factor on the whole loss (10 in deep-vector-quantization).
-    projection            1x1 convolution from the features to code_dim; without it the widths must agree.
-    gradient              from z to f: straight-through copies it; rotation turns and scales it as f is turned and
-                          scaled onto e_k (the rotation trick, 2410.06424, section 4.2).
-    diversity             subtracts diversity * H(mean_n softmax_k(-||f_n - e_k||^2 / temperature)) from the loss,
-                          which spreads use over the codes (the second term of 2310.05737, eq. 5).
-    temperature           of that softmax: small ones count the nearest codes alone.
+@dataclass(frozen=True, kw_only=True)
+class VQOptions(NearestOptions, CodebookOptions):
+    weight: Annotated[float, Range(0), "factor on the whole loss (10 in deep-vector-quantization)"] = 1.0
+    diversity: Annotated[float, Range(0), "weight of the entropy of soft usage, which spreads usage over codes"] = 0.0
+    temperature: Annotated[float, Range(1e-6), "softmax temperature of soft usage"] = 1.0
+
+
+class VQ(NearestCode):
+    """Vector quantization with a codebook updated by EMA or by gradient (1711.00937, eq. 1-3 and appendix A.1).
+
+    z = e_k with k = argmin_j ||f - e_j||, where f is the projected feature vector.
+    Loss: weight * (beta * mean (f - sg e)^2 [+ mean (sg f - e)^2 with codebook=gradient] - diversity * H), where H is
+    the entropy of soft usage, mean_n softmax_k(-||f_n - e_k||^2 / temperature) (2310.05737, second term of eq. 5).
     """
 
-    name = "vq"
     unit_norm = False
 
+    @checked
     def __init__(
         self,
         *,
         channels: int,
-        grid: tuple,
-        num_codes: int = 512,
-        code_dim: int = 64,
-        beta: float = 0.25,
-        codebook: Literal["ema", "gradient"] = "ema",
-        decay: float = 0.99,
-        epsilon: float = 1e-5,
-        init: Literal["kmeans", "uniform", "fan-in", "normal"] = "kmeans",
-        revive: float = 0.03,
-        weight: float = 1.0,
-        projection: bool = True,
-        gradient: Literal["straight-through", "rotation"] = "straight-through",
-        diversity: float = 0.0,
-        temperature: float = 1.0,
+        grid: tuple[int, int],
+        options: VQOptions = VQOptions(),
+        projection: Annotated[bool, "1x1 convolution from the features to code_dim; without it both must agree"] = True,
     ):
-        super().__init__(
-            channels=channels, grid=grid, num_codes=num_codes, code_dim=code_dim, beta=beta, gradient=gradient,
-            diversity=diversity, temperature=temperature, weight=weight, projection=projection,
-        )  # fmt: skip
-        check_options(
-            self.name,
-            decay=(decay, 0, 1 - 1e-9),
-            epsilon=(epsilon, 0, math.inf),
-            revive=(revive, 0, 1),
-        )
-        self.learns_by_gradient = codebook == "gradient"
-        self.codebook = Codebook(
-            num_codes,
-            code_dim,
-            learns=codebook,
-            decay=decay,
-            epsilon=epsilon,
-            init=init,
-            revive=revive,
-            unit_norm=self.unit_norm,
-        )
+        if not projection and channels != options.code_dim:
+            problem = f"must equal the nets' {channels} feature channels with projection=no"
+            raise OptionError("", "code_dim", options.code_dim, problem)
+        super().__init__(channels, grid, options, projection)
+        self.weight, self.diversity, self.temperature = options.weight, options.diversity, options.temperature
+        self.learns_by_gradient = options.codebook == "gradient"
+        self.codebook = Codebook(options, self.code_dim, learns=options.codebook, unit_norm=self.unit_norm)
 
     @torch.no_grad()
-    def initialise(self, features: Tensor) -> None:
-        """Fit the first codebook to features `[B, channels, h, w]`, where `init` asks for it."""
-        self.codebook.initialise(vectors_of(self.project(features)))
+    def initialize(self, features: Tensor) -> None:
+        self.codebook.initialize(vectors_of(self.project(features)))
 
     def code_vectors(self) -> Tensor:
         return self.codebook.table()
 
-    def learn(self, rows: Tensor, codes: Tensor) -> None:
-        self.codebook.learn(rows, codes)
+    def update(self, f: Tensor, codes: Tensor) -> None:
+        self.codebook.update(f, codes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineOptions(VQOptions):
+    code_dim: Annotated[Count, "code dimension D; a small one keeps many codes in use"] = 8
+    init: Annotated[
+        Literal["kmeans", "normal"], "first codebook: k-means++ of the first features, or uniform on the sphere"
+    ] = "kmeans"
+    temperature: Annotated[float, Range(1e-6), "softmax temperature of soft usage; distances^2 are at most 4"] = 0.1
+
+
+class CosineVQ(VQ):
+    """Vector quantization on the unit sphere: the code of largest cosine similarity (2110.04627, section 3.2).
+
+    Features and codes have length 1, so that ||f - e||^2 = 2 - 2 cos(f, e). Losses and updates are those of vq for
+    unit vectors; an EMA codebook stores the directions of its running means.
+    """
+
+    unit_norm = True
+
+    def __init__(self, *, channels: int, grid: tuple[int, int], options: CosineOptions = CosineOptions()):
+        super().__init__(channels=channels, grid=grid, options=options)
+
+    def project(self, features: Tensor) -> Tensor:
+        return F.normalize(super().project(features), dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimVQOptions(NearestOptions):
+    init: Annotated[
+        Literal["kmeans", "normal"],
+        "first table C W: k-means++ of the first features, or C from N(0, 1/D) and W from their covariance",
+    ] = "kmeans"
+
+
+class SimVQ(NearestCode):
+    """Nearest code in a table C W of frozen vectors C and a learned matrix W (2411.02038, section 4).
+
+    The gradient of any code changes W and so moves all codes: unused codes do not stay behind.
+    Loss: beta * mean (f - sg e)^2 + mean (sg f - e)^2. Features are standardized before the first step.
+
+    init=normal is the published start. With many dimensions, the few random vectors nearest to the origin are then
+    the nearest to most features: with code_dim=64, usage starts at a perplexity of 8 of 512 and recovers slowly.
+    """
+
+    options: SimVQOptions
+    projection: Projection
+    frozen: Tensor  # C, [K, D]
+
+    def __init__(self, *, channels: int, grid: tuple[int, int], options: SimVQOptions = SimVQOptions()):
+        super().__init__(channels, grid, options)
+        self.register_buffer("frozen", torch.randn(self.num_codes, self.code_dim) / self.code_dim**0.5)
+        self.mapping = nn.Linear(self.code_dim, self.code_dim, bias=False)
+
+    @torch.no_grad()
+    def initialize(self, features: Tensor) -> None:
+        self.projection.standardize(features)
+        vectors, scale = vectors_of(self.projection(features)), self.code_dim**0.5
+        if self.options.init == "kmeans":
+            self.frozen.copy_(kmeans_codebook(vectors, self.num_codes) / scale)
+            self.mapping.weight.copy_(scale * torch.eye(self.code_dim))
+            return
+        covariance = torch.cov(distributed.gather_rows(vectors).T).double().cpu()
+        variances, axes = torch.linalg.eigh(covariance)
+        self.mapping.weight.copy_(scale * axes * variances.clamp(min=0).sqrt() @ axes.T)
+
+    def code_vectors(self) -> Tensor:
+        return self.mapping(self.frozen)

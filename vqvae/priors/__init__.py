@@ -1,4 +1,4 @@
-"""Priors: log p(z) in nats, and samples of z. One class each; the table below names them."""
+"""Priors: log p(z) in nats, and samples of z. `PRIORS` maps names to classes."""
 
 from vqvae.priors.continuous import MadeFlow, Normal
 from vqvae.priors.pixelcnn import GatedPixelCNN, PixelCNN

@@ -1,15 +1,18 @@
 """Priors over continuous latents.
 
-B batch, D latent dimension.
+B batch, D latent dimension, h w grid of the latent.
 """
 
 import math
+from typing import Annotated
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vqvae.contracts import Latent
 from vqvae.flows import Stack
-from vqvae.latent import Latent
+from vqvae.priors.base import BasePrior
+from vqvae.registry import Range, checked
 
 
 def log_normal(x: Tensor) -> Tensor:
@@ -17,42 +20,51 @@ def log_normal(x: Tensor) -> Tensor:
     return (-0.5 * (x.square() + math.log(2 * math.pi))).flatten(1).sum(1)
 
 
-class Normal(nn.Module):
+class Normal(BasePrior):
     """Standard normal, log p(z) = log N(z; 0, I): the prior of the VAE (1312.6114, appendix B)."""
 
-    def __init__(self, *, latent_dim: int, grid: tuple):
-        super().__init__()
-        self.latent_dim, self.grid = latent_dim, tuple(grid)
-        self.register_buffer("anchor", torch.zeros(()), persistent=False)  # where the samples are wanted
+    def __init__(self, *, latent_dim: int, grid: tuple[int, int]):
+        super().__init__(grid)
+        self.latent_dim = latent_dim
 
     def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
-        return log_normal(latent.z)
+        """log p(z) in nats, `[B]`."""
+        return log_normal(latent.need_z())
 
     def sample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        like = {"device": self.anchor.device, "dtype": self.anchor.dtype}
-        return temperature * torch.randn(n, self.latent_dim, *self.grid, generator=generator, **like)
+        """Draw vectors `[n, D, h, w]`; `temperature` multiplies the standard deviation."""
+        shape = (n, self.latent_dim, *self.grid)
+        device, dtype = self.anchor.device, self.anchor.dtype
+        return temperature * torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
 
 class MadeFlow(Normal):
-    """Autoregressive flow: a VAE with it has the prior half of VLAE (1611.02731, section 3.2).
+    """Autoregressive flow: a VAE with it has the prior of VLAE (1611.02731, section 3.2).
 
-    eps = z * s(z) + mu(z) with (mu, s) from a MADE, so log p(z) = log N(eps; 0, I) + sum log s_i(z). Sampling inverts
-    it coordinate by coordinate from one eps. (The paper's VLAE has a windowed autoregressive decoder besides.)
-
-    flows    how many flows, every second one in reverse order.
-    hidden   width of the MADE's hidden layers.
-    layers   how many hidden layers.
+    eps = z * s(z) + mu(z) with (mu, s) from a MADE, so log p(z) = log N(eps; 0, I) + sum_i log s_i(z). Sampling
+    inverts the flow coordinate by coordinate. VLAE's windowed autoregressive decoder is not implemented.
     """
 
-    def __init__(self, *, latent_dim: int, grid: tuple, flows: int = 1, hidden: int = 512, layers: int = 2):
+    @checked
+    def __init__(
+        self,
+        *,
+        latent_dim: int,
+        grid: tuple[int, int],
+        flows: Annotated[int, Range(1), "flows, every second one in reverse order"] = 1,
+        hidden: Annotated[int, Range(1), "units in each hidden layer of a MADE"] = 512,
+        layers: Annotated[int, Range(1), "hidden layers of a MADE"] = 2,
+    ):
         super().__init__(latent_dim=latent_dim, grid=grid)
         self.flow = Stack(latent_dim * math.prod(grid), hidden, flows=flows, layers=layers)
 
     def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
-        eps, log_det = self.flow(latent.z.flatten(1))
+        """log p(z) in nats, `[B]`."""
+        eps, log_det = self.flow(latent.need_z().flatten(1))
         return log_normal(eps) + log_det
 
     @torch.no_grad()
     def sample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Draw vectors `[n, D, h, w]`; `temperature` multiplies the standard deviation of eps."""
         eps = super().sample(n, temperature=temperature, generator=generator)
         return self.flow.inverse(eps.flatten(1)).view_as(eps)

@@ -1,39 +1,62 @@
-"""Priors under which every position is independent of the others.
+"""Priors under which all positions are independent.
 
 B batch, h w code grid, K codes.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from vqvae.latent import Latent
-from vqvae.priors.codes import CodePrior
+from vqvae.contracts import Latent
+from vqvae.priors.autoregressive import AutoregressivePrior
+from vqvae.priors.base import BasePrior
 
 
-class Uniform(nn.Module):
-    """Every code equally likely, log p = -h w log K: what codes cost when nothing is known of them."""
+class Uniform(BasePrior):
+    """All codes equally likely: log p = -h w log K."""
 
-    def __init__(self, *, num_codes: int, grid: tuple):
-        super().__init__()
-        self.num_codes, self.grid = num_codes, tuple(grid)
-        self.register_buffer("anchor", torch.zeros(()), persistent=False)  # where the samples are wanted
+    def __init__(self, *, num_codes: int, grid: tuple[int, int]):
+        super().__init__(grid)
+        self.num_codes = num_codes
 
     def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
+        """log p of the codes in nats per image, `[B]`."""
+        codes = latent.need_codes()
         nats = -math.log(self.num_codes) * math.prod(self.grid)
-        return torch.full((len(latent.codes),), nats, device=latent.codes.device)
+        return torch.full((len(codes),), nats, device=codes.device)
 
-    def sample(self, n: int, *, generator: torch.Generator | None = None, **options) -> Tensor:
-        """Codes `[n, h, w]`; the temperature of a uniform distribution changes nothing."""
-        shape = (n, *self.grid)
-        return torch.randint(self.num_codes, shape, generator=generator, device=self.anchor.device)
+    def sample(
+        self,
+        n: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        labels: Tensor | None = None,
+        given: tuple[Tensor, int] | None = None,
+        generator: torch.Generator | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        naive: bool = False,
+    ) -> Tensor:
+        """Draw codes `[n, h, w]` (int64). Arguments are those of `AutoregressivePrior.sample`.
+
+        `temperature`, `top_k` (all codes tie), `labels` and `naive` do not change a uniform distribution.
+        """
+        h, w = self.grid
+        codes = torch.randint(self.num_codes, (n, h, w), generator=generator, device=self.anchor.device)
+        if given:
+            kept, rows = given
+            codes[:, :rows] = kept[:, :rows]
+        if progress:
+            progress(h * w, h * w)
+        return codes
 
 
-class Unigram(CodePrior):
-    """One categorical for all positions: learns how often each code occurs, nothing of where."""
+class Unigram(AutoregressivePrior):
+    """One categorical distribution for all positions (one per class): how often each code occurs."""
 
-    def __init__(self, *, num_codes: int, grid: tuple, num_classes: int):
+    def __init__(self, *, num_codes: int, grid: tuple[int, int], num_classes: int):
         super().__init__(num_codes, grid, num_classes)
         self.table = nn.Parameter(torch.zeros(max(num_classes, 1), num_codes))
 
@@ -49,11 +72,13 @@ class Unigram(CodePrior):
 
 
 class UnigramStepper:
+    """Returns the same logits `[B, K]` at every position."""
+
     def __init__(self, rows: Tensor):
         self.rows = rows
 
     def logits(self, row: int, column: int) -> Tensor:
         return self.rows
 
-    def see(self, row: int, column: int, codes: Tensor) -> None:
+    def append(self, row: int, column: int, codes: Tensor) -> None:
         pass

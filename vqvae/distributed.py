@@ -1,26 +1,26 @@
 """Several processes that train one model: `torchrun --nproc-per-node 2 train.py ...`, one GPU each, or on the CPU.
 
-Every process holds the whole model and data, takes its share of every batch, and has everything that is learnt from a
-batch reduced over all of them, so that their weights stay the same bit for bit. The first (rank 0) alone writes.
-What is no mean over examples is of each share alone: batch norm's statistics, the floor of free bits.
-Everything here does nothing, and costs nothing, where there is one process.
+Every process holds the whole model and the whole data set, and takes its share of every batch. Whatever is learned
+from a batch is reduced over all processes, so their weights stay equal bit for bit. Only the first (rank 0) writes.
+Two things are computed from each share only: batch norm's statistics and the threshold of free bits.
+With one process, every function here does nothing and costs nothing.
 """
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from vqvae.errors import UserError
+from vqvae.errors import OptionError, UserError
 
 Result = TypeVar("Result")
-PATIENCE = timedelta(hours=6)  # the others wait while the first evaluates, draws, or reads pictures
+TIMEOUT = timedelta(hours=6)  # the others wait while the first evaluates, draws, or reads images
 
 
 def rank() -> int:
@@ -36,21 +36,21 @@ def _several() -> bool:
 
 
 def start(device: torch.device) -> None:
-    """Join the other processes that torchrun has started, if any; from here the first alone prints."""
+    """Join the other processes that torchrun started, if any; from here on only the first prints."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1 or _several():
         return
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {device.type}: cannot be shared by {count} processes; use --device cpu, or one")
+        raise OptionError("", "device", device.type, f"{count} processes cannot share it; use cpu, or one process")
     if device.type == "cuda":
         here, there = int(os.environ.get("LOCAL_WORLD_SIZE", count)), torch.cuda.device_count()
         if here > there:
-            raise UserError(f"--device cuda: {here} processes but {there} GPUs; start as many, or use --device cpu")
+            raise OptionError("", "device", "cuda", f"{here} processes but {there} GPUs; start as many, or use cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    # decisions of the host go by gloo even on GPUs, so that no process waits for its device to take them
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    # decisions of the host use gloo even with GPUs, so that no process waits for its device to take them
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     if rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
 
 def stop() -> None:
@@ -59,18 +59,18 @@ def stop() -> None:
 
 
 def share(batch: Tensor) -> Tensor:
-    """This process's rows of a batch, which may be one fewer than another's."""
+    """This process's rows of a batch; another process may have one row more."""
     return batch.tensor_split(world())[rank()]
 
 
-def average(module: nn.Module, metrics: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
-    """Means over the processes of the gradients, in place, and of the metrics, in one message.
+def average(parameters: Iterable[Tensor], metrics: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
+    """Average the gradients (in place) and the metrics over the processes, in one message.
 
-    `weight` is this process's share of the batch: means over unequal shares are then means over the batch.
+    `weight` is this process's share of the batch, so that means over unequal shares become means over the batch.
     """
     if world() == 1:
         return metrics
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     values = [*gradients, *metrics.values()]
     flat = sum_over(weight * torch.cat([value.float().reshape(-1) for value in values]))
     parts = flat.split([value.numel() for value in values])
@@ -81,7 +81,7 @@ def average(module: nn.Module, metrics: dict[str, Tensor], weight: float) -> dic
 
 
 def sum_over(tensor: Tensor) -> Tensor:
-    """The sum of the processes' tensors, in every process the same bits."""
+    """The sum of the processes' tensors, with the same bits in every process."""
     if world() > 1:
         tensor = tensor.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(tensor)
@@ -89,7 +89,7 @@ def sum_over(tensor: Tensor) -> Tensor:
 
 
 def broadcast(tensor: Tensor) -> Tensor:
-    """The first process's tensor; the others' must have its shape and type."""
+    """The first process's tensor; those of the others must have its shape and type."""
     if world() > 1:
         tensor = tensor.clone(memory_format=torch.contiguous_format)
         dist.broadcast(tensor, src=0)
@@ -97,12 +97,12 @@ def broadcast(tensor: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """All processes' rows `[N_rank, ...]` in the order of ranks, of which each may bring another number."""
+    """The rows `[N_rank, ...]` of all processes in order of rank; N may differ between them."""
     if world() == 1:
         return rows
     counts = [torch.zeros((), dtype=torch.int64) for _ in range(world())]
     dist.all_gather(counts, torch.tensor(len(rows)))
-    # processes can only exchange equal shapes: all send as many rows as the longest has
+    # processes can only exchange equal shapes: each sends as many rows as the longest has
     padded = rows.new_zeros(max(map(int, counts)), *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in counts]
@@ -111,10 +111,10 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def any_of(*wishes: bool) -> tuple[bool, ...]:
-    """Each wish, whether some process has it: what depends on clocks or signals must be decided alike."""
+    """For each wish, whether any process has it. Decisions that depend on clocks or signals must be taken alike."""
     if world() == 1:
         return wishes
-    votes = torch.tensor(wishes, dtype=torch.uint8)  # on the CPU, whatever computes
+    votes = torch.tensor(wishes, dtype=torch.uint8)  # on the CPU, wherever the model computes
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return tuple(map(bool, votes.tolist()))
 
@@ -124,10 +124,10 @@ def barrier() -> None:
 
 
 def on_first(work: Callable[[], Result]) -> Result:
-    """What `work` gives when the first process does it (nothing on a device); its `UserError` is raised everywhere."""
+    """The result of `work`, done by the first process (nothing on a device); its `UserError` is raised everywhere."""
     if world() == 1:
         return work()
-    outcome: list = [None, None]
+    outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
             outcome[0] = work()
@@ -141,7 +141,7 @@ def on_first(work: Callable[[], Result]) -> Result:
 
 @contextmanager
 def first_goes_first() -> Iterator[None]:
-    """The others begin when the first has finished, so that they find the files that it downloads or converts."""
+    """Let the first process finish before the others begin, so that they find the files it downloads or converts."""
     if rank():
         barrier()
     try:

@@ -1,0 +1,75 @@
+"""Small models, images and runs that tests share."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vqvae import cli
+from vqvae.autoencoder import SLOTS, Autoencoder, build_autoencoder
+from vqvae.commands import train
+from vqvae.contracts import Objective
+from vqvae.objectives import SLOT as OBJECTIVE
+from vqvae.registry import Choice, build, signature
+from vqvae.stage_one import AutoencoderTraining
+
+ROOT = Path(__file__).parent.parent
+SMALL_OPTIONS = {
+    "num_codes": 7,
+    "code_dim": 4,
+    "levels": "3,4",
+    "bits": 4,
+    "hidden": 8,
+    "layers": 1,
+    "blocks": 1,
+    "channels": 8,
+    "width": 8,
+    "heads": 2,
+}
+# flags of a run that takes a second
+SMALL = ("--limit", "60", "--batch-size", "20", "--hidden", "8", "--codes", "16", "--code-dim", "4")
+SMALL += ("--image-size", "16", "--device", "cpu")
+
+
+def choose(slot: str, name: str, **options: Any) -> Choice:
+    """A member at a size that trains in milliseconds."""
+    known = signature(SLOTS[slot].table[name]).options
+    return Choice(name, {k: v for k, v in SMALL_OPTIONS.items() if k in known} | options)
+
+
+def make(
+    shape: tuple[int, int, int] = (3, 8, 8), num_classes: int = 0, total_steps: int = 1, **names: Any
+) -> Autoencoder:
+    """A small autoencoder; each slot takes a name or a choice."""
+    names = {"nets": "sonnet", "bottleneck": "vq", "prior": "uniform", "likelihood": "mse"} | names
+    choices = {slot: name if isinstance(name, Choice) else choose(slot, name) for slot, name in names.items()}
+    return build_autoencoder(
+        choices, image_shape=shape, data_variance=0.06, num_classes=num_classes, total_steps=total_steps
+    )
+
+
+def objective(words: str = "elbo", total_steps: int = 1) -> Objective:
+    """An objective as the command line spells it."""
+    return build(OBJECTIVE, Choice.parse("objective", words.split()), {"total_steps": total_steps})
+
+
+def training(words: str = "elbo", *, total_steps: int = 1, **names: Any) -> AutoencoderTraining:
+    """A small autoencoder with an objective, ready for the loop."""
+    model = make(total_steps=total_steps, **names)
+    return AutoencoderTraining(model, objective(words, total_steps))
+
+
+def fitting(bottleneck: str) -> dict[str, str]:
+    """The bottleneck with nets and a prior that go with it."""
+    if bottleneck == "gaussian":
+        return {"bottleneck": bottleneck, "prior": "normal", "nets": "conv-vae"}
+    return {"bottleneck": bottleneck, "prior": "uniform"}
+
+
+def images(n: int, shape: tuple[int, int, int] = (3, 8, 8)) -> torch.Tensor:
+    return torch.randint(256, (n, *shape), dtype=torch.uint8)
+
+
+def run_train(*words: str, small: bool = True) -> int:
+    """Call the train command as a person would; returns its exit code."""
+    return cli.run(train.main, [*(SMALL if small else ()), *words])

@@ -1,0 +1,56 @@
+"""Batches: their order is a function of the seed, augmented images are crops, the variance is NumPy's."""
+
+import numpy as np
+import pytest
+import torch
+
+from vqvae.data.batches import augmentation, batch_indices, crop_flip, pixel_variance
+from vqvae.errors import OptionError
+
+
+def test_the_order_of_an_epoch_is_a_permutation_and_a_function_of_seed_and_epoch():
+    order = batch_indices(103, 10, seed=1, epoch=2)
+    assert order.shape == (10, 10)
+    assert len(order.unique()) == 100
+    assert torch.equal(order, batch_indices(103, 10, seed=1, epoch=2))
+    assert not torch.equal(order, batch_indices(103, 10, seed=1, epoch=3))
+    assert not torch.equal(order, batch_indices(103, 10, seed=2, epoch=2))
+
+
+def test_pixel_variance_agrees_with_numpy():
+    images = torch.randint(256, (3000, 1, 4, 4), dtype=torch.uint8)
+    assert pixel_variance(images) == pytest.approx((images.numpy() / 255).var(), rel=1e-9)
+    assert pixel_variance(torch.zeros(3, 1, 2, 2, dtype=torch.uint8)) > 0
+
+
+def padded_crops(image: torch.Tensor) -> list[torch.Tensor]:
+    """All 81 crops of an image `[C, H, W]` that NumPy padded by 4 reflected pixels, then the same flipped."""
+    _, height, width = image.shape
+    padded = torch.from_numpy(np.pad(image.numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect"))
+    crops = [padded[:, top : top + height, left : left + width] for top in range(9) for left in range(9)]
+    return crops + [crop.flip(2) for crop in crops]
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 8, 8)])
+def test_augmented_images_are_crops_of_the_padded_ones(shape):
+    images = torch.randint(256, (40, *shape), dtype=torch.uint8)
+    augmented = crop_flip(images)
+    assert (augmented.dtype, augmented.shape) == (torch.uint8, images.shape)
+    for before, after in zip(images, augmented, strict=True):
+        assert any(torch.equal(after, crop) for crop in padded_crops(before))
+
+
+def test_augmentation_draws_every_crop_and_flips_half():
+    image = torch.randint(256, (3, 16, 16), dtype=torch.uint8)
+    crops = {crop.numpy().tobytes(): place for place, crop in enumerate(padded_crops(image))}
+    augmented = crop_flip(image.expand(4000, -1, -1, -1))
+    places = torch.tensor([crops[one.contiguous().numpy().tobytes()] for one in augmented])
+    assert places.unique().tolist() == list(range(162))
+    assert (places >= 81).float().mean().item() == pytest.approx(0.5, abs=0.04)  # five standard errors
+
+
+def test_images_too_small_to_crop_are_refused():
+    with pytest.raises(OptionError, match="needs images of at least 5x5 pixels, these have 4x8") as caught:
+        augmentation("crop-flip", torch.zeros(2, 1, 4, 8))
+    assert caught.value.flagged.startswith("--augment crop-flip: ")
+    assert augmentation("none", torch.zeros(2, 2, 1, 1)) is None

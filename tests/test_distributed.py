@@ -1,0 +1,237 @@
+"""Two processes that train one model: the same weights in both, and those of one process up to rounding.
+
+torchrun starts this file once, as two processes that call `work`.
+"""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers import ROOT, SMALL, choose, run_train, training
+from vqvae import checkpoint, distributed
+from vqvae.bottlenecks.codebook import kmeans_codebook
+from vqvae.errors import OptionError
+from vqvae.runs import NullRun
+from vqvae.schedules import Schedule
+from vqvae.training import Plan, Stage, fit, seed_step
+
+IMAGES = torch.randint(256, (21, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+ROWS = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+EXACT = {  # the same in two processes as in one, up to rounding: no noise, no statistics of one share only
+    "ema": choose("bottleneck", "vq", codebook="ema", revive=0.0),
+    "gradient": choose("bottleneck", "vq", codebook="gradient", revive=0.0),
+    "simvq": choose("bottleneck", "simvq"),
+    "fsq": choose("bottleneck", "fsq"),
+}
+TRAINED = EXACT | {
+    "reviving": choose("bottleneck", "vq", revive=0.9, decay=0.5),  # judged from the first batch on
+    "diversity": choose("bottleneck", "cosine", diversity=0.1, revive=0.9, decay=0.5),
+    "lfq": choose("bottleneck", "lfq"),
+    "residual": choose("bottleneck", "residual", dropout=0.9),
+    "hierarchy": choose("bottleneck", "hierarchy"),
+    "categorical": choose("bottleneck", "categorical", num_samples=2, average_samples=True, init="kmeans"),
+    "gumbel": choose("bottleneck", "gumbel", num_samples=2),
+}
+LINE = [*SMALL, "--dataset", "digits", "--max-steps", "4", "--bottleneck", "vq", "revive=0", "--name"]
+State = dict[str, Tensor]
+
+
+class Logged(NullRun):
+    """Keeps the last metrics of each kind in memory."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("nowhere"))
+        self.metrics: dict[str, float] = {}
+
+    def log(self, kind: str, step: int, epoch: int, metrics: dict[str, float]) -> None:
+        self.metrics |= metrics
+
+
+def trained(name: str) -> tuple[State, State, dict[str, float]]:
+    """Weights before and after three steps on batches of 7, which two processes share as 4 and 3, and the metrics."""
+    torch.manual_seed(0)
+    module = training(bottleneck=TRAINED[name])
+    before = copy(module.state_dict())
+    plan = Plan(
+        epochs=1, batch_size=7, lr=Schedule.parse("1e-3"), weight_decay=0.0, seed=0,
+        device=torch.device("cpu"), precision="fp32", log_every=100, save_every=(1000, None),
+    )  # fmt: skip
+    run = Logged()
+    held_out = lambda: {"neg_elbo": float(distributed.rank())}  # noqa: E731
+    fit(Stage(module, IMAGES, torch.zeros(21, dtype=torch.int64), held_out, draw=None, caption=""), plan, run)
+    return before, copy(module.state_dict()), run.metrics
+
+
+def copy(state: State) -> State:
+    return {key: value.clone() for key, value in state.items()}
+
+
+def kmeans() -> Tensor:
+    """A codebook fitted to 50 rows, of which two processes have 33 and 17."""
+    seed_step(0, -1)
+    return kmeans_codebook(ROWS if distributed.world() == 1 else ROWS.split(33)[distributed.rank()], num_codes=5)
+
+
+def refuse() -> None:
+    raise OptionError("vq", "decay", 2, "must be from 0 to below 1", slot="bottleneck")
+
+
+def work(folder: Path) -> None:
+    """What each of two processes does: it stores what it finds, then runs train.py."""
+    distributed.start(torch.device("cpu"))
+    number = distributed.rank()
+    found: dict[str, Any] = {
+        "rows": distributed.gather_rows(torch.full((number + 1, 2), number)),
+        "none": distributed.gather_rows(torch.ones(number, 2)),
+        "sum": distributed.sum_over(torch.tensor([1.0, number])),
+        "first": distributed.broadcast(torch.tensor(number)),
+        "any": distributed.any_of(number == 1, False),
+        "on_first": distributed.on_first(lambda: f"of {number}"),
+        "share": distributed.share(torch.arange(7)),
+        "kmeans": kmeans(),
+        "trained": {name: trained(name) for name in TRAINED},
+    }
+    try:
+        distributed.on_first(refuse)
+    except OptionError as problem:
+        found["refusal"] = problem.flagged
+    seed_step(0, 3)
+    found["noise"] = torch.randn(3)
+    parameter = torch.zeros(2, requires_grad=True)
+    parameter.grad = torch.tensor([1.0, 2.0]) * (number + 1)
+    metrics = {"loss": torch.tensor(10.0 * number), "usage": torch.tensor([[1.0, number]])}
+    found["metrics"] = distributed.average([parameter], metrics, weight=(0.75, 0.25)[number])
+    found["gradient"] = parameter.grad
+    path = folder / "file"
+    with distributed.first_goes_first():
+        if number == 0:
+            path.write_text("made by the first")
+        found["file"] = path.read_text()
+    torch.save(found, folder / f"{number}.pt")
+    sys.argv = ["train.py", *LINE, "two"]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+
+
+class Two(NamedTuple):
+    """What two processes found, the folder in which they ran, and what they printed."""
+
+    found: list[dict[str, Any]]
+    folder: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def torchrun(tmp_path_factory) -> Two:
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return Two([torch.load(folder / f"{number}.pt") for number in range(2)], folder, done.stdout)
+
+
+@pytest.fixture
+def two(torchrun) -> list[dict[str, Any]]:
+    return torchrun.found
+
+
+def flat(state: State) -> Tensor:
+    """All weights as one vector, in float64."""
+    return torch.cat([state[key].double().flatten() for key in sorted(state)])
+
+
+def test_processes_exchange_rows_sums_wishes_and_results(two):
+    for found in two:
+        assert found["rows"].tolist() == [[0, 0], [1, 1], [1, 1]]
+        assert found["none"].tolist() == [[1, 1]]
+        assert found["sum"].tolist() == [2, 1]
+        assert found["first"] == 0
+        assert found["any"] == (True, False)
+        assert found["on_first"] == "of 0"
+        assert found["refusal"] == "--bottleneck vq decay=2: must be from 0 to below 1"
+        assert found["file"] == "made by the first"
+    assert [found["share"].tolist() for found in two] == [[0, 1, 2, 3], [4, 5, 6]]
+
+
+def test_gradients_and_metrics_are_averaged_by_share(two):
+    for found in two:  # 3/4 of the first process's and 1/4 of the second's
+        assert found["gradient"].tolist() == [1.25, 2.5]
+        assert found["metrics"]["loss"] == 2.5
+        assert found["metrics"]["usage"].tolist() == [[1.0, 0.25]]
+
+
+def test_one_process_exchanges_nothing():
+    rows = torch.randn(3, 2)
+    assert distributed.gather_rows(rows) is distributed.sum_over(rows) is distributed.broadcast(rows) is rows
+    assert distributed.any_of(True, False) == (True, False)
+    assert torch.equal(distributed.share(rows), rows)
+    metrics = {"loss": rows}
+    assert distributed.average([rows], metrics, weight=1.0) is metrics
+
+
+def test_noise_differs_between_processes_and_the_first_draws_that_of_one(two):
+    seed_step(0, 3)
+    assert torch.equal(two[0]["noise"], torch.randn(3))
+    assert not torch.equal(two[0]["noise"], two[1]["noise"])
+
+
+def test_kmeans_sees_unequal_shares_and_gives_every_process_the_same(two):
+    assert torch.equal(two[0]["kmeans"], two[1]["kmeans"])
+    assert torch.allclose(two[0]["kmeans"], kmeans(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_processes_keep_the_same_weights_bit_for_bit(two, name):
+    (before, weights, metrics), (_, other, _) = (found["trained"][name] for found in two)
+    assert weights.keys() == other.keys()
+    for key, value in weights.items():
+        assert torch.equal(value, other[key]), key
+    assert not torch.equal(flat(weights), flat(before))
+    assert metrics["held_out_neg_elbo"] == 0  # evaluated by the first process
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_two_processes_take_the_steps_of_one(two, name):
+    before, expected, alone = trained(name)
+    moved = (flat(expected) - flat(before)).norm()
+    for start, weights, metrics in (found["trained"][name] for found in two):
+        assert torch.equal(flat(start), flat(before))
+        assert (flat(weights) - flat(expected)).norm() < 1e-2 * moved
+        for key in {"train_loss", "train_mse", "train_commitment", "train_active_codes"} & alone.keys():
+            assert metrics[key] == pytest.approx(alone[key], rel=1e-4), key
+
+
+def test_a_device_that_cannot_be_shared_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(OptionError, match="2 processes cannot share it; use cpu, or one process") as caught:
+        distributed.start(torch.device("mps"))
+    assert caught.value.flagged.startswith("--device mps: ")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(OptionError, match="2 processes but 1 GPUs"):
+        distributed.start(torch.device("cuda"))
+
+
+def test_torchrun_trains_one_run_as_one_process_does(torchrun, tmp_path, monkeypatch):
+    assert torchrun.printed.count("done. Look at it") == 1  # only the first process prints
+    assert "batch 20 over 2 processes" in torchrun.printed
+    assert [path.name for path in (torchrun.folder / "logs").iterdir()] == ["two"]
+    monkeypatch.chdir(tmp_path)
+    assert run_train(*LINE, "one", small=False) == 0
+    one, two = (checkpoint.read(folder) for folder in (Path("logs/one"), torchrun.folder / "logs/two"))
+    assert two["step"] == 4
+    weights = flat(one["model"])
+    assert (flat(two["model"]) - weights).norm() < 1e-4 * weights.norm()
+    logged = [json.loads(row) for row in (torchrun.folder / "logs/two/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged if row["kind"] == "epoch"] == [3, 4]
+
+
+if __name__ == "__main__":
+    work(Path.cwd())

@@ -1,0 +1,153 @@
+"""Presets are the published set-ups, written as flags."""
+
+import re
+from typing import Any
+
+import pytest
+
+from vqvae import cli
+from vqvae.config import Config, Fresh, StageTwo, Start, add_flags, configure
+from vqvae.experiment import SLOTS
+from vqvae.presets import PRESETS, describe
+
+parser = cli.parser("", "")
+add_flags(parser)
+
+
+def typed(line: str, start: Start = Fresh()) -> Config:
+    """The settings that a command line gives."""
+    return configure(vars(parser.parse_args(line.split())), start, SLOTS)
+
+
+def second_stage(name: str, first: Config) -> Config:
+    settings = (PRESETS[name].prior or {}) | {"checkpoint": "logs/a"}
+    return configure(settings, StageTwo("logs/a", {"config": first.to_dict()}), SLOTS)
+
+
+def options(name: str) -> dict[str, Any]:
+    """Every option of a preset's bottleneck and objective."""
+    config = typed(f"--preset {name}")
+    return config.bottleneck.options | config.objective.options
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_well_formed_and_names_its_source(name):
+    first = typed(f"--preset {name}")
+    assert first.preset == name
+    assert PRESETS[name].source
+    assert f"--preset {name}\n    {PRESETS[name].source}\n" in describe()
+    if PRESETS[name].prior:
+        second = second_stage(name, first)
+        assert second.bottleneck == first.bottleneck
+        assert second.prior != first.prior
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_listed_flags_give_the_same_run(name):
+    listed = next(block for block in describe().split("\n\n") if block.startswith(f"--preset {name}\n"))
+    flags, *then = re.findall(r"^    (?:then )?(--\w.*)$", listed, re.M)
+    first = typed(flags)
+    first.preset = name
+    assert first == typed(f"--preset {name}")
+    assert len(then) == bool(PRESETS[name].prior)
+    for line in then:
+        second = typed(f"{line} --checkpoint logs/a", StageTwo("logs/a", {"config": first.to_dict()}))
+        assert second == second_stage(name, first)
+
+
+# experiments on probabilistic VQ-VAEs
+
+DEFAULTS = {"beta": 0.25, "num_samples": 1, "iaf_flows": 0, "iaf_startup_steps": 0} | {
+    "stop_training_encoder_after_startup": False, "stop_gradient_for_prior": False
+}  # fmt: skip
+ROY = {"num_samples": 10, "average_samples": True, "stop_gradient_for_prior": True}
+LATE = {"iaf_flows": 1, "iaf_startup_steps": 5000}
+FROZEN = LATE | {"stop_training_encoder_after_startup": True}
+TEN = {"num_samples": 10, "beta": 0.05}
+EXPERIMENTS: dict[str, tuple[str, bool, float, dict[str, Any]]] = {
+    # bottleneck, sum_over_latents, entropy_scale, and what differs from DEFAULTS
+    "1": ("deterministic", True, 0.0, {}),
+    "2.1": ("categorical", False, 0.0, ROY),
+    "2.2": ("categorical", False, 1.0, ROY | TEN),
+    "2.3": ("categorical", True, 1.0, ROY | TEN),
+    "2.4": ("categorical", True, 1.0, ROY | TEN | {"stop_gradient_for_prior": False}),
+    "2.5": ("categorical", False, 1.0, ROY | TEN | FROZEN),
+    "3": ("gumbel", True, 1.0, TEN),
+    "4.1": ("gumbel", True, 1.0, TEN | {"iaf_flows": 1}),
+    "4.2.1": ("gumbel", True, 1.0, TEN | LATE),
+    "4.2.2": ("gumbel", True, 1.0, TEN | FROZEN),
+}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_each_experiment_differs_from_the_others_as_published(experiment):
+    bottleneck, sum_over_latents, entropy_scale, differs = EXPERIMENTS[experiment]
+    assert typed(f"--preset probabilistic-{experiment}").bottleneck.name == bottleneck
+    # the nearest code has neither samples nor flows
+    found = {"num_samples": 1, "iaf_flows": 0} | options(f"probabilistic-{experiment}")
+    expected = DEFAULTS | {"sum_over_latents": sum_over_latents, "entropy_scale": entropy_scale} | differs
+    assert {key: found[key] for key in expected} == expected
+    assert found.get("temperature", "0.5") == "0.5"
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_all_experiments_share_data_nets_prior_and_length(experiment):
+    config = typed(f"--preset probabilistic-{experiment}")
+    assert config.dataset.name == "mnist-binary"
+    assert config.dataset.options["binarization"] == "threshold"
+    assert (config.nets.name, config.nets.options["latents"], config.nets.options["hidden"]) == ("mnist-conv", 10, 32)
+    assert config.likelihood.name == "bernoulli"
+    assert config.prior.name == "transformer"
+    assert (config.prior.options["layers"], config.prior.options["width"]) == (6, 16)
+    assert (config.lr, config.batch_size, config.max_steps) == ("1e-3", 128, 10_000)
+    assert config.epochs * 60_000 // config.batch_size >= 10_000
+    assert config.objective.name == "probabilistic"
+    shared = {"num_codes": 64, "code_dim": 16, "decay": 0.99, "init": "normal"} | {"reduction": "sum", "kl_weight": "1"}
+    found = options(f"probabilistic-{experiment}")
+    assert {key: found[key] for key in shared} == shared
+
+
+def test_the_table_names_all_experiments():
+    assert {f"probabilistic-{name}" for name in EXPERIMENTS} == {n for n in PRESETS if n.startswith("probabilistic")}
+
+
+# other published sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("sonnet-cifar10", {"num_codes": 512, "code_dim": 64, "beta": 0.25, "decay": 0.99, "codebook": "ema"}),
+        (
+            "henrhoi-vqvae",
+            {"num_codes": 128, "code_dim": 256, "codebook": "gradient", "init": "uniform", "beta": 1.0, "revive": 0.0},
+        ),
+        (
+            "dvq-vqvae",
+            {"num_codes": 512, "code_dim": 64, "codebook": "gradient", "init": "kmeans", "beta": 0.25, "weight": 10.0},
+        ),
+        ("dvq-gumbel", {"num_codes": 512, "posterior": "linear", "temperature": "quarter-cosine:1:0.0625:150000"}),
+        ("dvq-dalle", {"entropy": "exact", "kl_weight": "quarter-cosine:0:6.6:5000", "reduction": "mean"}),
+        ("vae-2d-1", {"latents": 2, "reduction": "sum"}),
+        ("vae-cifar10", {"latents": 16, "reduction": "sum", "kl_weight": "1"}),
+    ],
+)
+def test_presets_have_the_published_sizes(name, published):
+    found = options(name)
+    assert {key: found[key] for key in published} == published
+
+
+@pytest.mark.parametrize("name", ["dvq-vqvae", "dvq-gumbel", "dvq-dalle"])
+def test_presets_of_deep_vector_quantization_share_the_published_optimizer(name):
+    config = typed(f"--preset {name}")
+    assert (config.lr, config.weight_decay) == ("quarter-cosine:3e-4:1.25e-6:1200000", 1e-4)
+    assert (config.augment, config.batch_size) == ("crop-flip", 128)
+
+
+@pytest.mark.parametrize("name", ["vqvae-pixelcnn", "vqvae-gated-pixelcnn"])
+def test_presets_of_two_stages_train_the_published_prior(name):
+    second = second_stage(name, typed(f"--preset {name}"))
+    gated = name == "vqvae-gated-pixelcnn"
+    assert second.prior.name == name.removeprefix("vqvae-")
+    assert (second.lr, second.batch_size, second.epochs) == (("8e-4", 64, 30) if gated else ("1e-3", 128, 30))
+    assert second.prior.options["layers" if gated else "blocks"] == (13 if gated else 10)

@@ -1,0 +1,123 @@
+"""Training an autoencoder: every member of every slot takes steps, and the module reports what it computes."""
+
+import math
+
+import pytest
+import torch
+
+from tests.helpers import choose, fitting, images, make, objective, training
+from vqvae.autoencoder import unit_range
+from vqvae.bottlenecks import BOTTLENECKS
+from vqvae.likelihoods import LIKELIHOODS
+from vqvae.metrics import perplexity
+from vqvae.nets import NETS
+from vqvae.priors import PRIORS
+from vqvae.registry import signature
+from vqvae.stage_one import FEATURE_VECTORS, AutoencoderTraining
+
+LABELS = torch.zeros(4, dtype=torch.int64)
+ROWS = (
+    [{"nets": name} for name in NETS]
+    + [fitting(name) for name in BOTTLENECKS]
+    + [fitting("gaussian") | {"prior": "made-flow", "nets": "mlp"}]
+    + [{"likelihood": name} for name in LIKELIHOODS]
+    + [{"prior": name} for name in PRIORS if "num_codes" in signature(PRIORS[name]).context]
+    + [
+        {"bottleneck": bottleneck, "prior": prior}
+        for bottleneck in ("residual", "hierarchy", "gumbel")
+        for prior in ("unigram", "pixelcnn", "gated-pixelcnn", "transformer")
+    ]
+)
+
+
+@pytest.mark.parametrize("names", ROWS, ids=lambda names: "-".join(names.values()))
+def test_every_row_of_every_table_trains_two_steps(names):
+    module = training(**names)
+    module.initialize(lambda n: images(8))
+    optimizer = torch.optim.Adam(module.parameters(), 1e-3)
+    before = {name: value.clone() for name, value in module.model.state_dict().items()}
+    for step in range(2):
+        out = module(images(4), LABELS, step)
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert out.loss.isfinite()
+        assert not any(value.requires_grad for value in out.metrics.values())
+        numbers = module.summary(out.metrics)
+        assert all(math.isfinite(value) for value in numbers.values())
+    moved = [name for name, value in module.model.state_dict().items() if not torch.equal(value, before[name])]
+    assert any(name.startswith("encoder") for name in moved)
+    assert any(name.startswith("decoder") for name in moved)
+
+
+def test_the_reconstruction_of_a_batch_is_its_mse_over_the_variance():
+    module, batch = training().eval(), images(5)
+    elbo = module.model.elbo(unit_range(batch))
+    error = (elbo.params + 0.5 - unit_range(batch)).double().square().mean() / 0.06
+    metrics = module(batch, None, 0).metrics
+    assert metrics["reconstruction"].item() == pytest.approx(error.item(), rel=1e-4)
+
+
+def test_the_metrics_of_a_batch_are_means_over_its_examples():
+    module, batch = training(bottleneck=choose("bottleneck", "vq", init="normal"), prior="unigram").eval(), images(5)
+    model, x = module.model, unit_range(batch)
+    numbers = module.summary(module(batch, None, 0).metrics)
+    elbo = model.elbo(x)
+    mse = (model.likelihood.mean(elbo.params) - x).double().square().mean().item()
+    usage = model.bottleneck.usage(elbo.latent.codes)
+    expected = {
+        "neg_elbo": -elbo.nats.double().mean().item(),
+        "reconstruction_nats": -elbo.log_likelihood.double().mean().item(),
+        "rate": (elbo.log_posterior - elbo.log_prior).double().mean().item(),
+        "mse": mse,
+        "nmse": mse / 0.06,
+        "commitment": elbo.latent.stats["commitment"].item(),
+        "batch_perplexity": float(perplexity(usage)),
+        "perplexity": float(perplexity(usage)),
+        "active_codes": int((usage > 0).sum()),
+    }
+    for name, value in expected.items():
+        assert numbers[name] == pytest.approx(value, rel=1e-4), name
+    assert "usage" not in numbers
+
+
+def test_perplexity_is_that_of_the_usage_averaged_over_steps():
+    numbers = training().summary({"loss": torch.tensor(1.0), "usage": torch.tensor([[1.0, 1.0, 0.5, 0.0]])})
+    assert numbers["perplexity"] == pytest.approx(math.exp(-(0.8 * math.log(0.4) + 0.2 * math.log(0.2))), rel=1e-5)
+    assert numbers["active_codes"] == 3
+
+
+def test_the_bottleneck_is_fitted_to_the_features_of_enough_images():
+    asked = []
+
+    def batches(n: int) -> torch.Tensor:
+        asked.append(n)
+        return images(300)
+
+    module = training()
+    before = module.model.bottleneck.code_vectors().clone()
+    module.initialize(batches)
+    assert asked == [FEATURE_VECTORS // 4]  # an image has 2x2 vectors
+    vectors = module.model.bottleneck.code_vectors()
+    assert not torch.equal(vectors, before)
+    with torch.no_grad():
+        projected = module.model.bottleneck.projection(module.model.features(unit_range(images(300))))
+    rows = projected.movedim(1, -1).reshape(-1, 4)
+    nearest = torch.cdist(rows.double(), vectors.double()).amin(1)
+    assert nearest.square().mean() < rows.double().var(0).sum()
+    continuous = training(**fitting("gaussian"))
+    continuous.initialize(batches)
+    assert len(asked) == 1  # nothing to fit
+
+
+def test_a_saved_state_restores_the_model():
+    first, second = (training(prior="transformer") for _ in range(2))
+    assert not torch.equal(first.model.encoder[0].weight, second.model.encoder[0].weight)
+    second.restore_state(first.saved_state())
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+def test_an_objective_is_checked_against_the_model():
+    with pytest.raises(ValueError, match="iaf_startup_steps=5"):
+        AutoencoderTraining(make(), objective("probabilistic iaf_startup_steps=5"))

@@ -1,0 +1,41 @@
+"""`vqvae export`: a trained model as files for other programs."""
+
+import argparse
+from pathlib import Path
+
+from vqvae import cli
+from vqvae.commands import add_checkpoint
+
+EXAMPLES = """
+example
+  vqvae export --checkpoint logs/vqvae-cifar10 --output exported
+
+The folder then contains
+  model.safetensors, config.json  weights and settings; vqvae.load("exported") restores the model
+  encoder.pt2                     torch.export program: uint8 images [B, C, H, W] to codes (int64)
+  decoder.pt2                     torch.export program: codes to float images in [0, 1]
+
+For a continuous latent, the encoder returns the mean of z and the decoder takes z. The programs take any batch size and
+need only torch:
+  encoder = torch.export.load("exported/encoder.pt2").module()
+"""
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = cli.parser("Write a trained model as files for other programs.", EXAMPLES, prog="vqvae export")
+    add_checkpoint(parser)
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="a new or empty folder for the files")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    options = parse(argv)
+
+    from vqvae import checkpoint, files
+    from vqvae.export import export
+
+    content = checkpoint.read_model(options.checkpoint)
+    model = checkpoint.restore(content, options.checkpoint)
+    for line in export(content, model, files.claim_empty(Path(options.output))):
+        print(line)
+    return 0

@@ -1,0 +1,67 @@
+"""Plot what a trained model learned: reconstructions, codes, codebook, samples, interpolations."""
+
+import argparse
+
+from vqvae import cli
+from vqvae.registry import Passes, Range
+
+EXAMPLES = """
+examples
+  python visualize_codes.py --checkpoint logs/vqvae-mnist/checkpoint.pt
+  python visualize_codes.py --checkpoint logs/vqvae-mnist --only codebook.png usage.png
+  python visualize_codes.py --checkpoint logs/vqvae-mnist-pixelcnn --samples 100 --temperature 0.9
+  python visualize_codes.py --checkpoint logs/digits-by-class --class 3 --seed 1
+
+plots, each drawn if it applies to the model
+  every model
+    curves.png              metrics over the training steps
+    training_animation.gif  the images drawn after each epoch
+  models of images
+    original.png            held-out images
+    reconstructions.png     held-out images and their reconstructions
+    samples.png             samples of the prior
+    class_rows.png          samples of each class, if the prior is conditional
+  models with codes
+    code_visualization.png  held-out images and their codes
+    codebook.png            the codebook in the plane (t-SNE), each code as the patch it decodes to
+    usage.png               how often the held-out split uses each code
+    levels.png              reconstructions from the first levels of codes, if there are several
+    completions.png         images completed from half of their codes, if the prior was trained on codes
+  models with a continuous latent
+    interpolations.png      images between two held-out images
+    traversals.png          one latent dimension varied at a time
+    posterior_map.png       posterior means, if the latent has two dimensions
+    scatter_2d.png          data and samples, if the data are points
+
+Images come from the checkpoint, so no data set is needed.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Parse the command line and draw. Returns the exit code; raises `UserError`."""
+    options = _parse(argv)
+    from vqvae import report  # imports torch, which --help does without
+
+    report.draw(options)
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = cli.parser(__doc__ or "", EXAMPLES, prog=cli.program("visualize"))
+    add = parser.add_argument
+    add("--checkpoint", metavar="PATH", required=True, help="logs/<run>/checkpoint.pt, or the folder logs/<run>")
+    add("--plot-dir", metavar="DIR", help="draw into DIR/<run> (default: the folder that training drew into)")
+    add("--only", metavar="PLOT", nargs="+", help="draw only these plots, such as codebook.png usage.png")
+    count = cli.value("samples", Range(1), int)
+    add("--samples", metavar="N", type=count, default=64, help="number of samples (default: 64)")
+    temperature = cli.value("temperature", Range(above=0, below=1000), float)
+    add("--temperature", metavar="T", type=temperature, default=1.0,
+        help="temperature of sampling; below 1, samples are likelier and less varied (default: 1)")  # fmt: skip
+    top_k = cli.value("top_k", Range(0), int)
+    add("--top-k", metavar="K", type=top_k, default=0, help="sample among the K likeliest codes (default: 0, all)")
+    label = cli.value("class", Range(0), int)
+    add("--class", dest="label", metavar="LABEL", type=label, help="class of the samples, for a conditional prior")
+    seed = cli.value("seed", Passes(lambda seed: 0 <= seed < 2**63, "from 0 to below 2^63"), int)
+    add("--seed", metavar="N", type=seed, default=0, help="seed of the samples (default: 0)")
+    add("--device", choices=cli.DEVICES, default="auto", help="where to compute (default: auto)")
+    return parser.parse_args(argv)

@@ -1,0 +1,249 @@
+"""The contracts of the six slots: what a member must give, what it may give, and the values passed between them.
+
+Context names that a member's constructor may ask for (see registry.py):
+
+    image_shape     (C, H, W) of an example; points of the plane are (2, 1, 1)
+    data_variance   variance of the training data's pixels in [0, 1]
+    channels, grid  feature channels and (h, w) of the nets' output; for priors, the grid of the codes
+    total_steps     length of the run, where a schedule without steps ends
+    num_codes       K, given to priors by bottlenecks with codes
+    latent_dim      D, given to priors by continuous bottlenecks
+    num_classes     number of labels that condition the prior, 0 for none
+
+B batch, S samples, C channels, H W pixels, D code dimension, K codes, h w code grid.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from vqvae.autoencoder import Autoencoder, Elbo
+
+
+class Latent(NamedTuple):
+    """A draw from the posterior q(z|x) of a batch. Some bottlenecks draw S samples in training: `[S*B, ...]`.
+
+    Flat latents are 1x1 grids, so that all nets, priors and plots see one shape.
+    """
+
+    z: Tensor | None  # [S*B, D, h, w], the decoder's input; None in stage two, which has codes only
+    codes: Tensor | None  # [S*B, h, w] int64, indices into the codebook; None for continuous latents
+    log_q: Tensor  # [S*B] nats, log q(z|x) of this draw; 0 where the posterior is one code
+    loss: Tensor  # scalar, for training: commitment, codebook, diversity ...
+    stats: dict[str, Tensor]  # detached scalars to monitor, by name
+    # [S*B, K, h, w] points of the simplex that replace the codes while a relaxed bottleneck trains
+    assignments: Tensor | None = None
+
+    @classmethod
+    def of_codes(cls, codes: Tensor) -> "Latent":
+        """A latent that consists of codes `[B, h, w]` (int64) only, as stage two trains on."""
+        zero = torch.zeros(len(codes), device=codes.device)
+        return cls(z=None, codes=codes, log_q=zero, loss=zero.new_zeros(()), stats={})
+
+    def need_z(self) -> Tensor:
+        """z; raises ValueError if the latent has codes only."""
+        if self.z is None:
+            raise ValueError("z is needed; this latent has codes only")
+        return self.z
+
+    def need_codes(self) -> Tensor:
+        """The codes; raises ValueError if the latent is continuous."""
+        if self.codes is None:
+            raise ValueError("codes are needed; this latent is continuous")
+        return self.codes
+
+    def detached(self) -> "Latent":
+        """The same latent, for a prior whose gradient must not reach the encoder."""
+        return self if self.assignments is None else self._replace(assignments=self.assignments.detach())
+
+
+class TrainOutput(NamedTuple):
+    """What a module returns to the training loop."""
+
+    loss: Tensor  # scalar, to descend
+    metrics: dict[str, Tensor]  # detached; scalars, or vectors that `summary` turns into scalars
+
+
+class Nets(Protocol):
+    """Sizes of an encoder and a decoder, and the two modules themselves."""
+
+    channels: int  # feature channels
+    grid: tuple[int, int]  # (h, w) of the features
+
+    def encoder(self) -> nn.Module:
+        """`[B, C, H, W]` to features `[B, channels, h, w]`."""
+
+    def decoder(self, code_dim: int, out_channels: int) -> nn.Module:
+        """`[B, code_dim, h, w]` to `[B, out_channels, H, W]`."""
+
+
+class PriorContext(TypedDict, total=False):
+    """What a bottleneck tells priors of its latent."""
+
+    num_codes: int
+    latent_dim: int
+    grid: tuple[int, int]
+
+
+class Bottleneck(nn.Module):
+    """Features `[B, channels, h, w]` to a latent.
+
+    `forward(features, step)` draws one. In training it may update the bottleneck's state (EMA codebooks do).
+    `quantize(features)` returns the most likely latent, in training and evaluation alike: it draws nothing and
+    changes nothing.
+    """
+
+    code_dim: int  # D, channels of the decoder's input
+    grid: tuple[int, int]  # (h, w) of the latent
+    stochastic = False  # whether a draw may differ from the most likely latent
+    fits_start = False  # whether `initialize` wants features
+
+    def forward(self, features: Tensor, step: int) -> Latent:
+        raise NotImplementedError
+
+    def quantize(self, features: Tensor) -> Latent:
+        raise NotImplementedError
+
+    def initialize(self, features: Tensor) -> None:
+        """Fit the start to features `[B, channels, h, w]`, before the first step. Optional."""
+
+    def startup_flows(self) -> nn.ModuleList | None:
+        """Flows on the latent that may start to train later than the rest. Optional."""
+        return None
+
+    def prior_context(self) -> PriorContext:
+        raise NotImplementedError
+
+
+class Discrete(Bottleneck):
+    """A bottleneck whose latent is a grid of codes.
+
+    A bottleneck with several codes per position, or several levels, lays them out as one grid, in the order in which
+    a prior predicts them best; `maps` takes that grid apart.
+    """
+
+    num_codes: int  # K
+    fits_start = True
+
+    def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:
+        """The decoder's input `[B, D, ...]` for codes `[B, h, w]`; with `levels`, from the first levels only."""
+        raise NotImplementedError
+
+    def code_vectors(self) -> Tensor:
+        """The codebook as a table `[K, D]`, for plots."""
+        raise NotImplementedError
+
+    def maps(self, codes: Tensor) -> dict[str, Tensor]:
+        """The codes `[B, h, w]` as one named map per level, for plots and counts."""
+        return {"codes": codes}
+
+    def usage(self, codes: Tensor) -> Tensor:
+        """How often each code of each level occurs, `[levels, K]`."""
+        return torch.stack([count_codes(level, self.num_codes) for level in self.maps(codes).values()])
+
+    def prior_context(self) -> PriorContext:
+        return {"num_codes": self.num_codes, "grid": self.grid}
+
+
+class Continuous(Bottleneck):
+    """A bottleneck whose latent is a vector `[B, D, 1, 1]`."""
+
+    def prior_context(self) -> PriorContext:
+        return {"latent_dim": self.code_dim, "grid": self.grid}
+
+
+def count_codes(codes: Tensor, num_codes: int) -> Tensor:
+    """How often each code occurs among codes of any shape, `[K]` float32."""
+    codes = codes.flatten()  # torch.bincount synchronizes with the GPU
+    ones = torch.ones(len(codes), device=codes.device)
+    return torch.zeros(num_codes, device=codes.device).index_add_(0, codes, ones)
+
+
+class Prior(Protocol):
+    """A distribution over latents."""
+
+    def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
+        """log p(z) in nats, `[B]`."""
+
+    def sample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """n draws: codes `[n, h, w]`, or vectors `[n, D, 1, 1]`."""
+
+
+class Likelihood(nn.Module):
+    """What the decoder's output says about pixels x in [0, 1], `[B, C, H, W]`.
+
+    Parameters come as `[B, P*C, H, W]`, parameter-major: all channels of the first parameter, then of the second.
+    """
+
+    discrete = False  # whether it is a probability of 8-bit pixels, which has bits per dimension
+    params_per_channel: int  # P
+    log_normalizer = 0.0  # nats that -log p contains whatever the parameters are; `reconstruction` leaves them out
+
+    def network_input(self, x: Tensor) -> Tensor:
+        """The encoder's input for x."""
+        raise NotImplementedError
+
+    def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
+        """log p(x|z) in nats, `[B]`."""
+        raise NotImplementedError
+
+    def mean(self, params: Tensor) -> Tensor:
+        """The image shown, `[B, C, H, W]`."""
+        raise NotImplementedError
+
+    def sample(self, params: Tensor) -> Tensor:
+        """A draw, `[B, C, H, W]`."""
+        raise NotImplementedError
+
+    def check(self, images: Tensor) -> None:
+        """Raise `OptionError` for images `[N, C, H, W]` that it is no likelihood of. Optional."""
+
+
+class Objective(nn.Module):
+    """What training descends. Evaluation never sees it.
+
+    It owns freezing, stop-gradients and the groups of parameters that the optimizer gets. An objective with a net of
+    its own (a perceptual loss, a discriminator) registers it as a submodule and returns its parameters as a group.
+    """
+
+    def forward(self, elbo: "Elbo", images: Tensor, model: "Autoencoder", step: int) -> Tensor:
+        """The scalar loss of a batch x in [0, 1], `[S*B, C, H, W]`, given the terms of its bound."""
+        raise NotImplementedError
+
+    def check(self, model: "Autoencoder") -> None:
+        """Raise `OptionError` for a model that lacks what the objective trains. Optional."""
+
+    def freeze(self, model: "Autoencoder", step: int) -> None:
+        """Set `requires_grad` for this step, as a function of the step only. Optional."""
+
+    def for_prior(self, latent: Latent) -> Latent:
+        """The latent as the prior sees it in training; detach it here to keep the prior from pulling the encoder."""
+        return latent
+
+    def parameter_groups(self, model: "Autoencoder", weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for AdamW: `params` and any of its settings; `lr_scale` multiplies the scheduled rate."""
+        raise NotImplementedError
+
+
+class Trainable(Protocol):
+    """What the training loop needs of a module."""
+
+    monitor: str  # the held-out metric whose lowest value makes best.pt
+    headline: tuple[str, ...]  # metrics worth a line on the terminal
+
+    def __call__(self, batch: Tensor, labels: Tensor, step: int) -> TrainOutput: ...
+
+    def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
+        """Metrics averaged over steps, as plain numbers."""
+
+    def initialize(self, batches: Callable[[int], Tensor]) -> None:
+        """Called before the first step; `batches(n)` gives n training examples."""
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for AdamW: `params`, any of its settings, and `lr_scale`, which multiplies the scheduled rate."""
+
+    def saved_state(self) -> dict[str, Any]:
+        """What a checkpoint stores of the module: the autoencoder as `model`, and more."""

@@ -1,0 +1,51 @@
+"""Data sets by name: two splits of uint8 images in memory, or mapped from a cache. A batch is an index into them.
+
+A data set is a function of `data_dir`, `image_size` and options of its own. A new one is a function and a row here.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from vqvae.data.base import Dataset, Images, scale
+from vqvae.data.builtin import digits, gauss2d, photos
+from vqvae.data.image_folder import folder
+from vqvae.data.published import cifar10, fashion_mnist, mnist, mnist_binary, svhn
+from vqvae.registry import Choice, Range, Slot, checked, resolve
+
+__all__ = ["DATASETS", "SLOT", "Dataset", "Images", "load"]
+
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "digits": digits,
+    "photos": photos,
+    "mnist": mnist,
+    "mnist-binary": mnist_binary,
+    "fashion-mnist": fashion_mnist,
+    "cifar10": cifar10,
+    "svhn": svhn,
+    "folder": folder,
+    "gauss2d": gauss2d,
+}
+SLOT = Slot("dataset", DATASETS)
+
+
+@checked
+def load(
+    name: str,
+    *,
+    data_dir: str | Path = "data",
+    image_size: Annotated[int, Range(1)] | None = None,
+    limit: Annotated[int, Range(1)] | None = None,
+    **options: Any,
+) -> Dataset:
+    """Load a data set by name, scaled to `image_size` pixels a side, with the first `limit` images of each split.
+
+    Raises `UserError` for an unknown name or option, a value out of range, and files that are absent, damaged or
+    cannot be downloaded.
+    """
+    choice = resolve(SLOT, Choice(name, options))
+    data = DATASETS[name](data_dir=Path(data_dir).expanduser(), image_size=image_size, **choice.options)
+    train, test = (
+        Images(scale(split.images[:limit], image_size), split.labels[:limit]) for split in (data.train, data.test)
+    )
+    return data._replace(train=train, test=test)

@@ -1,0 +1,53 @@
+"""Types and image operations that all data sets share.
+
+N images, C channels, H W pixels.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DIGITS = tuple("0123456789")
+
+
+class Images(NamedTuple):
+    """One split of a data set."""
+
+    images: Tensor  # [N, C, H, W] uint8; points of the plane are [N, 2, 1, 1] float32
+    labels: Tensor  # [N] int64; -1 for an example without a label
+
+    @classmethod
+    def unlabeled(cls, images: Tensor) -> "Images":
+        """A split without labels."""
+        return cls(images, torch.full((len(images),), -1))
+
+
+class Dataset(NamedTuple):
+    """A training split, a test split, and what is known about both."""
+
+    name: str
+    train: Images
+    test: Images
+    classes: tuple[str, ...] = ()  # names of the labels 0, 1, ...; empty for a data set without labels
+    note: str = ""  # shown next to the metrics: how the data differ from what the name promises
+    entropy: float | None = None  # nats per example, where the generating density is known
+
+
+def interpolate(images: Tensor, size: int) -> Tensor:
+    """Scale images `[N, C, H, W]` float to `[N, C, size, size]`, antialiased."""
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Round float pixels in [0, 255] to uint8."""
+    return images.round().clamp(0, 255).to(torch.uint8)
+
+
+def scale(images: Tensor, size: int | None) -> Tensor:
+    """Scale images `[N, C, H, W]` uint8 to `[N, C, size, size]`; None returns them unchanged."""
+    if size is None or images.shape[-2:] == (size, size):
+        return images
+    tiles = images.split(4096)  # keeps the float copies small
+    return torch.cat([to_bytes(interpolate(tile.float(), size)) for tile in tiles])

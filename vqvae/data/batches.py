@@ -1,0 +1,72 @@
+"""Batches: their order in each epoch, augmentation, and the variance by which errors are normalized.
+
+N images, B batch, C channels, H W pixels.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vqvae.errors import OptionError
+
+
+def batch_indices(count: int, batch_size: int, *, seed: int, epoch: int) -> Tensor:
+    """The shuffled indices of one epoch, `[steps, batch_size]` int64, a pure function of (seed, epoch).
+
+    The last count % batch_size indices are dropped.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    steps = count // batch_size
+    return torch.randperm(count, generator=generator)[: steps * batch_size].view(steps, batch_size)
+
+
+BORDER = 4  # pixels
+
+
+def crop_flip(images: Tensor) -> Tensor:
+    """Pad images `[B, C, H, W]` of any type by 4 reflected pixels, crop HxW at random, and flip half of them.
+
+    Draws from the global generator of the images' device. The padded images are never stored.
+    """
+    count, _, height, width = images.shape
+    device = images.device
+    offsets = torch.randint(2 * BORDER + 1, (2, count, 1), device=device) - BORDER
+    flipped = torch.randint(2, (count, 1), device=device).bool()
+    rows = _reflect(offsets[0] + torch.arange(height, device=device), height)  # [B, H], the source of each row
+    columns = _reflect(offsets[1] + torch.arange(width, device=device), width)  # [B, W]
+    columns = torch.where(flipped, columns.flip(1), columns)
+    example = torch.arange(count, device=device)[:, None, None]
+    return images[example, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)  # from [B, H, W, C]
+
+
+def _reflect(index: Tensor, size: int) -> Tensor:
+    """Map positions from -4 to size + 3 into the image, mirrored at the outermost pixels, which are not repeated."""
+    return (size - 1) - ((size - 1) - index.abs()).abs()
+
+
+AUGMENTATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {"none": None, "crop-flip": crop_flip}
+
+
+def augmentation(name: str, images: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """The function that augments batches of such images, None for "none". Raises `OptionError` for small images."""
+    height, width = images.shape[-2:]
+    if AUGMENTATIONS[name] and min(height, width) <= BORDER:
+        raise OptionError(
+            "", "augment", name,
+            f"needs images of at least {BORDER + 1}x{BORDER + 1} pixels, these have {height}x{width}; use none",
+        )  # fmt: skip
+    return AUGMENTATIONS[name]
+
+
+def pixel_variance(images: Tensor) -> float:
+    """Variance of all pixels and channels in [0, 1], over the first 50,000 images `[N, C, H, W]` at most.
+
+    At least 1e-6, because errors are divided by it.
+    """
+    tiles = images[:50_000].split(2048)
+    count = sum(tile.numel() for tile in tiles)
+    white = 255 if images.dtype == torch.uint8 else 1
+    mean = sum(float(tile.double().sum()) for tile in tiles) / count
+    squares = sum(float((tile.double() - mean).square().sum()) for tile in tiles) / count
+    return max(squares / white**2, 1e-6)

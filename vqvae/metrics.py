@@ -1,0 +1,305 @@
+"""Metrics: one row each, read by the terminal, TensorBoard, the curves, `--help` and both evaluations.
+
+A row has a function of the examples of a batch, whose values are averaged over a split with a standard error, or a
+function of the whole split. A function returns None where its metric does not apply. Rows with `monitored` are computed
+in training too, from the batch at hand and the averages over steps.
+
+This module imports no torch, because `--help` prints its table.
+
+B batch, N examples, C channels, H W pixels, D latent dimension, K codes.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Examples(NamedTuple):
+    """What is known of each example of a batch. Stage two knows only `log_prior`."""
+
+    log_prior: "Tensor"  # [B] nats, log p(z)
+    log_likelihood: "Tensor | None" = None  # [B] nats, log p(x|z)
+    log_posterior: "Tensor | None" = None  # [B] nats, log q(z|x)
+    images: "Tensor | None" = None  # [B, C, H, W] in [0, 1]
+    shown: "Tensor | None" = None  # [B, C, H, W], the model's images of them
+    are_images: bool = True  # False for points of the plane
+
+
+class Facts(NamedTuple):
+    """What metrics need to know of a model."""
+
+    dimensions: int  # C H W
+    data_variance: float  # of the training data
+    eight_bit: bool  # whether the likelihood is a probability of 8-bit pixels
+    num_codes: int | None  # K; None for continuous latents
+    codes_per_image: int
+
+
+class Split(NamedTuple):
+    """What is known of a whole split, or in training of the steps so far."""
+
+    means: Mapping[str, float]  # per-example metrics, averaged
+    facts: Facts
+    usage: "Tensor | None" = None  # [levels, K], how often each code was used
+    latents: "Tensor | None" = None  # [N, D], posterior means
+
+
+class Metric(NamedTuple):
+    """One metric."""
+
+    name: str
+    explanation: str
+    per_example: "Callable[[Examples], Tensor | None] | None" = None  # values [B]
+    whole_set: "Callable[[Split], float | None] | None" = None
+    monitored: bool = False  # computed in training too
+    terminal: str = ""  # format on the terminal; "" prints nothing
+    curve: str = ""  # label of its curve; "" draws none
+    logarithmic: bool = False
+
+
+# per example
+
+
+def _neg_elbo(e: Examples) -> "Tensor | None":
+    if e.log_likelihood is None or e.log_posterior is None:
+        return None
+    return -(e.log_likelihood - e.log_posterior + e.log_prior)
+
+
+def _reconstruction_nats(e: Examples) -> "Tensor | None":
+    return None if e.log_likelihood is None else -e.log_likelihood
+
+
+def _rate(e: Examples) -> "Tensor | None":
+    return None if e.log_posterior is None else e.log_posterior - e.log_prior
+
+
+def _prior_nats(e: Examples) -> "Tensor":
+    return -e.log_prior
+
+
+def _entropy(e: Examples) -> "Tensor | None":
+    return None if e.log_posterior is None else -e.log_posterior
+
+
+def _mse(e: Examples) -> "Tensor | None":
+    if e.images is None or e.shown is None:
+        return None
+    return (e.shown - e.images).square().flatten(1).mean(1)
+
+
+def _psnr(e: Examples) -> "Tensor | None":
+    mse = _mse(e)
+    return -10 * mse.clamp(min=1e-10).log10() if mse is not None and e.are_images else None
+
+
+# whole set
+
+
+def _nmse(s: Split) -> float | None:
+    return s.means["mse"] / s.facts.data_variance if "mse" in s.means else None
+
+
+def _bits_per_dim(s: Split) -> float | None:
+    if not s.facts.eight_bit or "neg_elbo" not in s.means:
+        return None
+    return s.means["neg_elbo"] / (s.facts.dimensions * math.log(2))
+
+
+def _bits_per_code(s: Split) -> float | None:
+    if s.facts.num_codes is None or "prior_nats" not in s.means:
+        return None
+    return s.means["prior_nats"] / (s.facts.codes_per_image * math.log(2))
+
+
+def _uniform_bits_per_code(s: Split) -> float | None:
+    return None if s.facts.num_codes is None else math.log2(s.facts.num_codes)
+
+
+def _code_bits_per_dim(s: Split) -> float | None:
+    if s.facts.num_codes is None or "prior_nats" not in s.means:
+        return None
+    return s.means["prior_nats"] / (s.facts.dimensions * math.log(2))
+
+
+def _code_perplexity(s: Split) -> float | None:
+    bits = _bits_per_code(s)
+    return None if bits is None else 2**bits if bits < 1000 else math.inf
+
+
+def _perplexity(s: Split) -> float | None:
+    return None if s.usage is None else float(perplexity(s.usage))
+
+
+def _active_codes(s: Split) -> int | None:
+    return None if s.usage is None else int((s.usage > 0).sum())
+
+
+def _codebook_size(s: Split) -> int | None:
+    return None if s.usage is None else s.usage.numel()
+
+
+def _codes_per_image(s: Split) -> int | None:
+    return None if s.facts.num_codes is None else s.facts.codes_per_image
+
+
+def _active_units(s: Split) -> int | None:
+    return None if s.latents is None else int((s.latents.var(dim=0) > 0.01).sum())
+
+
+def perplexity(usage: "Tensor") -> "Tensor":
+    """exp(-sum p log p) of usage counts or shares `[..., K]`, averaged over levels.
+
+    The number of codes that, used equally often, would have the same entropy.
+    """
+    import torch
+
+    share = usage.float() / usage.float().sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    return torch.special.entr(share).sum(dim=-1).exp().mean()
+
+
+TABLE = (
+    Metric(
+        "mse", "mean squared error of images in [0, 1]",
+        per_example=_mse, monitored=True, terminal="MSE {:.5f}",
+    ),
+    Metric(
+        "nmse", "MSE / variance of the training data, as Sonnet prints it",
+        whole_set=_nmse, monitored=True, terminal="(/variance {:.4f})", curve="MSE / data variance", logarithmic=True,
+    ),
+    Metric(
+        "psnr", "peak signal-to-noise ratio in dB, averaged over images; higher is better",
+        per_example=_psnr, terminal="PSNR {:.2f} dB", curve="PSNR, dB",
+    ),
+    Metric(
+        "neg_elbo", "-ELBO = -log p(x|z) + log q(z|x) - log p(z) in nats per image, one draw of z; lower is better; "
+        "comparable between models with the same likelihood",
+        per_example=_neg_elbo, monitored=True, terminal="-ELBO {:,.2f} nats", curve="-ELBO, nats per image",
+    ),
+    Metric(
+        "bits_per_dim", "-ELBO in bits per pixel and channel, where the likelihood is a probability of 8-bit pixels",
+        whole_set=_bits_per_dim, terminal="{:.3f} bits/dim", curve="bits/dim",
+    ),
+    Metric(
+        "reconstruction_nats", "-log p(x|z)",
+        per_example=_reconstruction_nats, monitored=True, curve="reconstruction: -log p(x|z), nats",
+    ),
+    Metric(
+        "rate", "log q(z|x) - log p(z)", per_example=_rate, monitored=True, curve="rate: log q - log p, nats",
+    ),
+    Metric("prior_nats", "-log p(z)", per_example=_prior_nats),
+    Metric("entropy", "-log q(z|x)", per_example=_entropy),
+    Metric(
+        "commitment", "mean squared distance between the encoder's vectors and their codes",
+        terminal="commitment {:.4f}", curve="commitment",
+    ),
+    Metric(
+        "perplexity", "exp of the entropy of code usage over the whole split: how many codes, used equally often, "
+        "would be as varied; at most K, and near 1 the codebook has collapsed (batch_perplexity: of one batch)",
+        whole_set=_perplexity, monitored=True, terminal="perplexity {:.0f}", curve="perplexity of code usage",
+    ),
+    Metric(
+        "active_codes", "codes used at least once on the split",
+        whole_set=_active_codes, monitored=True, terminal="active {}", curve="active codes",
+    ),
+    Metric("codebook_size", "levels x K", whole_set=_codebook_size),
+    Metric("codes_per_image", "codes of one image", whole_set=_codes_per_image),
+    Metric(
+        "active_units", "latent dimensions whose posterior mean varies over images by more than 0.01 (1509.00519, "
+        "section 4); the others have collapsed onto the prior",
+        whole_set=_active_units, terminal="active units {}", curve="active latent units",
+    ),
+    Metric(
+        "bits_per_code", "the prior's cost of a code; log2 K is the cost without knowledge",
+        whole_set=_bits_per_code, monitored=True, terminal="{:.4f} bits/code", curve="bits per code",
+    ),
+    Metric("uniform_bits_per_code", "log2 K", whole_set=_uniform_bits_per_code),
+    Metric("code_bits_per_dim", "the prior's cost of an image's codes, per pixel and channel",
+           whole_set=_code_bits_per_dim),
+    Metric(
+        "code_perplexity", "exp of the prior's nats per code",
+        whole_set=_code_perplexity, monitored=True, terminal="code perplexity {:.1f}",
+    ),
+    Metric(
+        "iw_bound", "importance-weighted bound on -log p(x) with S draws (1509.00519, eq. 8), if asked for",
+    ),
+)  # fmt: skip
+METRICS = {metric.name: metric for metric in TABLE}
+
+
+def of_examples(examples: Examples, *, monitored: bool = False) -> dict[str, "Tensor"]:
+    """The per-example metrics that apply, each `[B]`; with `monitored`, those computed in training."""
+    rows = (m for m in TABLE if m.per_example and (m.monitored or not monitored))
+    values = ((m.name, m.per_example(examples)) for m in rows if m.per_example)
+    return {name: value for name, value in values if value is not None}
+
+
+def of_split(split: Split, *, monitored: bool = False) -> dict[str, float]:
+    """The whole-set metrics that apply; with `monitored`, those computed in training."""
+    rows = (m for m in TABLE if m.whole_set and (m.monitored or not monitored))
+    values = ((m.name, m.whole_set(split)) for m in rows if m.whole_set)
+    return {name: value for name, value in values if value is not None}
+
+
+class Totals:
+    """Sums up a split: per-example values, means over batches, code usage and posterior means."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[Tensor]] = {}
+        self.sums: dict[str, float] = {}
+        self.count = 0
+        self.usage: Tensor | None = None
+        self.latents: list[Tensor] = []
+
+    def add(self, values: Mapping[str, "Tensor"], stats: Mapping[str, "Tensor"] | None = None) -> None:
+        """Add a batch's per-example values, each `[B]`, and its scalars, which are weighted by B."""
+        size = len(next(iter(values.values())))
+        for name, value in values.items():
+            self.rows.setdefault(name, []).append(value.cpu().double())
+        for name, value in (stats or {}).items():
+            self.sums[name] = self.sums.get(name, 0) + size * float(value)
+        self.count += size
+
+    def add_usage(self, counts: "Tensor") -> None:
+        counts = counts.cpu().double()
+        self.usage = counts if self.usage is None else self.usage + counts
+
+    def add_latents(self, means: "Tensor") -> None:
+        """Add posterior means `[B, D, ...]`."""
+        self.latents.append(means.flatten(1).cpu().double())
+
+    def results(self, facts: Facts) -> dict[str, Any]:
+        """Every mean, its standard error as `<name>_se`, whole-set metrics, and `usage` `[levels, K]` as int64."""
+        import torch
+
+        results: dict[str, Any] = {name: total / self.count for name, total in self.sums.items()}
+        for name, parts in self.rows.items():
+            values = torch.cat(parts)
+            results[name] = float(values.mean())
+            results[f"{name}_se"] = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+        latents = torch.cat(self.latents) if self.latents else None
+        results |= of_split(Split(results, facts, self.usage, latents))
+        if self.usage is not None:
+            results["usage"] = self.usage.long()
+        return results
+
+
+def line(names: tuple[str, ...], numbers: Mapping[str, float]) -> str:
+    """The numbers worth a line on the terminal, in the order of `names`."""
+    return ", ".join(METRICS[name].terminal.format(numbers[name]) for name in names if name in numbers)
+
+
+def explanations() -> str:
+    """The metrics that the terminal shows, for `--help`."""
+    import textwrap
+
+    shown = [m for m in TABLE if m.terminal]
+    width = max(len(m.name) for m in shown) + 4
+    wrapped = (
+        textwrap.wrap(m.explanation, 118, initial_indent=f"  {m.name:{width - 2}}", subsequent_indent=" " * width)
+        for m in shown
+    )
+    return "\n".join(text for block in wrapped for text in block)

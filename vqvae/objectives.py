@@ -1,0 +1,112 @@
+"""Objectives: what training descends. One class each; the table at the end names them. Evaluation never sees them."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from torch import Tensor
+
+from vqvae.contracts import Latent, Objective
+from vqvae.errors import OptionError
+from vqvae.optimizer import decay_groups
+from vqvae.registry import Options, Range, Slot
+from vqvae.schedules import Schedule, ScheduleText
+
+if TYPE_CHECKING:
+    from vqvae.autoencoder import Autoencoder, Elbo
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElboOptions(Options):
+    """How the bound's terms are weighted."""
+
+    reduction: Annotated[
+        Literal["mean", "sum"], "nats per dimension (mean: with mse, Sonnet's MSE / variance) or per image (sum)"
+    ] = "mean"
+    kl_weight: Annotated[str, ScheduleText(low=0), "weight of log q(z|x) - log p(z)"] = "1"
+    free_bits: Annotated[float, Range(0), "bits per image of log q(z|x) - log p(z) that cost nothing"] = 0.0
+
+
+class ElboObjective(Objective):
+    """The -ELBO: reconstruction + kl_weight * rate, plus the bottleneck's own losses.
+
+    The rate is log q(z|x) - log p(z). Its mean over the batch has no gradient below free_bits (1606.04934, appendix
+    C.8, with all of z as one group). With reduction=mean the nats of an image are divided by its dimensions.
+    """
+
+    def __init__(self, *, total_steps: int, options: ElboOptions = ElboOptions()):
+        super().__init__()
+        self.options, self.total_steps = options, total_steps
+        self.kl_weight = Schedule.parse(options.kl_weight, "kl_weight")
+
+    def forward(self, elbo: "Elbo", images: Tensor, model: "Autoencoder", step: int) -> Tensor:
+        nats = -elbo.log_likelihood.mean() - model.likelihood.log_normalizer
+        rate = self.rate(elbo, model)
+        if rate.requires_grad:  # a fixed prior over a deterministic code costs a constant: nothing to descend
+            free = self.options.free_bits
+            rate = rate.clamp(min=free * math.log(2)) if free else rate
+            nats = nats + self.kl_weight(step, self.total_steps) * rate
+        return nats / (model.dimensions if self.options.reduction == "mean" else 1) + elbo.latent.loss
+
+    def rate(self, elbo: "Elbo", model: "Autoencoder") -> Tensor:
+        """Nats per image, a scalar."""
+        return (elbo.log_posterior - elbo.log_prior).mean()
+
+    def parameter_groups(self, model: "Autoencoder", weight_decay: float) -> list[dict[str, Any]]:
+        return decay_groups(model, weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbabilisticOptions(ElboOptions):
+    """What the experiments on probabilistic VQ-VAEs vary."""
+
+    entropy_scale: Annotated[float, Range(0), "weight of log q(z|x) only; 0 drops the entropy bonus"] = 1.0
+    sum_over_latents: Annotated[bool, "sum the rate over code positions, as the bound does; otherwise average"] = True
+    stop_gradient_for_prior: Annotated[bool, "keep the prior's gradient from reaching the encoder"] = False
+    iaf_startup_steps: Annotated[int, Range(0), "steps before the bottleneck's flows (iaf_flows) train"] = 0
+    stop_training_encoder_after_startup: Annotated[bool, "then freeze the encoder; the rest trains on"] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stop_training_encoder_after_startup and not self.iaf_startup_steps:
+            raise OptionError("", "stop_training_encoder_after_startup", "yes", "needs iaf_startup_steps above 0")
+
+
+class ProbabilisticObjective(ElboObjective):
+    """The -ELBO as probabilistic VQ-VAEs vary it (1805.11063 and the experiments probabilistic-1 to -4.2.2).
+
+    Adds a weight of the entropy, the mean over latents in place of the sum, a stopped gradient from prior to encoder,
+    and flows that start to train late.
+    """
+
+    options: ProbabilisticOptions
+
+    def __init__(self, *, total_steps: int, options: ProbabilisticOptions = ProbabilisticOptions()):
+        super().__init__(total_steps=total_steps, options=options)
+
+    def rate(self, elbo: "Elbo", model: "Autoencoder") -> Tensor:
+        rate = (self.options.entropy_scale * elbo.log_posterior - elbo.log_prior).mean()
+        return rate if self.options.sum_over_latents else rate / math.prod(model.bottleneck.grid)
+
+    def for_prior(self, latent: Latent) -> Latent:
+        return latent.detached() if self.options.stop_gradient_for_prior else latent
+
+    def check(self, model: "Autoencoder") -> None:
+        steps = self.options.iaf_startup_steps
+        if steps and not model.bottleneck.startup_flows():
+            problem = "the bottleneck has no flows; give it some, as in gumbel iaf_flows=1"
+            raise OptionError("probabilistic", "iaf_startup_steps", steps, problem, slot="objective")
+
+    def freeze(self, model: "Autoencoder", step: int) -> None:
+        flows = model.bottleneck.startup_flows()
+        if flows is None or not self.options.iaf_startup_steps:
+            return
+        started = step >= self.options.iaf_startup_steps
+        flows.requires_grad_(started)
+        encoder_trains = not (started and self.options.stop_training_encoder_after_startup)
+        model.encoder.requires_grad_(encoder_trains)
+        model.bottleneck.get_submodule("projection").requires_grad_(encoder_trains)
+
+
+OBJECTIVES = {"elbo": ElboObjective, "probabilistic": ProbabilisticObjective}
+SLOT = Slot("objective", OBJECTIVES)

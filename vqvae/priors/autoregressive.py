@@ -1,0 +1,150 @@
+"""Base class of priors that predict code after code: log p from logits, and one sampling loop in raster order.
+
+B batch, h w code grid, K codes.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqvae.contracts import Latent
+from vqvae.priors.base import BasePrior
+
+
+class Stepper(Protocol):
+    """Computes logits one position at a time, in raster order, and keeps what later positions need."""
+
+    def logits(self, row: int, column: int) -> Tensor:
+        """Logits `[B, K]` of the first position whose code is unknown."""
+
+    def append(self, row: int, column: int, codes: Tensor) -> None:
+        """Take the codes `[B]` of that position."""
+
+
+class AutoregressivePrior(BasePrior):
+    """p(codes) = prod_i p(code_i | codes before i in raster order), conditional on the label if there are classes.
+
+    A member implements `logits` of the whole grid, for training, and a `stepper`, for sampling.
+    """
+
+    def __init__(self, num_codes: int, grid: tuple[int, int], num_classes: int):
+        super().__init__(grid)
+        self.num_codes, self.num_classes = num_codes, num_classes
+
+    def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits `[B, K, h, w]` of each position, given earlier codes `[B, h, w]` or assignments `[B, K, h, w]`."""
+        raise NotImplementedError
+
+    def stepper(self, n: int, labels: Tensor | None = None) -> Stepper:
+        """A stepper for n grids, none of whose codes are known."""
+        raise NotImplementedError
+
+    def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
+        """log p of the codes in nats per image, `[B]`.
+
+        With assignments w, each position contributes sum_k w_k log p_k. Raises ValueError if labels are missing.
+        """
+        self._check_labels(labels)
+        w = latent.assignments
+        known = latent.need_codes() if w is None else w
+        # nets produce channels-last memory, so that K last needs no copy
+        logits = self.logits(known, labels).movedim(1, -1).float()  # [B, h, w, K]
+        if w is not None:
+            return (w.movedim(1, -1) * logits.log_softmax(-1)).flatten(1).sum(1)
+        nats = F.cross_entropy(logits.flatten(0, 2), known.flatten(), reduction="none")
+        return -nats.view_as(known).flatten(1).sum(1)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        labels: Tensor | None = None,
+        given: tuple[Tensor, int] | None = None,
+        generator: torch.Generator | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        naive: bool = False,
+    ) -> Tensor:
+        """Draw codes `[n, h, w]` (int64).
+
+        temperature   divides the logits.
+        top_k         number of most likely codes to draw from at each position; 0 for all.
+        labels        classes `[n]`. Raises ValueError if the prior has classes and labels are missing.
+        given         codes `[n, h, w]` and how many of their rows to keep; the rest is drawn.
+        progress      called with (positions done, positions) after each position.
+        naive         run a whole forward pass for every position, for tests and timing.
+
+        The uniform numbers are drawn in advance, one per position, and go through the inverse distribution function.
+        The stepper and the naive way thus draw the same codes from one seed.
+        """
+        self._check_labels(labels)
+        training = self.training
+        self.eval()
+        h, w = self.grid
+        device = self.anchor.device
+        uniform = torch.rand(h * w, n, generator=generator, device=generator.device if generator else device).to(device)
+        codes = torch.zeros(n, h, w, dtype=torch.int64, device=device)
+        kept, rows = given if given else (codes, 0)
+        stepper = NaiveStepper(self, codes, labels) if naive else self.stepper(n, labels)
+        for position in range(h * w):
+            row, column = divmod(position, w)
+            logits = stepper.logits(row, column)
+            if row < rows:
+                codes[:, row, column] = kept[:, row, column]
+            else:
+                codes[:, row, column] = draw(logits, uniform[position], temperature, top_k)
+            stepper.append(row, column, codes[:, row, column])
+            if progress:
+                progress(position + 1, h * w)
+        self.train(training)
+        return codes
+
+    def _check_labels(self, labels: Tensor | None) -> None:
+        if self.num_classes and labels is None:
+            raise ValueError(f"this prior is conditional and needs labels from 0 to {self.num_classes - 1}")
+
+
+class NaiveStepper:
+    """Runs the whole forward pass at every position: the reference that fast steppers are tested against."""
+
+    def __init__(self, prior: AutoregressivePrior, codes: Tensor, labels: Tensor | None):
+        self.prior, self.codes, self.labels = prior, codes, labels
+
+    def logits(self, row: int, column: int) -> Tensor:
+        return self.prior.logits(self.codes, self.labels)[:, :, row, column]
+
+    def append(self, row: int, column: int, codes: Tensor) -> None:
+        self.codes[:, row, column] = codes
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int) -> Tensor:
+    """Codes `[B]` from logits `[B, K]`: the inverse distribution function at uniform numbers `[B]`."""
+    device = logits.device
+    if device.type == "mps":  # has no float64
+        logits, uniform = logits.cpu(), uniform.cpu()
+    logits = logits.double() / temperature
+    if top_k and top_k < logits.shape[1]:
+        least = logits.topk(top_k, dim=1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    cumulative = logits.softmax(1).cumsum(1)
+    reached = uniform.double().unsqueeze(1) * cumulative[:, -1:]
+    return (cumulative <= reached).sum(1).clamp(max=logits.shape[1] - 1).to(device)
+
+
+def look_up(embedding: nn.Embedding, codes: Tensor) -> Tensor:
+    """Embeddings `[B, h, w, n]` of codes `[B, h, w]`, or their mixtures for assignments `[B, K, h, w]`."""
+    if codes.is_floating_point():
+        return codes.movedim(1, -1) @ embedding.weight
+    return embedding(codes)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of each position, so that no position sees a later one through the statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -1,0 +1,79 @@
+"""Stage one: an autoencoder and an objective as one module that the training loop can train.
+
+B batch, C channels, H W pixels, h w code grid.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqvae import metrics
+from vqvae.autoencoder import Autoencoder, unit_range
+from vqvae.contracts import Objective, TrainOutput
+from vqvae.evaluation import facts_of
+
+FEATURE_VECTORS = 20_000  # that a bottleneck fits its start to
+
+
+class AutoencoderTraining(nn.Module):
+    """Batches of images to a loss and metrics."""
+
+    monitor = "neg_elbo"
+    headline = (
+        "mse", "nmse", "psnr", "neg_elbo", "bits_per_dim", "commitment", "perplexity", "active_codes", "active_units"
+    )  # fmt: skip
+
+    def __init__(self, model: Autoencoder, objective: Objective):
+        super().__init__()
+        objective.check(model)
+        self.model, self.objective = model, objective
+
+    def forward(self, images: Tensor, labels: Tensor | None, step: int) -> TrainOutput:
+        """The loss and metrics of a batch of images `[B, C, H, W]` (uint8, or float points)."""
+        model = self.model
+        self.objective.freeze(model, step)
+        elbo = model.elbo(unit_range(images), labels, step, for_prior=self.objective.for_prior)
+        loss = self.objective(elbo, elbo.x, model, step)
+        with torch.no_grad():
+            shown = model.likelihood.mean(elbo.params)
+            examples = metrics.Examples(
+                elbo.log_prior, elbo.log_likelihood, elbo.log_posterior, elbo.x, shown, model.shows_images
+            )
+            monitored = {name: value.mean() for name, value in metrics.of_examples(examples, monitored=True).items()}
+            nats = monitored["reconstruction_nats"] - model.likelihood.log_normalizer
+            monitored |= {"loss": loss, "reconstruction": nats / model.dimensions, **elbo.latent.stats}
+            if model.discrete is not None:
+                usage = model.discrete.usage(elbo.latent.need_codes())
+                monitored |= {"batch_perplexity": metrics.perplexity(usage), "usage": usage}
+        return TrainOutput(loss, {name: value.detach() for name, value in monitored.items()})
+
+    def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
+        """Metrics averaged over steps, as plain numbers to print; the usage vector becomes perplexity and a count."""
+        means = dict(means)
+        usage = means.pop("usage", None)
+        numbers = {name: float(value) for name, value in means.items()}
+        split = metrics.Split(numbers, facts_of(self.model), usage)
+        return numbers | metrics.of_split(split, monitored=True)
+
+    @torch.no_grad()
+    def initialize(self, batches: Callable[[int], Tensor]) -> None:
+        """Let the bottleneck fit its start to features; `batches(n)` gives n training images."""
+        model = self.model
+        if not model.bottleneck.fits_start:
+            return
+        h, w = model.bottleneck.grid
+        images = batches(-(-FEATURE_VECTORS // (h * w)))
+        model.bottleneck.initialize(torch.cat([model.features(unit_range(tile)) for tile in images.split(128)]))
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        return self.objective.parameter_groups(self.model, weight_decay)
+
+    def saved_state(self) -> dict[str, Any]:
+        """What a checkpoint stores of this module."""
+        return {"model": self.model.state_dict(), "objective": self.objective.state_dict()}
+
+    def restore_state(self, content: dict[str, Any]) -> None:
+        self.model.load_state_dict(content["model"])
+        self.objective.load_state_dict(content["objective"])
