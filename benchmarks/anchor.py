@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""A run of `--preset sonnet-cifar10` beside the figures that Sonnet's own example prints, as a Markdown table.
+"""Compare a run of `--preset sonnet-cifar10` with the metrics that Sonnet's example prints, as a Markdown table.
 
-Both are means over the last 100 training steps of MSE / data variance and of the batch's perplexity, at batch 32.
+Both columns are means over the last 100 training steps, at batch 32: MSE / data variance, and perplexity of a batch.
 
   python train.py --preset sonnet-cifar10
   python benchmarks/anchor.py logs/sonnet-cifar10
@@ -31,8 +31,8 @@ def main() -> None:
     print("| step | Sonnet: MSE / variance | ours | Sonnet: perplexity | ours |\n|---|---|---|---|---|")
     for step, (error, perplexity) in SONNET.items():
         if step in ours:
-            mine = (ours[step]["reconstruction"], ours[step]["batch_perplexity"])
-            print(f"| {step:,} | {error:.3f} | {mine[0]:.3f} | {perplexity:g} | {mine[1]:.0f} |")
+            our_error, our_perplexity = ours[step]["reconstruction"], ours[step]["batch_perplexity"]
+            print(f"| {step:,} | {error:.3f} | {our_error:.3f} | {perplexity:g} | {our_perplexity:.0f} |")
 
 
 if __name__ == "__main__":

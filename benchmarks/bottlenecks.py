@@ -1,10 +1,11 @@
-"""Every bottleneck with codes in the same nets, on the same batches, at the same bits per image and steps.
+#!/usr/bin/env python3
+"""Compare all bottlenecks with codes: the same nets, batches, steps and bits per image.
 
-    python benchmarks/bottlenecks.py --dataset cifar10 --data-dir data --steps 2000
+  python benchmarks/bottlenecks.py --dataset cifar10 --data-dir data --steps 2000
 
-Sizes are chosen so that an image costs the same bits on an 8x8 grid of features (32x32 pixels). A second table grows
-the codebook to see who collapses. Writes results/bottlenecks.md. A run that is done is not repeated, so an interrupted
-command goes on where it was.
+Sizes are chosen so that an image of 32x32 pixels (8x8 features) costs the same number of bits. A second table grows the
+codebook and shows which bottlenecks collapse. Writes results/bottlenecks.md after every run. Finished runs are not
+repeated; delete the folder of an interrupted run before you start again.
 """
 
 import argparse
@@ -12,9 +13,9 @@ import math
 from pathlib import Path
 
 from hardware import describe
-from runs import command_line, row_of, table
+from runs import command_line, row_of, table, write
 
-SAME_RATE = {  # name: the bottleneck, 64 positions x 9 bits, or as near as may be
+SAME_RATE = {  # row: bottleneck with 64 codes x 9 bits per image, or nearly as many bits
     "vq, EMA": "vq",
     "vq, gradient": "vq codebook=gradient",
     "vq, EMA, rotation": "vq gradient=rotation",
@@ -23,7 +24,7 @@ SAME_RATE = {  # name: the bottleneck, 64 positions x 9 bits, or as near as may 
     "simvq": "simvq num_codes=512",
     "fsq": "fsq levels=8,8,8",
     "lfq": "lfq bits=9",
-    "residual, 3 x 8": "residual quantisers=3 num_codes=8",
+    "residual, 3 x 8": "residual quantizers=3 num_codes=8",
     "grouped, 3 x 8": "grouped groups=3 num_codes=8 code_dim=63",
     "hierarchy, 80 x 147": "hierarchy num_codes=147",
     "deterministic": "deterministic num_codes=512 code_dim=64",
@@ -37,13 +38,13 @@ LARGE = {
     for size in (1024, 8192)
     for name, bottleneck in (("vq, our defaults", "vq"), ("vq, gradient from ±1/K", PLAIN), ("cosine", "cosine"))
 } | {"simvq, K = 8,192": "simvq num_codes=8192", "fsq, K = 8,192": "fsq levels=8,8,8,16"}
-INTRODUCTION = """# Bottlenecks side by side
+INTRODUCTION = """# Comparison of bottlenecks
 
-{dataset}, Sonnet's nets in {precision}, {steps:,} steps at batch {batch_size}, learning rate 3e-4, the same initial
-nets and batches for every row of a seed. Held out, in fp32: the whole test split, likeliest codes; MSE of pictures in
-[0, 1]. ± one standard error over seeds, or over images where there is one seed. bits/image: codes per image x log2 K.
-Perplexity is the mean over levels, where a bottleneck has several. Data: {data}.
-Hardware: {on}.
+{dataset}, Sonnet's nets in {precision}, {steps:,} steps at batch {batch_size}, learning rate 3e-4. All rows of a seed
+have the same initial nets and the same batches. Metrics are computed in fp32 on the whole test split, with the most
+likely codes; MSE is that of images in [0, 1]. ± is one standard error over seeds, or over images for a single seed.
+bits/image is codes per image x log2 K. For a bottleneck with several levels, perplexity is the mean over levels.
+Data: {data}. Hardware: {hardware}.
 """
 COLUMNS = (
     "bottleneck",
@@ -58,37 +59,38 @@ COLUMNS = (
 
 
 def main() -> None:
-    cli = command_line(__doc__, steps=2000, batch_size=32, seeds=(2, "of the first table; the second has one"))
-    cli.add_argument("--dataset", default="cifar10")
-    options = cli.parse_args()
+    parser = command_line(
+        __doc__,
+        steps=2000,
+        batch_size=32,
+        seeds=(2, "seeds of the first table (default: 2); the second table has one"),
+        output="results/bottlenecks.md",
+    )
+    parser.add_argument("--dataset", default="cifar10", help="data set (default: cifar10)")
+    options = parser.parse_args()
     found: dict[str, list[dict]] = {}
     for seed in range(options.seeds):
         for name, bottleneck in (SAME_RATE | (LARGE if seed == 0 else {})).items():
             found.setdefault(name, []).append(run(bottleneck, seed, options))
-            write(found, options)
+            write(options.output, report(found, options))
 
 
 def run(bottleneck: str, seed: int, options: argparse.Namespace) -> dict:
-    flags = {
-        "--dataset": options.dataset,
-        "--data-dir": options.data_dir,
-        "--bottleneck": bottleneck,
-        "--max-steps": options.steps,
-        "--epochs": 10_000,
-        "--batch-size": options.batch_size,
-        "--precision": options.precision,
-        "--seed": seed,
-    }
+    flags = ["--dataset", options.dataset, "--data-dir", options.data_dir, "--bottleneck", *bottleneck.split()]
+    flags += ["--max-steps", str(options.steps), "--epochs", "10000", "--batch-size", str(options.batch_size)]
+    flags += ["--precision", options.precision, "--seed", str(seed)]
     if bottleneck.startswith(("gumbel", "categorical")):
-        # the bound's own weight on the rate leaves such a posterior near the uniform for longer than these runs last
-        flags["--kl-weight"] = "0.01"
+        # with a weight of 1 on the KL term, such a posterior stays nearly uniform for longer than these runs last
+        flags += ["--kl-weight", "0.01"]
     slug = "".join(c if c.isalnum() else "-" for c in bottleneck)
-    return row_of(Path(options.logs) / f"{slug}-seed{seed}", flags, plots=options.plots)
+    return row_of(Path(options.logs) / f"{slug}-seed{seed}", flags, plot_dir=options.plots)
 
 
-def write(found: dict[str, list[dict]], options: argparse.Namespace) -> None:
-    lines = [
-        INTRODUCTION.format(data=note(found), on=describe(), **vars(options)),
+def report(found: dict[str, list[dict]], options: argparse.Namespace) -> list[str]:
+    """The lines of the report on the runs finished so far."""
+    data = next(iter(found.values()))[0]["note"] or "as published"
+    return [
+        INTRODUCTION.format(data=data, hardware=describe(), **vars(options)),
         "## The same rate",
         "",
         *table(COLUMNS, [cells(name, found[name]) for name in SAME_RATE if name in found]),
@@ -97,14 +99,11 @@ def write(found: dict[str, list[dict]], options: argparse.Namespace) -> None:
         "",
         *table(COLUMNS, [cells(name, found[name]) for name in LARGE if name in found]),
     ]
-    Path("results/bottlenecks.md").write_text("\n".join(lines) + "\n")
-
-
-def note(found: dict[str, list[dict]]) -> str:
-    return next(iter(found.values()))[0]["note"] or "as published"
 
 
 def cells(name: str, rows: list[dict]) -> tuple[str, ...]:
+    """The table cells of one bottleneck, given its row for each seed."""
+
     def spread(key: str, digits: int, factor: float = 1.0) -> str:
         values = [factor * row[key] for row in rows]
         mean = sum(values) / len(values)

@@ -1,9 +1,12 @@
-"""What a benchmark ran on, in words for its table."""
+"""The machine and the commit that a benchmark ran on, as text for its table."""
 
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def describe(device: str = "cpu") -> str:
@@ -17,3 +20,9 @@ def describe(device: str = "cpu") -> str:
         name = lines[0].split(":", 1)[1].strip() if lines else name
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__.split('+')[0]}"
+
+
+def commit() -> str:
+    """The abbreviated hash of the checked-out commit."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()

@@ -1,30 +1,36 @@
-"""The ten probabilistic experiments on binarised MNIST, trained alike and judged by one evaluator.
+#!/usr/bin/env python3
+"""Train the ten probabilistic experiments on binarized MNIST alike, and evaluate them alike.
 
-    python benchmarks/probabilistic.py --data-dir data --steps 10000 --batch-size 128
+  python benchmarks/probabilistic.py --data-dir data --steps 10000 --batch-size 128
 
-Each run is a preset of train.py with steps, batch and seed of this command; flows that start late start half-way. The
-controls are presets with one flag changed. Writes results/probabilistic.md. A run that is done is not repeated, so an
-interrupted command goes on where it was.
+Each run is a preset of train.py with this command's steps, batch size and seed. Flows that start late start after half
+of the steps. A control is a preset with one option changed. Writes results/probabilistic.md after every run. Finished
+runs are not repeated; delete the folder of an interrupted run before you start again.
 """
 
 import argparse
 from pathlib import Path
 
 from hardware import describe
-from runs import command_line, row_of, table
+from runs import command_line, row_of, table, write
 
-EXPERIMENTS = ["1", "2.1", "2.2", "2.3", "2.4", "2.5", "3", "4.1", "4.2.1", "4.2.2"]
+EXPERIMENTS = ("1", "2.1", "2.2", "2.3", "2.4", "2.5", "3", "4.1", "4.2.1", "4.2.2")
 LATE = {"2.5", "4.2.1", "4.2.2"}
-CONTROLS = ["2.1 --beta 0.05", "2.3 --entropy-scale 0", "2.4 --entropy-scale 0"]  # which of two changes did it
-RUNS = EXPERIMENTS + CONTROLS
-SEEDS = {"1": 2, "2.1": 3, "2.2": 3, "2.3": 3, "3": 2, "2.3 --entropy-scale 0": 3}  # the others run once
-INTRODUCTION = """# The ten probabilistic experiments on binarised MNIST
+NO_ENTROPY = ["--objective", "probabilistic", "entropy_scale=0"]
+CONTROLS = {  # name: the flags added to the experiment's; they separate the effects of two changes
+    "2.1 beta=0.05": ["--beta", "0.05"],
+    "2.3 entropy_scale=0": NO_ENTROPY,
+    "2.4 entropy_scale=0": NO_ENTROPY,
+}
+RUNS = (*EXPERIMENTS, *CONTROLS)
+SEEDS = {"1": 2, "2.1": 3, "2.2": 3, "2.3": 3, "3": 2, "2.3 entropy_scale=0": 3}  # the others run once
+INTRODUCTION = """# The ten probabilistic experiments on binarized MNIST
 
-MNIST, binarised at 0.5; {steps:,} steps at batch {batch_size} each, nets in {precision}; flows that start late start at
-step {half:,}. Held out, in fp32: the 10,000 test images, nats per image, one hard draw of the codes; prior and log q
-are summed over the 10 latents. IW is the importance-weighted bound with {iw_samples} draws; a point posterior has but
-one, and its bound is its -ELBO. ± one standard error over images. The last rows are controls, experiments with one flag
-changed. Hardware: {on}.
+MNIST, binarized at 0.5; {steps:,} steps at batch {batch_size}, nets in {precision}. Flows that start late start at step
+{half:,}. Metrics are computed in fp32 on the 10,000 test images, in nats per image, with one hard draw of the codes.
+-log p(z) and log q are summed over the 10 latents. The IW bound is the importance-weighted bound with {iw_samples}
+draws; where the posterior is one code, it equals the -ELBO. ± is one standard error over images. The last rows are
+controls: experiments with one option changed. Hardware: {hardware}.
 """
 COLUMNS = (
     "experiment",
@@ -42,36 +48,38 @@ COLUMNS = (
 
 
 def main() -> None:
-    cli = command_line(__doc__, steps=10_000, batch_size=128, seeds=(3, "at most; most experiments run once"))
-    cli.add_argument("--iw-samples", type=int, default=100)
-    cli.add_argument("--only", nargs="+", default=RUNS, choices=RUNS, metavar="RUN", help="of " + "; ".join(RUNS))
-    options = cli.parse_args()
+    parser = command_line(
+        __doc__,
+        steps=10_000,
+        batch_size=128,
+        seeds=(3, "largest number of seeds of an experiment (default: 3); most experiments run once"),
+        output="results/probabilistic.md",
+    )
+    parser.add_argument("--iw-samples", type=int, default=100, help="draws for the IW bound (default: 100)")
+    listed = f"run only these of: {'; '.join(RUNS)}"
+    parser.add_argument("--only", nargs="+", default=RUNS, choices=RUNS, metavar="RUN", help=listed)
+    options = parser.parse_args()
     rows = []
     for seed in range(options.seeds):
-        for experiment in options.only:
-            if seed < SEEDS.get(experiment, 1):
-                rows.append({"experiment": experiment} | run(experiment, seed, options))
-                write(rows, options)
+        for name in options.only:
+            if seed < SEEDS.get(name, 1):
+                rows.append({"experiment": name} | run(name, seed, options))
+                write(options.output, report(rows, options))
 
 
-def run(experiment: str, seed: int, options: argparse.Namespace) -> dict:
-    name, *change = experiment.split()
-    flags = {
-        "--preset": f"probabilistic-{name}",
-        "--seed": seed,
-        "--max-steps": options.steps,
-        "--epochs": 10_000,
-        "--batch-size": options.batch_size,
-        "--precision": options.precision,
-        "--data-dir": options.data_dir,
-    } | dict(zip(change[::2], change[1::2], strict=True))
-    if name in LATE:
-        flags["--iaf-startup-steps"] = options.steps // 2
-    folder = Path(options.logs) / f"probabilistic-{'-'.join((name, *change))}-seed{seed}"
-    return row_of(folder, flags, plots=options.plots, iw_samples=options.iw_samples, figures=True)
+def run(name: str, seed: int, options: argparse.Namespace) -> dict:
+    experiment = name.split()[0]
+    flags = ["--preset", f"probabilistic-{experiment}", "--data-dir", options.data_dir, "--seed", str(seed)]
+    flags += ["--max-steps", str(options.steps), "--epochs", "10000", "--batch-size", str(options.batch_size)]
+    flags += ["--precision", options.precision, *CONTROLS.get(name, [])]
+    if experiment in LATE:  # the preset has the same objective, so this option is added to its options
+        flags += ["--objective", "probabilistic", f"iaf_startup_steps={options.steps // 2}"]
+    folder = Path(options.logs) / f"probabilistic-{name.replace(' ', '-')}-seed{seed}"
+    return row_of(folder, flags, plot_dir=options.plots, iw_samples=options.iw_samples, plots=True)
 
 
-def write(rows: list[dict], options: argparse.Namespace) -> None:
+def report(rows: list[dict], options: argparse.Namespace) -> list[str]:
+    """The lines of the report on the runs finished so far."""
     cells = [
         (
             r["experiment"],
@@ -81,16 +89,15 @@ def write(rows: list[dict], options: argparse.Namespace) -> None:
             f"{r['reconstruction_nats']:.2f}",
             f"{r['prior_nats']:.2f}",
             f"{0 - r['entropy']:.2f}",
-            f"{r['active_codes']} of 64",
+            f"{r['active_codes']} of {r['codebook_size']}",
             f"{r['images_per_s']:.0f}",
             f"{r['seconds']:.0f}",
             r["commit"],
         )
         for r in sorted(rows, key=lambda r: (RUNS.index(r["experiment"]), r["seed"]))
     ]
-    introduction = INTRODUCTION.format(half=options.steps // 2, on=describe(), **vars(options))
-    lines = [introduction, *table(COLUMNS, cells)]
-    Path("results/probabilistic.md").write_text("\n".join(lines) + "\n")
+    introduction = INTRODUCTION.format(half=options.steps // 2, hardware=describe(), **vars(options))
+    return [introduction, *table(COLUMNS, cells)]
 
 
 if __name__ == "__main__":

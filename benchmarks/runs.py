@@ -1,60 +1,73 @@
-"""Train, evaluate and draw one run as a person would, once; its held-out figures as a row for a table."""
+"""Train, evaluate and plot one run with the commands that a user types; return its held-out metrics as a table row."""
 
 import argparse
 import json
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # the two scripts are no part of what is installed
-import train
-import visualize_codes
+from hardware import commit
+
+from vqvae import cli
+from vqvae.commands import train, visualize
 
 
-def command_line(about: str, *, steps: int, batch_size: int, seeds: tuple[int, str]) -> argparse.ArgumentParser:
-    """What benchmarks that train ask for; `seeds` says how many, of what."""
-    cli = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("--data-dir", default="data")
-    cli.add_argument("--steps", type=int, default=steps)
-    cli.add_argument("--batch-size", type=int, default=batch_size)
-    cli.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of training; evaluation is in fp32")
-    cli.add_argument("--seeds", type=int, default=seeds[0], help=seeds[1])
-    cli.add_argument("--logs", default="logs")
-    cli.add_argument("--plots", default="plots")
-    return cli
+def command_line(
+    about: str, *, steps: int, batch_size: int, seeds: tuple[int, str], output: str
+) -> argparse.ArgumentParser:
+    """The flags of a benchmark that trains; `seeds` is the default number and its help text."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data-dir", default="data", help="folder of the data's files")
+    add("--steps", type=int, default=steps, help=f"training steps (default: {steps:,})")
+    add("--batch-size", type=int, default=batch_size, help=f"images per step (default: {batch_size})")
+    add("--precision", default="fp32", choices=("fp32", "bf16"), help="precision of training; evaluation is in fp32")
+    add("--seeds", type=int, default=seeds[0], help=seeds[1])
+    add("--logs", default="logs", help="folder of the runs (default: logs)")
+    add("--plots", default="plots", help="folder of the plots (default: plots)")
+    add("--output", default=output, help=f"Markdown file to write (default: {output})")
+    return parser
 
 
-def row_of(folder: Path, flags: dict, *, plots: str, iw_samples: int = 1, figures: bool = False) -> dict:
-    """The figures of the run in `folder`, which is trained with these flags of train.py unless it is done already."""
-    done = folder / "row.json"
-    if not done.exists():
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        begun = time.perf_counter()
-        flags = flags | {"--name": folder.name, "--log-dir": folder.parent, "--plot-dir": plots}
-        _must(train.main([word for flag, value in flags.items() for word in (flag, *str(value).split())]))
-        seconds = time.perf_counter() - begun
+def row_of(folder: Path, flags: list[str], *, plot_dir: str, iw_samples: int = 1, plots: bool = False) -> dict:
+    """The held-out metrics of the run in `folder`.
+
+    Trains the run with these flags of train.py, unless a previous call has stored its row.
+    """
+    stored = folder / "row.json"
+    if not stored.exists():
+        start = time.perf_counter()
+        _call(train.main, [*flags, "--name", folder.name, "--log-dir", str(folder.parent), "--plot-dir", plot_dir])
+        seconds = time.perf_counter() - start
         checkpoint = str(folder / "checkpoint.pt")
-        _must(train.main(["--evaluate", "--checkpoint", checkpoint, "--iw-samples", str(iw_samples)]))
-        if figures:
-            _must(visualize_codes.main(["--checkpoint", checkpoint]))
+        _call(train.main, ["--evaluate", "--checkpoint", checkpoint, "--iw-samples", str(iw_samples)])
+        if plots:
+            _call(visualize.main, ["--checkpoint", checkpoint])
         log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         speeds = [entry["images_per_s"] for entry in log if entry["kind"] == "epoch"]
         row = json.loads((folder / "evaluation.json").read_text())
-        row |= {"images_per_s": sum(speeds) / len(speeds), "seconds": seconds, "commit": commit}
-        done.write_text(json.dumps(row, indent=2) + "\n")
-    return json.loads(done.read_text())
+        row |= {"images_per_s": sum(speeds) / len(speeds), "seconds": seconds, "commit": commit()}
+        stored.write_text(json.dumps(row, indent=2) + "\n")
+    return json.loads(stored.read_text())
 
 
 def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """Lines of Markdown."""
+    """The lines of a Markdown table."""
     return [
         "| " + " | ".join(columns) + " |",
         "|---" * len(columns) + "|",
-        *("| " + " | ".join(r) + " |" for r in rows),
+        *("| " + " | ".join(row) + " |" for row in rows),
     ]
 
 
-def _must(code: int) -> None:
-    if code:
+def write(path: str, lines: list[str]) -> None:
+    """Write lines to a file in a folder that may not exist yet."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("\n".join(lines) + "\n")
+
+
+def _call(main: Callable[[list[str]], int], argv: list[str]) -> None:
+    """Run a command of vqvae; exit with its code if it fails."""
+    if code := cli.run(main, argv):
         sys.exit(code)

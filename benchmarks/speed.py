@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
-"""How fast training, the quantiser, the whole loop, the input pipeline and the start are, beside what people use.
+"""Time training, the quantizer, the training loop, the input pipeline and the start-up against common alternatives.
 
   python benchmarks/speed.py [--quick] [--device cpu|cuda] [--output results/speed.json]
 
-Peers, in the same nets and on the same data, each taking turns with ours:
-  plain   the common PyTorch VQ-VAE: distances with both norms, a one-hot matrix product for the codes and another for
-          the EMA, NCHW, Adam as PyTorch gives it
-  vqp     vector-quantize-pytorch's EMA quantiser, otherwise as plain
-Figures are medians of five turns after one to warm up. Who competes has a process of its own for all its turns: on a
-CPU training keeps the memory that it frees (vqvae/devices.py), a setting of the process, which peers have as glibc sets
-it; `same_allocator` has the ratios to peers that are given ours. Extra memory is what one pass adds to the peak of a
-fresh process.
+The peers have the same nets and data, and take turns with our code:
+  plain   the usual PyTorch VQ-VAE: distances with both norms, one-hot matrix products for the codes and for the EMA,
+          NCHW, Adam with PyTorch's defaults
+  vqp     the EMA quantizer of vector-quantize-pytorch, otherwise as plain
+Times are medians of five rounds after a warm-up round. Each contestant has a process of its own, because on a CPU our
+training changes how its process allocates memory (vqvae.devices.keep_memory); peers keep glibc's setting. The ratios
+named `same_allocator` are to peers with our setting. Extra memory is what one pass adds to the peak of a new process.
 """
 
 import argparse
@@ -32,27 +31,29 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from hardware import describe
+from hardware import ROOT, describe
 from runs import table
 from torch import Tensor, nn
 
 from vqvae.autoencoder import SLOTS, build_autoencoder, unit_range
-from vqvae.bottlenecks.vq import VQ
-from vqvae.data import batch_indices
+from vqvae.bottlenecks.vq import VQ, VQOptions
+from vqvae.data.batches import batch_indices
 from vqvae.devices import keep_memory
-from vqvae.members import Choice, resolve
 from vqvae.nets import Sonnet
+from vqvae.objectives import ElboObjective
+from vqvae.optimizer import adamw
+from vqvae.registry import Choice
 from vqvae.runs import Run
 from vqvae.schedules import Schedule
-from vqvae.training import Plan, fit, optimiser, take
+from vqvae.stage_one import AutoencoderTraining
+from vqvae.training import Plan, Stage, fit, take
 
-ROOT = Path(__file__).resolve().parent.parent
-SHAPE, VARIANCE, BATCH = (3, 32, 32), 0.063, 128  # CIFAR-10's
-DIM, ROUNDS, SIDE = 64, 5, 2048
+SHAPE, VARIANCE, BATCH = (3, 32, 32), 0.063, 128  # CIFAR-10's images, the variance of its pixels, images per step
+DIM, ROUNDS, SIDE = 64, 5, 2048  # code dimension, rounds, side of the matrices that measure the peak rate
 
 
-class PlainQuantiser(nn.Module):
-    """The EMA quantiser of most PyTorch repositories (`[B, D, h, w]`, decay 0.99, commitment 0.25)."""
+class PlainQuantizer(nn.Module):
+    """The EMA quantizer found in most PyTorch repositories (`[B, D, h, w]`, decay 0.99, commitment 0.25)."""
 
     def __init__(self, num_codes: int):
         super().__init__()
@@ -66,20 +67,20 @@ class PlainQuantiser(nn.Module):
         norms = flat.square().sum(dim=1, keepdim=True) + self.codebook.square().sum(dim=1)
         distances = norms - 2 * flat @ self.codebook.t()
         one_hot = torch.zeros_like(distances).scatter_(1, distances.argmin(dim=1, keepdim=True), 1)
-        quantised = (one_hot @ self.codebook).view_as(rows)
+        quantized = (one_hot @ self.codebook).view_as(rows)
         with torch.no_grad():
             self.counts.mul_(0.99).add_(one_hot.sum(dim=0), alpha=0.01)
             self.totals.mul_(0.99).add_(one_hot.t() @ flat, alpha=0.01)
             n = self.counts.sum()
             smoothed = (self.counts + 1e-5) / (n + len(self.counts) * 1e-5) * n
             self.codebook.copy_(self.totals / smoothed.unsqueeze(1))
-        loss = 0.25 * F.mse_loss(rows, quantised.detach())
-        quantised = rows + (quantised - rows).detach()
-        return quantised.permute(0, 3, 1, 2).contiguous(), loss
+        loss = 0.25 * F.mse_loss(rows, quantized.detach())
+        quantized = rows + (quantized - rows).detach()
+        return quantized.permute(0, 3, 1, 2).contiguous(), loss
 
 
-class PeerQuantiser(nn.Module):
-    """vector-quantize-pytorch, with the same settings."""
+class PeerQuantizer(nn.Module):
+    """The quantizer of vector-quantize-pytorch with the same settings."""
 
     def __init__(self, num_codes: int):
         super().__init__()
@@ -90,56 +91,67 @@ class PeerQuantiser(nn.Module):
         )
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        quantised, _, loss = self.inner(z)
-        return quantised, loss.sum()
+        quantized, _, loss = self.inner(z)
+        return quantized, loss.sum()
 
 
 class Peer(nn.Module):
-    """Our nets around a peer's quantiser, and Sonnet's loss."""
+    """Our nets with a peer's quantizer and Sonnet's loss: images `[B, C, H, W]` (uint8) to a scalar."""
 
-    def __init__(self, quantiser: nn.Module):
+    def __init__(self, quantizer: nn.Module):
         super().__init__()
         nets = Sonnet(image_shape=SHAPE)
         self.encoder = nn.Sequential(nets.encoder(), nn.Conv2d(nets.channels, DIM, 1))
-        self.quantiser, self.decoder = quantiser, nets.decoder(DIM, SHAPE[0])
+        self.quantizer, self.decoder = quantizer, nets.decoder(DIM, SHAPE[0])
 
     def forward(self, images: Tensor) -> Tensor:
         x = images.float() / 255 - 0.5
-        quantised, loss = self.quantiser(self.encoder(x))
-        return F.mse_loss(self.decoder(quantised), x) / VARIANCE + loss
+        quantized, loss = self.quantizer(self.encoder(x))
+        return F.mse_loss(self.decoder(quantized), x) / VARIANCE + loss
 
 
-def ours(device: torch.device) -> nn.Module:
-    """`train.py`'s model of CIFAR-10 with every default but k-means, which is no part of a step."""
+def ours(device: torch.device) -> AutoencoderTraining:
+    """train.py's default model for CIFAR-10, without the k-means start."""
     words = {"nets": "sonnet", "bottleneck": "vq init=normal", "prior": "uniform", "likelihood": "mse"}
-    choices = {slot: resolve(SLOTS[slot], Choice.parse("", text.split())) for slot, text in words.items()}
-    return build_autoencoder(choices, image_shape=SHAPE, data_variance=VARIANCE).to(device)
+    choices = {slot: Choice.parse(slot, words[slot].split()) for slot in SLOTS}
+    model = build_autoencoder(choices, image_shape=SHAPE, data_variance=VARIANCE)
+    return AutoencoderTraining(model, ElboObjective(total_steps=1)).to(device)
 
 
-QUANTISERS: dict[str, Callable[[int], nn.Module]] = {
-    "ours": lambda k: VQ(channels=DIM, grid=(8, 8), num_codes=k, code_dim=DIM, projection=False, init="normal"),
-    "plain": PlainQuantiser,
-    "vqp": PeerQuantiser,
+def our_quantizer(num_codes: int) -> VQ:
+    options = VQOptions(num_codes=num_codes, code_dim=DIM, init="normal")
+    return VQ(channels=DIM, grid=(8, 8), options=options, projection=False)
+
+
+QUANTIZERS: dict[str, Callable[[int], nn.Module]] = {
+    "ours": our_quantizer,
+    "plain": PlainQuantizer,
+    "vqp": PeerQuantizer,
 }
 
 
 def fresh_process(prepare: Callable[..., None] | None = None, arguments: tuple = ()) -> ProcessPoolExecutor:
-    """A process that shares nothing with this one, and calls `prepare(*arguments)` first."""
+    """A new process that shares no state with this one and first calls `prepare(*arguments)`."""
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare, arguments)
 
 
 class Contestant:
-    """A process of its own for `build(*arguments)`, of which a turn is some runs; `kept` calls keep_memory there."""
+    """A process of its own that runs `build(*arguments)()`, `runs` times a turn.
 
-    work: Callable[[], object]  # in that process
+    With `our_allocator` the process first calls keep_memory, as our training does.
+    """
 
-    def __init__(self, build: Callable[..., Callable[[], object]], *arguments, runs: int = 1, kept: bool = False):
+    work: Callable[[], object]  # exists only in that process
+
+    def __init__(
+        self, build: Callable[..., Callable[[], object]], *arguments, runs: int = 1, our_allocator: bool = False
+    ):
         self.runs = runs
-        self.process = fresh_process(Contestant._prepare, (kept, build, *arguments))
+        self.process = fresh_process(Contestant._prepare, (our_allocator, build, *arguments))
 
     @staticmethod
-    def _prepare(kept: bool, build: Callable[..., Callable[[], object]], *arguments) -> None:
-        if kept:
+    def _prepare(our_allocator: bool, build: Callable[..., Callable[[], object]], *arguments) -> None:
+        if our_allocator:
             keep_memory()
         torch.manual_seed(0)
         Contestant.work = staticmethod(build(*arguments))
@@ -149,12 +161,12 @@ class Contestant:
         return seconds(lambda: [Contestant.work() for _ in range(runs)]) / runs
 
     def turn(self) -> float:
-        """Mean seconds of a run."""
+        """Mean seconds per run."""
         return self.process.submit(Contestant._turn, self.runs).result()
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """What work takes, with all that it asks of a GPU."""
+    """The duration of `work()`, including what it starts on a GPU."""
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     wait()
     start = time.perf_counter()
@@ -164,12 +176,13 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def interleaved(turns: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """Median seconds of each, all taking turns, after a turn each to warm up."""
+    """Median seconds of each. All take turns, after a warm-up turn each."""
     times = [{name: turn() for name, turn in turns.items()} for _ in range(ROUNDS + 1)]
     return {name: statistics.median(row[name] for row in times[1:]) for name in turns}
 
 
 def compete(contestants: dict[str, Contestant]) -> dict[str, float]:
+    """Median seconds of a run of each contestant; ends their processes."""
     with contextlib.ExitStack() as stack:
         for contestant in contestants.values():
             stack.enter_context(contestant.process)
@@ -178,16 +191,15 @@ def compete(contestants: dict[str, Contestant]) -> dict[str, float]:
 
 def plan_of(device: torch.device, **settings) -> Plan:
     rest = {"weight_decay": 0.0, "seed": 0, "precision": "fp32", "log_every": 50, "save_every": (50, None)}
-    rate = Schedule.parse("--lr", "3e-4")
-    return Plan(epochs=1, batch_size=BATCH, lr=rate, device=device, **(rest | settings))
+    return Plan(epochs=1, batch_size=BATCH, lr=Schedule.parse("3e-4"), device=device, **(rest | settings))
 
 
-def our_step(model: nn.Module, images: Tensor, plan: Plan) -> Callable[[], None]:
-    adam = optimiser(model, plan)
+def our_step(module: AutoencoderTraining, images: Tensor, plan: Plan) -> Callable[[], None]:
+    adam = adamw(module.parameter_groups(plan.weight_decay), plan.device)
 
     def step() -> None:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
-            loss = model(images, None, 0).loss
+            loss = module(images, None, 0).loss
         loss.backward()
         adam.step()
         adam.zero_grad()
@@ -207,25 +219,26 @@ def peer_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
 
 
 def training_step(name: str, device: torch.device) -> Callable[[], None]:
-    """A step of `plain`, `vqp`, or ours in the precision of that name."""
+    """A training step of `plain`, of `vqp`, or of our model in the precision `name`."""
     images = torch.randint(256, (BATCH, *SHAPE), dtype=torch.uint8, device=device)
-    if name in QUANTISERS:
-        return peer_step(Peer(QUANTISERS[name](512)).to(device), images)
+    if name in QUANTIZERS:
+        return peer_step(Peer(QUANTIZERS[name](512)).to(device), images)
     return our_step(ours(device), images, plan_of(device, precision=name))
 
 
 def product(kind: str, dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
-    """The same product by torch.mm or as a 1x1 convolution, which on a CPU are of two libraries."""
+    """The same matrix product by torch.mm or as a 1x1 convolution; on a CPU the two use different libraries."""
     a, b = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
     pixels = a.view(1, SIDE, 1, SIDE).permute(0, 3, 1, 2)  # [1, C, H, 1], channels last
     return {"mm": lambda: a @ b.T, "convolution": lambda: F.conv2d(pixels, b.view(SIDE, SIDE, 1, 1))}[kind]
 
 
 def peak(kind: str, dtype: torch.dtype, device: torch.device) -> Contestant:
-    return Contestant(product, kind, dtype, device, runs=5, kept=True)
+    return Contestant(product, kind, dtype, device, runs=5, our_allocator=True)
 
 
 def training(device: torch.device, steps: int) -> dict:
+    """Training speed in images/s, compared with the peers and with the rate of matrix products."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -233,11 +246,11 @@ def training(device: torch.device, steps: int) -> dict:
     flops = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "convolution" in str(op)) / BATCH
     peers, precisions = ("plain", "vqp"), {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-    def entrant(name: str, kept: bool) -> Contestant:
-        return Contestant(training_step, name, device, runs=steps, kept=kept)
+    def contestant(name: str, our_allocator: bool) -> Contestant:
+        return Contestant(training_step, name, device, runs=steps, our_allocator=our_allocator)
 
-    contestants = {name: entrant(name, kept=name in precisions) for name in (*precisions, *peers)}
-    contestants |= {f"{name}, same allocator": entrant(name, kept=True) for name in peers}
+    contestants = {name: contestant(name, our_allocator=name in precisions) for name in (*precisions, *peers)}
+    contestants |= {f"{name}, same allocator": contestant(name, our_allocator=True) for name in peers}
     for precision, dtype in precisions.items():
         contestants |= {f"{kind} {precision}": peak(kind, dtype, device) for kind in ("mm", "convolution")}
     took = compete(contestants)
@@ -258,47 +271,49 @@ def training(device: torch.device, steps: int) -> dict:
     return result
 
 
-def quantiser_pass(name: str, num_codes: int, vectors: int, device: torch.device) -> Callable[[], None]:
-    """Forward, backward and EMA, of vectors as the encoders hand them over."""
-    quantiser = QUANTISERS[name](num_codes).to(device)
+def quantizer_pass(name: str, num_codes: int, vectors: int, device: torch.device) -> Callable[[], None]:
+    """Forward, backward and EMA update on vectors in the memory format that the encoders produce."""
+    quantizer = QUANTIZERS[name](num_codes).to(device)
     z = torch.randn(vectors // 64, DIM, 8, 8, device=device)
     z = (z.contiguous(memory_format=torch.channels_last) if name == "ours" else z).requires_grad_()
 
     def run() -> None:
-        out = quantiser(z, 0) if name == "ours" else quantiser(z)
-        quantised, loss = (out.z, out.loss) if name == "ours" else out
-        (quantised.sum() + loss).backward()
+        out = quantizer(z, 0) if name == "ours" else quantizer(z)
+        quantized, loss = (out.z, out.loss) if name == "ours" else out
+        (quantized.sum() + loss).backward()
         z.grad = None
 
     return run
 
 
 def extra_megabytes(name: str, num_codes: int, vectors: int, device: torch.device) -> float:
-    """What one pass adds to the memory of this process at its peak; for a process that has done nothing else."""
-    run = quantiser_pass(name, num_codes, vectors, device)
+    """The megabytes that one pass adds to this process's peak memory, in a process that has done nothing else."""
+    run = quantizer_pass(name, num_codes, vectors, device)
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is of the imports
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
     run()
     return (_resident("VmHWM") - before) / 1e6
 
 
 def _resident(field: str) -> int:
-    """Bytes of this process's memory now (VmRSS) or at its peak (VmHWM), as Linux counts them."""
+    """Bytes of memory that Linux counts for this process, now (VmRSS) or at the peak (VmHWM)."""
     return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def quantiser(num_codes: int, vectors: int, device: torch.device) -> dict:
+def quantizer(num_codes: int, vectors: int, device: torch.device) -> dict:
+    """Time and memory of one pass of each quantizer, compared with the matrix product of vectors and codes."""
     passes = {
-        name: Contestant(quantiser_pass, name, num_codes, vectors, device, kept=name == "ours") for name in QUANTISERS
+        name: Contestant(quantizer_pass, name, num_codes, vectors, device, our_allocator=name == "ours")
+        for name in QUANTIZERS
     }
     took = compete(passes | {"mm": peak("mm", torch.float32, device)})
-    floor = took["mm"] * vectors * num_codes * DIM / SIDE**3  # of the scores alone, at that rate
-    memory = dict.fromkeys(QUANTISERS)
+    floor = took["mm"] * vectors * num_codes * DIM / SIDE**3  # time of the product of vectors and codes at this rate
+    memory = dict.fromkeys(QUANTIZERS)
     if device.type == "cuda" or Path("/proc/self/clear_refs").exists():
         for name in memory:
             with fresh_process() as fresh:
@@ -315,7 +330,7 @@ def quantiser(num_codes: int, vectors: int, device: torch.device) -> dict:
 
 
 def loop(device: torch.device, steps: int) -> dict:
-    """An epoch of `fit`, with its data, logs, events and checkpoints, against as many bare steps."""
+    """An epoch of `fit`, with data, logs, events and checkpoints, compared with the same number of bare steps."""
     images = torch.randint(256, (steps * BATCH, *SHAPE), dtype=torch.uint8)
     labels = torch.zeros(len(images), dtype=torch.long)
     step = our_step(ours(device), images[:BATCH].to(device), plan_of(device))
@@ -324,10 +339,10 @@ def loop(device: torch.device, steps: int) -> dict:
     def epoch() -> None:
         facts = {"kind": "autoencoder", "run": "loop", "config": {}, "data": {}, "examples": {}, "plots": ""}
         run = Run(Path(tempfile.mkdtemp(dir=folders.name)) / "run", facts)
-        model = ours(device)
-        model.initialise = lambda batches: None
-        figures = {model.monitor: 0.0}
-        fit(model, images, labels, plan_of(device), run, evaluate=lambda: dict(figures), after_epoch=lambda *_: None)
+        module = ours(device)
+        module.initialize = lambda batches: None
+        stage = Stage(module, images, labels, evaluate=lambda: {module.monitor: 0.0}, draw=None, caption="")
+        fit(stage, plan_of(device), run)
         run.close()
 
     with folders, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -336,8 +351,8 @@ def loop(device: torch.device, steps: int) -> dict:
     return {"images_per_s": len(images) / took["loop"], "fraction_of_step": took["step"] / took["loop"]}
 
 
-class Pictures(torch.utils.data.Dataset):
-    """What torchvision's CIFAR10 does for a picture."""
+class PILImages(torch.utils.data.Dataset):
+    """Converts each image as torchvision's CIFAR10 does: to PIL, then by ToTensor and Normalize."""
 
     def __init__(self, images: Tensor):
         from torchvision.transforms import Compose, Normalize, ToTensor
@@ -355,20 +370,20 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def pipeline(device: torch.device, batches: int) -> dict:
-    """Shuffled, scaled batches on the device, as a DataLoader of PIL images with ToTensor and Normalize gives them."""
+    """Shuffled, scaled batches on the device, compared with a DataLoader of PIL images."""
     images = torch.randint(256, (batches * BATCH, *SHAPE), dtype=torch.uint8)
-    held = images.to(device)
-    network_input = ours(device).likelihood.network_input
+    resident = images.to(device)
+    network_input = ours(device).model.likelihood.network_input
     loaders = {
         f"dataloader_{workers}_workers": torch.utils.data.DataLoader(
-            Pictures(images), BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+            PILImages(images), BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0
         )
         for workers in (0, os.cpu_count())
     }
 
     def indexed() -> None:
-        for index in batch_indices(len(held), BATCH, seed=0, epoch=0):
-            network_input(unit_range(take(held, index, device)))
+        for index in batch_indices(len(resident), BATCH, seed=0, epoch=0):
+            network_input(unit_range(take(resident, index, device)))
 
     def loaded(loader) -> None:
         for batch, _ in loader:
@@ -384,7 +399,7 @@ def pipeline(device: torch.device, batches: int) -> dict:
 
 
 def startup(device: torch.device) -> dict:
-    """Seconds of `train.py --dataset digits` to its first step, of the imports in it, and of `--help`."""
+    """Seconds until the first step of `train.py --dataset digits`, seconds of its imports, and seconds of `--help`."""
 
     def command(folder: str, *options: str) -> list[str]:
         digits = ["train.py", "--dataset", "digits", "--device", device.type, "--log-every", "1"]
@@ -416,7 +431,7 @@ def startup(device: torch.device) -> dict:
 
 
 def show(rows: dict[str, dict], *columns: str) -> None:
-    """Figures as a table, one line for each row; all of the first row's by default."""
+    """Print a table with a line per row. Columns default to all of the first row."""
 
     def cell(value: float | None) -> str:
         return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
@@ -429,17 +444,17 @@ def show(rows: dict[str, dict], *columns: str) -> None:
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument("--quick", action="store_true", help="shorter turns, and a quarter of the vectors")
-    cli.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    cli.add_argument("--output", default="results/speed.json", help="where the figures go as JSON")
-    args = cli.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="shorter turns, and a quarter of the vectors")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    parser.add_argument("--output", default="results/speed.json", help="JSON file to write")
+    args = parser.parse_args()
     try:
         import vector_quantize_pytorch  # noqa: F401
     except ImportError:
-        sys.exit("error: this compares with vector-quantize-pytorch: pip install vector-quantize-pytorch")
+        sys.exit("error: a peer is not installed: pip install vector-quantize-pytorch")
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: --device cuda: not available here; there is cpu")
+        sys.exit("error: --device cuda: not available on this machine; use cpu")
     device, quick = torch.device(args.device), args.quick
     if device.type == "cpu":
         keep_memory()
@@ -451,8 +466,8 @@ def main() -> None:
     result["train"] = training(device, 1 if quick else 6)
     show({"train, peers": result["train"]}, "plain_images_per_s", "vqp_images_per_s")
     show({f"train, {precision}": result["train"][precision] for precision in ("fp32", "bf16")})
-    result["quantiser"] = {str(k): quantiser(k, vectors, device) for k in (512, 8192)}
-    show({f"quantiser, K = {k}": row for k, row in result["quantiser"].items()})
+    result["quantizer"] = {str(k): quantizer(k, vectors, device) for k in (512, 8192)}
+    show({f"quantizer, K = {k}": row for k, row in result["quantizer"].items()})
     result["loop"] = loop(device, 10 if quick else 50)
     show({"loop": result["loop"]})
     result["pipeline"] = pipeline(device, 20 if quick else 100)
