@@ -15,12 +15,12 @@ from vqvae.registry import Choice
 CHOICES: dict[str, Any] = {"nets": "sonnet", "bottleneck": "vq", "prior": "uniform", "likelihood": "mse"}
 
 
-def choices(**names: Any) -> dict[str, Choice]:
+def choices(**names: Any) -> dict[str, Any]:
     """A small member for every slot, `names` instead of the defaults."""
     return {slot: choose(slot, name) if isinstance(name, str) else name for slot, name in (CHOICES | names).items()}
 
 
-def content(model: Autoencoder | None = None, chosen: dict[str, Choice] | None = None, **changes: Any) -> dict:
+def content(model: Autoencoder | None = None, chosen: dict[str, Any] | None = None, **changes: Any) -> dict:
     """The content of a checkpoint of `model`, with some entries replaced."""
     if model is None:
         torch.manual_seed(0)
@@ -34,7 +34,7 @@ def content(model: Autoencoder | None = None, chosen: dict[str, Choice] | None =
         "objective": {},
         "step": 3,
         "epoch": 1,
-        "examples": {"images": images(2), "labels": torch.zeros(2, dtype=torch.int64)},
+        "examples": {"images": images(2, model.image_shape), "labels": torch.zeros(2, dtype=torch.int64)},
         "usage": None,
         "plots": "plots/test",
     } | changes
@@ -60,7 +60,8 @@ def unambiguous(model: Autoencoder, candidates: Tensor, count: int) -> Tensor:
     assert model.discrete is not None
     features = model.features(unit_range(candidates))
     scale = 0.01 * features.std(dim=(0, 2, 3), keepdim=True)
-    codes = [model.discrete.quantize(features + n * scale * torch.randn_like(features)).codes for n in [0] + 8 * [1]]
+    noisy = [features + scale * torch.randn_like(features) for _ in range(8)]
+    codes: list[Any] = [model.discrete.quantize(either).codes for either in (features, *noisy)]
     far = (torch.stack(codes) == codes[0]).flatten(2).all(dim=2).all(dim=0)
     assert far.sum() >= count
     return candidates[far][:count]

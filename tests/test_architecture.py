@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "schedules": {"errors"},
     "files": {"errors"},
     "devices": {"errors"},
-    "distributed": {"errors"},
+    "interrupts": set(),
+    "distributed": {"errors", "interrupts"},
     # the slots
     "data": {"errors", "files", "registry"},
     "nets": {"errors", "registry"},
@@ -35,28 +36,37 @@ ALLOWED: dict[str, set[str]] = {
     # training
     "evaluation": {"autoencoder", "contracts", "metrics"},
     "stage_one": {"autoencoder", "contracts", "evaluation", "metrics"},
-    "stage_two": {"autoencoder", "checkpoint", "contracts", "evaluation", "files", "metrics", "optimizer"},
-    "runs": {"checkpoint", "errors", "files"},
-    "training": {"contracts", "data", "devices", "distributed", "errors", "metrics", "optimizer", "runs", "schedules"},
+    "stage_two": {
+        "archives", "autoencoder", "checkpoint", "contracts", "data", "evaluation", "files", "metrics", "optimizer",
+    },
+    "runs": {"checkpoint", "errors", "files", "metrics"},
+    "training": {
+        "contracts", "data", "devices", "distributed", "errors", "interrupts", "metrics", "optimizer", "runs",
+        "schedules",
+    },
     # settings and files
     "presets": set(),
     "config": {"errors", "presets", "registry", "schedules"},
-    "checkpoint": {"autoencoder", "config", "errors", "files"},
-    "tokens": {"autoencoder", "checkpoint", "contracts", "data", "devices", "errors", "files", "registry"},
+    "archives": set(),
+    "checkpoint": {"archives", "autoencoder", "config", "errors", "files", "objectives", "registry"},
+    "tokens": {
+        "archives", "autoencoder", "checkpoint", "contracts", "data", "devices", "errors", "files", "registry",
+    },
     "export": {"autoencoder", "checkpoint", "errors", "files"},
     "plots": {"files", "metrics"},
     # the program
-    "cli": {"errors", "registry"},
+    "cli": {"errors", "files", "interrupts", "registry"},
     "report": {"autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "plots"},
     "experiment": {
         "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors", "evaluation", "files",
-        "objectives", "plots", "presets", "registry", "runs", "schedules", "stage_one", "stage_two", "training",
+        "interrupts", "metrics", "objectives", "plots", "presets", "registry", "runs", "schedules", "stage_one",
+        "stage_two", "training",
     },
     "commands": {
-        "checkpoint", "cli", "config", "errors", "experiment", "export", "files", "metrics", "presets", "registry",
-        "report", "tokens",
+        "checkpoint", "cli", "config", "data", "errors", "experiment", "export", "files", "metrics", "presets",
+        "registry", "report", "tokens",
     },
-    "__main__": {"__init__", "cli", "errors"},
+    "__main__": {"__init__", "cli", "errors", "interrupts"},
     "__init__": {"checkpoint"},
 }  # fmt: skip
 HEAVY = {"matplotlib", "sklearn", "scipy", "tensorboard", "torchvision", "imageio", "PIL", "triton"}

@@ -10,6 +10,7 @@ from tests.helpers import choose, fitting, images, make
 from vqvae.autoencoder import Autoencoder
 from vqvae.bottlenecks import BOTTLENECKS
 from vqvae.errors import OptionError
+from vqvae.nets import NETS
 
 
 def test_encode_decode_round_trip():
@@ -110,6 +111,52 @@ def latent_and_images(model: Autoencoder, batch: Tensor) -> list[Tensor]:
     encode: Callable[[Tensor], Tensor] = model.encode if discrete else model.posterior_mean
     assert latent.z is not None
     return [latent.z, latent.log_q, encode(batch), model.reconstruct(batch)]
+
+
+CODES = {"prior": choose("prior", "transformer", dropout=0.5)}
+VAE = {"prior": "made-flow", "bottleneck": "gaussian"}
+
+
+@pytest.mark.parametrize(("nets", "names"), [(name, CODES) for name in NETS] + [("mlp", VAE), ("conv-vae", VAE)])
+def test_use_of_a_model_in_training_changes_nothing(nets, names):
+    model, batch = make(nets=nets, **names), images(6)
+    expected = used(model.eval(), batch)
+    model.train()
+    model.encoder.requires_grad_(False).eval()  # every part keeps its own mode
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    for found, value in zip(used(model, batch), expected, strict=True):
+        assert torch.equal(found, value)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def used(model: Autoencoder, batch: Tensor) -> list[Tensor]:
+    """The results of everything that encodes, decodes and samples."""
+    found = latent_and_images(model, batch)
+    if model.discrete is not None:
+        found.append(model.decode(model.encode(batch)))
+    found.append(model.sample(3, generator=torch.Generator().manual_seed(0)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "flagged"),
+    [
+        ((2, 1, 1), {"nets": "mlp", "likelihood": "mse"}, "--likelihood mse: is a likelihood of pixels"),
+        ((2, 1, 1), {"nets": "mlp", "likelihood": "softmax256"}, "--likelihood softmax256: is a likelihood of pixels"),
+        ((2, 1, 1), {"nets": "sonnet", "likelihood": "gaussian"}, "--nets: must be mlp or conv-vae"),
+        ((3, 1, 1), {"nets": "mlp"}, "--image-size 1: leaves one pixel"),
+        ((3, 4, 4), {"nets": "henrhoi"}, "--image-size 4: gives the batch norm"),
+        ((3, 8, 8), {"bottleneck": "gaussian", "prior": "normal"}, "--bottleneck gaussian: takes one vector"),
+        ((3, 8, 8), {"bottleneck": "hierarchy", "nets": "mlp"}, "--bottleneck hierarchy: halves the nets' grid"),
+    ],
+)
+def test_members_that_do_not_fit_the_examples_are_refused(shape, names, flagged):
+    with pytest.raises(OptionError) as caught:
+        make(shape, **names)
+    assert caught.value.flagged.startswith(flagged)
 
 
 def test_members_that_do_not_fit_are_named():

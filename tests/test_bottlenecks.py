@@ -288,7 +288,10 @@ def test_gaussian_draws_have_its_moments():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"latents": 0}, "gaussian latents=0: must be"), ({"grid": (2, 2)}, "gaussian grid=2x2: must be 1x1.* conv-vae")],
+    [
+        ({"latents": 0}, "gaussian latents=0: must be"),
+        ({"grid": (2, 2)}, "bottleneck=gaussian: takes one vector per image, and these nets give 2x2; use conv-vae"),
+    ],
 )
 def test_gaussian_refuses_what_it_cannot_do(options, message):
     with pytest.raises(OptionError, match=f"^{message}"):

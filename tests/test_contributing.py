@@ -75,7 +75,7 @@ def test_the_readme_is_short_and_its_tree_names_every_module():
     tree = text.split("## Architecture")[1]
     named = set(re.findall(r"[\w.]+\.py", tree))
     modules = {p.name for p in (ROOT / "vqvae").rglob("*.py") if p.parent.name != "commands"} - {"__init__.py"}
-    assert named == modules | {"train.py", "visualize_codes.py", "fingerprint.py"}
+    assert named == modules | {"train.py", "visualize_codes.py", "fingerprint.py", "faults.py"}
 
 
 def commands() -> list[list[str]]:

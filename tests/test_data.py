@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vqvae.data import DATASETS, load
+from vqvae.data import DATASETS, Images, fingerprint, load
 from vqvae.errors import OptionError, UserError
 from vqvae.registry import signature
 
@@ -34,7 +34,7 @@ def test_a_misspelled_name_or_option_is_refused_with_the_nearest_one():
 
 @pytest.mark.parametrize("options", [{"limit": 0}, {"limit": -5}, {"image_size": 0}, {"image_size": -3}])
 def test_sizes_and_limits_below_one_are_refused(options):
-    with pytest.raises(OptionError, match="must be at least 1") as caught:
+    with pytest.raises(OptionError, match="must be (at least|from) 1") as caught:
         load("digits", **options)
     assert {caught.value.option: caught.value.value} == options
 
@@ -56,3 +56,38 @@ def test_options_out_of_range_are_refused_before_any_file_is_read(name, options,
     with pytest.raises(OptionError, match="must be") as caught:
         load(name, data_dir=tmp_path / "absent", **options)
     assert (caught.value.owner, {caught.value.option: caught.value.value}) == (name, options)
+
+
+def test_a_fingerprint_changes_with_any_pixel_label_or_shape():
+    data = load("digits", limit=1500)
+    images, labels = data.train
+    seen = {data.train.fingerprint(), data.test.fingerprint(), data.fingerprint(), fingerprint(images)}
+    for position in (0, images.numel() // 2, images.numel() - 1):
+        changed = images.clone()
+        changed.view(-1)[position] ^= 1
+        seen.add(Images(changed, labels).fingerprint())
+    seen.add(Images(images, labels.flip(0)).fingerprint())
+    seen.add(Images(images[:-1], labels[:-1]).fingerprint())
+    seen.add(Images(images.view(-1, 1, 16, 64), labels).fingerprint())
+    assert len(seen) == 10
+    assert all(len(text) == 32 for text in seen)
+
+
+def test_a_fingerprint_does_not_depend_on_strides():
+    images = load("digits", limit=50).train.images
+    assert fingerprint(images.mT.contiguous().mT) == fingerprint(images) == fingerprint(images.clone())
+
+
+@pytest.mark.parametrize("folder", ["~nosuchuser/data", ""])
+def test_a_folder_that_cannot_be_is_refused(folder):
+    with pytest.raises(OptionError, match="data_dir="):
+        load("folder", data_dir=folder)
+
+
+def test_images_that_do_not_fit_into_memory_are_refused(monkeypatch):
+    def too_large(images, size):
+        return torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr("vqvae.data.scale", too_large)
+    with pytest.raises(OptionError, match="does not fit into memory; use smaller or fewer images"):
+        load("digits", image_size=64)

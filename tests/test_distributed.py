@@ -6,6 +6,8 @@ torchrun starts this file once, as two processes that call `work`.
 import json
 import os
 import runpy
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import Tensor
 from tests.helpers import ROOT, SMALL, choose, run_train, training
 from vqvae import checkpoint, distributed
 from vqvae.bottlenecks.codebook import kmeans_codebook
-from vqvae.errors import OptionError
+from vqvae.errors import OptionError, UserError
 from vqvae.runs import NullRun
 from vqvae.schedules import Schedule
 from vqvae.training import Plan, Stage, fit, seed_step
@@ -233,5 +235,43 @@ def test_torchrun_trains_one_run_as_one_process_does(torchrun, tmp_path, monkeyp
     assert [row["step"] for row in logged if row["kind"] == "epoch"] == [3, 4]
 
 
+def die_or_wait(how: str) -> None:
+    """The last process is killed, or raises an error; the others wait for it."""
+    distributed.start(torch.device("cpu"))
+    distributed.on_loss(lambda: "this is how to go on")
+    try:
+        if distributed.rank() == distributed.world() - 1:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise UserError("no such image")
+        distributed.barrier()
+    finally:
+        distributed.stop()
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("killed", "error: process 2 of 3 ended without a word; this is how to go on"),
+        ("refused", "vqvae.errors.UserError: no such image"),
+    ],
+)
+def test_a_process_that_ends_early_ends_the_others_and_one_says_why(how, line):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    about = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, how], stderr=subprocess.PIPE, text=True,
+            env=os.environ | about | {"RANK": n, "LOCAL_RANK": n, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )
+        for n in "012"
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert all(process.returncode for process in processes)
+    assert line in "".join(said)
+    assert "".join(said).count("error:") + "".join(said).count("UserError:") == 1
+
+
 if __name__ == "__main__":
-    work(Path.cwd())
+    die_or_wait(sys.argv[1]) if sys.argv[1:] else work(Path.cwd())

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from vqvae.errors import OptionError, UserError, near_misses, one_line
+from vqvae.errors import OptionError, UserError, naming, near_misses, one_line, printable, shown
 
 
 @pytest.mark.parametrize(
@@ -25,12 +25,49 @@ from vqvae.errors import OptionError, UserError, near_misses, one_line
         ),
         (OptionError("", "compile", True, "fails"), "compile=True: fails", "--compile: fails"),
         (OptionError("", "compile", False, "is slow"), "compile=False: is slow", "--no-compile: is slow"),
+        (OptionError("", "name", "", "is empty"), "name='': is empty", "--name '': is empty"),
+        (OptionError("", "name", "a\n\x1b[1m", "is odd"), "name=a\\n\\x1b[1m: is odd", "--name a\\n\\x1b[1m: is odd"),
+        (OptionError("", "", "a.npz", "is absent"), "a.npz: is absent", "a.npz: is absent"),
     ],
 )
 def test_an_option_error_speaks_python_and_the_command_line(error, python, flagged):
     assert issubclass(OptionError, UserError)
     assert issubclass(UserError, ValueError)
     assert (str(error), error.flagged) == (python, flagged)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("plain", "plain"),
+        (3, "3"),
+        ("", "''"),
+        (" a ", "' a '"),
+        ("a\nb\t\x1b[31m\0", r"a\nb\t\x1b[31m\x00"),
+        ("\u202egnp\u2028\udcff", r"\u202egnp\u2028\udcff"),
+        ("Café\u202f日本 👩\u200d🔬", "Café\u202f日本 👩\u200d🔬"),
+        ("x" * 5000, "x" * 80 + "... (5,000 characters)"),
+    ],
+)
+def test_a_value_is_shown_on_one_line_and_cannot_control_the_terminal(value, text):
+    assert shown(value) == text
+
+
+def test_a_message_is_printable_in_python_too():
+    assert str(UserError("a\nb")) == r"a\nb"
+    assert printable(r"a\nb") == r"a\nb"  # nothing is escaped twice
+
+
+def test_an_error_about_a_file_names_the_option_that_chose_it():
+    with pytest.raises(OptionError) as caught, naming("resume", "logs/a"):
+        raise UserError("logs/a: no such file")
+    assert caught.value.flagged == "--resume logs/a: no such file"
+    with pytest.raises(OptionError) as caught, naming("resume", "logs/a"):
+        raise UserError("logs/a/checkpoint.pt: no such file")
+    assert caught.value.flagged == "--resume logs/a: logs/a/checkpoint.pt: no such file"
+    with pytest.raises(OptionError) as caught, naming("resume", "logs/a"):
+        raise OptionError("", "device", "mps", "is absent")
+    assert caught.value.flagged == "--device mps: is absent"
 
 
 def test_an_option_error_survives_the_way_between_processes():

@@ -110,8 +110,11 @@ def test_a_collapsed_dimension_is_not_an_active_unit():
 
 
 def test_more_samples_tighten_the_importance_weighted_bound():
-    model, batch = make(**fitting("gaussian")), images(10)
-    bounds = [evaluate(model, batch, LABELS, iw_samples=s)["iw_bound"] for s in (1, 5, 50)]
+    model, batch = make(**fitting("gaussian")), images(300)
+    with torch.no_grad():
+        model.bottleneck.head.weight.mul_(10)  # a posterior that is far from the model's
+    labels = torch.zeros(300, dtype=torch.int64)
+    bounds = [evaluate(model, batch, labels, iw_samples=s)["iw_bound"] for s in (1, 5, 50)]
     assert bounds[0] > bounds[1] > bounds[2]  # bounds on -log p(x)
 
 

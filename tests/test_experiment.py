@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from tests.helpers import ROOT, SMALL, images, run_train
-from vqvae import cli, experiment, load
+from vqvae import checkpoint, cli, experiment, load
 from vqvae.commands import train
+from vqvae.data import Dataset, Images
+from vqvae.runs import Lock
+from vqvae.stage_one import AutoencoderTraining
 
 
 @pytest.fixture(autouse=True)
@@ -100,9 +106,10 @@ def test_tensorboards_own_reader_finds_the_tags():
 def test_two_epochs_and_a_resume_to_four_are_bitwise_four(there, tmp_path_factory, monkeypatch):
     assert run_train("--epochs", "4", "--name", "straight") == 0
     assert run_train("--epochs", "2", "--name", "run") == 0
-    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    assert resume(f"{there}/logs/run --epochs 4") == 0
-    assert not list(Path.cwd().iterdir())  # it logs and draws where it did before
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    assert resume(f"{there}/logs/run --epochs 4 --plot-dir {there}/plots") == 0
+    assert not list(elsewhere.iterdir())
     monkeypatch.chdir(there)
     assert_same_weights("straight", "run")
     assert (there / "plots/run/generated_samples/epoch_004.png").exists()
@@ -167,7 +174,7 @@ def test_a_killed_run_and_a_terminated_one_resume_bitwise(there):
         processes[name].send_signal(number)
     out, _ = processes["stopped"].communicate(timeout=60)
     processes["killed"].communicate(timeout=60)
-    assert processes["stopped"].returncode == 130
+    assert processes["stopped"].returncode == 143
     assert "Resume with: python train.py --resume logs/stopped" in out
     reached = max(torch.load(f"logs/{name}/checkpoint.pt", weights_only=True)["step"] for name in processes)
     assert reached < 300
@@ -176,10 +183,11 @@ def test_a_killed_run_and_a_terminated_one_resume_bitwise(there):
     for name in processes:
         assert resume(f"logs/{name} --epochs {epochs}") == 0
         assert_same_weights("straight", name)
+        assert points(name) == points("straight")
 
 
 def test_an_interrupted_run_ends_with_exit_code_130(capsys, monkeypatch):
-    monkeypatch.setattr(experiment, "fit", lambda *args, **keywords: None)
+    monkeypatch.setattr(experiment, "fit", lambda *args, **keywords: Path("logs/run/checkpoint.pt").touch())
     assert run_train("--name", "run") == 130
     assert "interrupted; saved logs/run/checkpoint.pt. Resume with: python train.py --resume logs/run" in (
         capsys.readouterr().out
@@ -190,7 +198,7 @@ def test_an_interrupted_first_stage_starts_no_second(monkeypatch):
     monkeypatch.setattr(experiment, "fit", lambda *args, **keywords: None)
     line = "--preset vqvae-pixelcnn --dataset digits --limit 40 --batch-size 20 --image-size 8 --hidden 256 --name two"
     assert run_train(*line.split(), small=False) == 130
-    assert [path.name for path in Path("logs").iterdir()] == ["two"]
+    assert list(Path("logs").iterdir()) == []  # of a run that never began, nothing stays
 
 
 def test_a_second_interrupt_is_one_line(capsys):
@@ -228,48 +236,6 @@ def test_a_default_name_is_numbered_and_a_given_one_protected(capsys):
     assert run_train("--name", "vqvae-digits") == 2
     assert "--name vqvae-digits: logs/vqvae-digits already contains a run" in capsys.readouterr().err
     assert Path("logs/vqvae-digits/checkpoint.pt").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("--dataset mnits", "--dataset mnits: no such name (did you mean 'mnist'"),
-        ("--bottleneck qv", "--bottleneck qv: no such name"),
-        ("--bottleneck vq decai=0.9", "--bottleneck vq decai=0.9: unknown option (did you mean 'decay'?)"),
-        ("--bottleneck vq decay=2", "--bottleneck vq decay=2: must be from 0 to below 1"),
-        ("--objective elbo free_bits=-1", "--objective elbo free_bits=-1: must be at least 0"),
-        ("--objective probabilistic iaf_startup_steps=3", "--objective probabilistic iaf_startup_steps=3: "),
-        ("--nets sonet", "--nets sonet: no such name (did you mean 'sonnet'"),
-        ("--image-size 30", "--image-size 30: does not divide by 4; try 28 or 32"),
-        ("--codes 0", "--codes 0: must be from 1"),
-        ("--batch-size 100", "--batch-size 100: larger than the 60 training examples"),
-        ("--lr fast", "--lr fast: "),
-        ("--resume logs/none", "logs/none: no such file"),
-        ("--log-dir train.log", "--log-dir train.log: cannot write there"),
-        ("--plot-dir train.log", "train.log/vqvae-digits: cannot write there"),
-        ("--list bottleneks", "--list bottleneks: no such list (did you mean 'bottlenecks'"),
-        ("--evaluate", "--evaluate: name the model with --checkpoint"),
-        ("--iw-samples 3", "--iw-samples 3: goes with --evaluate"),
-        ("--evaluate --checkpoint none.pt --iw-samples 0", "--iw-samples 0: must be at least 1"),
-        ("--conditional --dataset photos crops=60 test_crops=60", "--conditional: the data set photos has no labels"),
-        ("--conditional --prior uniform", "--conditional: the prior uniform cannot use labels"),
-        ("--augment crop", "--augment: invalid choice: 'crop'"),
-        ("--bottleneck gaussian", "--codes 16: --bottleneck gaussian has no num_codes"),
-        ("--likelihood bernoulli", "--likelihood bernoulli"),
-        ("--prior uniform --checkpoint none.pt", "none.pt: no such file"),
-        ("--dataset folder --data-dir nowhere", "--data-dir nowhere: "),
-        ("--epochs", "--epochs: expected one argument"),
-        ("--epoch 3", "unrecognized arguments: --epoch 3"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(there, capsys, line, message):
-    Path("train.log").write_text("a file, not a folder")
-    assert run_train(*line.split()) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert message in err
-    assert err.count("\n") == 1
-    assert [path.name for path in there.rglob("*") if path.is_file()] == ["train.log"]
 
 
 @pytest.mark.parametrize("what", [*experiment.LISTINGS, "presets"])
@@ -320,3 +286,211 @@ def test_a_vae_trains(prior):
 def test_only_the_first_batches_of_a_limited_set_are_used(capsys):
     assert run_train("--epochs", "1", "--name", "run") == 0
     assert "60 train, 60 held out, 1x16x16" in capsys.readouterr().out
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file and folder below a folder except locks; files with their content and time of modification."""
+    found = sorted(path for path in folder.rglob("*") if path.name != ".lock")
+    return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) if p.is_file() else None for p in found}
+
+
+def points(run: str) -> dict[str, list[tuple[int, float]]]:
+    """The points that TensorBoard reads, except of the speed."""
+    events = EventAccumulator(f"logs/{run}", size_guidance={"scalars": 0}, purge_orphaned_data=True)
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.endswith("images_per_s")]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+def killed(monkeypatch, *words: str, at: str = "initialize", number: int | None = None) -> int:
+    """Train, and interrupt the run where AutoencoderTraining does something for the first time."""
+    original, signals = getattr(AutoencoderTraining, at), [number] if number else []
+
+    def interrupted(*args: Any, **keywords: Any) -> Any:
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        return original(*args, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderTraining, at, interrupted)
+        return run_train(*words)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_stopped_before_its_first_checkpoint_is_started_again(monkeypatch, capsys, number, code):
+    assert killed(monkeypatch, "--epochs", "1", "--name", "run", number=number) == code
+    assert capsys.readouterr().err == "interrupted; nothing was saved yet; start it again as before\n"
+    before = contents(Path("logs"))
+    assert resume("logs/run") == 2
+    assert capsys.readouterr().err == (
+        "error: --resume logs/run: was stopped before its first checkpoint; start it again, with the flags it had and "
+        "--name run\n"
+    )
+    assert contents(Path("logs")) == before
+    assert run_train("--epochs", "1", "--name", "run") == 0
+    assert run_train("--epochs", "1", "--name", "straight") == 0
+    assert_same_weights("straight", "run")
+    assert points("run") == points("straight")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_code_says_which_signal_stopped_a_run(monkeypatch, capsys, number, code):
+    words = ("--epochs", "2", "--log-dir", "my logs", "--name", "run")
+    assert killed(monkeypatch, *words, at="summary", number=number) == code
+    assert "--resume 'my logs/run'\n" in capsys.readouterr().out
+    assert resume_quoted("my logs/run") == 0
+    assert "--checkpoint 'my logs/run/checkpoint.pt'\n" in capsys.readouterr().out
+
+
+def resume_quoted(folder: str) -> int:
+    return run_train("--resume", folder, small=False)
+
+
+def test_a_signal_in_the_last_step_of_a_first_stage_starts_no_second(monkeypatch, capsys):
+    line = "--preset vqvae-pixelcnn --dataset digits --limit 40 --batch-size 20 --image-size 8 --hidden 256 --name two"
+    words = [*line.split(), "--epochs", "1", "--device", "cpu"]
+
+    def interrupted(*args: Any, **keywords: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    monkeypatch.setattr(AutoencoderTraining, "summary", interrupted)
+    assert run_train(*words, small=False) == 143
+    assert [path.name for path in Path("logs").iterdir()] == ["two"]
+
+
+@pytest.mark.parametrize("moment", ["load_data", "build_autoencoder", "plots.image_grid", "evaluate"])
+def test_an_interrupt_at_any_moment_is_one_line_and_leaves_no_part_of_a_file(there, monkeypatch, capsys, moment):
+    target = experiment.plots if moment.startswith("plots.") else experiment
+    original = getattr(target, moment.split(".")[-1])
+
+    def interrupted(*args: Any, **keywords: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **keywords)
+
+    monkeypatch.setattr(target, moment.split(".")[-1], interrupted)
+    assert run_train("--epochs", "2", "--name", "run") == 143
+    out, err = capsys.readouterr()
+    assert (out + err).count("interrupted") == 1
+    assert not list(there.rglob("*.partial"))
+    assert Path("logs/run/checkpoint.pt").exists() == (moment == "evaluate")
+    assert Path("logs/run").exists() == (moment in ("evaluate", "plots.image_grid"))
+
+
+def test_a_refused_resume_changes_nothing_on_disk(there, capsys):
+    assert run_train("--epochs", "1", "--name", "run", "--dataset", "photos", "crops=60", "test_crops=60") == 0
+    shutil.copytree("logs/run", "copied")
+    Path("copied/.lock").unlink()
+    before = contents(there)
+    for line in (
+        "logs/run --epochs 1",
+        "logs/run --lr 1",
+        "logs/run --epochs 2 --plot-dir logs/run/config.json",
+        "logs/run/config.json --epochs 2",
+        "copied --epochs 1",
+        "copied --codes 8",
+    ):
+        assert resume(line) == 2, line
+        assert capsys.readouterr().err.count("\n") == 1
+        assert contents(there) == before, line
+
+
+def test_a_second_process_may_not_resume_a_run_that_is_being_written(there, capsys):
+    assert run_train("--epochs", "1", "--name", "run") == 0
+    capsys.readouterr()
+    with Lock() as lock:
+        lock.take(Path("logs/run"))
+        before = contents(there)
+        assert resume("logs/run --epochs 2") == 2
+        assert re.fullmatch(
+            r"error: --resume logs/run: another process \(.*\) writes this run; wait until it ends, or stop it\n",
+            capsys.readouterr().err,
+        )
+        assert contents(there) == before
+    assert resume("logs/run --epochs 2") == 0
+
+
+@pytest.mark.parametrize("named", ["moved/other", "moved/other/checkpoint.pt", "."])
+def test_a_run_that_was_moved_resumes_and_writes_only_there(there, monkeypatch, named):
+    assert run_train("--epochs", "2", "--name", "straight") == 0
+    assert run_train("--epochs", "1", "--name", "run", "--plot-dir", f"{there}/elsewhere/plots") == 0
+    Path("moved").mkdir()
+    Path("logs/run").rename("moved/other")
+    stored = checkpoint.read("moved/other")
+    stored |= {"run": "../../evil", "plots": str(there / "evil")}
+    stored["config"] |= {"name": "evil", "log_dir": str(there / "evil"), "plot_dir": str(there / "evil")}
+    checkpoint.write(Path("moved/other/checkpoint.pt"), stored)
+    shutil.rmtree("elsewhere")
+    straight = contents(there / "logs")
+    if named == ".":
+        monkeypatch.chdir("moved/other")
+    assert resume(f"{named} --epochs 2") == 0
+    drawn = Path("plots/other/generated_samples/epoch_002.png").resolve()
+    assert drawn.exists()
+    monkeypatch.chdir(there)
+    assert {p.name for p in there.iterdir()} <= {"logs", "plots", "moved"}
+    assert contents(there / "logs") == straight
+    shutil.copytree("moved/other", "logs/other")
+    assert_same_weights("straight", "other")
+    found = checkpoint.read("moved/other")
+    assert (found["run"], found["config"]["name"]) == ("other", "other")
+    assert Path(found["plots"]) == drawn.parent.parent
+    assert resume("moved/other --epochs 3 --plot-dir drawn") == 0
+    assert Path("drawn/other/generated_samples/epoch_003.png").exists()
+
+
+def test_a_moved_prior_resumes_without_its_autoencoders_folder(there):
+    assert run_train("--epochs", "1", "--name", "run") == 0
+    line = "--prior pixelcnn channels=8 blocks=1 --checkpoint logs/run --batch-size 20 --device cpu --name prior"
+    assert run_train(*line.split(), "--epochs", "1", small=False) == 0
+    Path("moved").mkdir()
+    Path("logs/prior").rename("moved/prior")
+    stored = checkpoint.read("moved/prior")
+    stored["config"] |= {"checkpoint": str(there / "evil" / "checkpoint.pt")}
+    checkpoint.write(Path("moved/prior/checkpoint.pt"), stored)
+    shutil.rmtree("logs")
+    assert resume("moved/prior --epochs 2") == 0
+    assert {path.name for path in there.iterdir()} == {"moved", "plots"}
+
+
+def test_a_resumed_run_says_that_its_data_changed(there, capsys, monkeypatch):
+    assert run_train("--epochs", "1", "--name", "run") == 0
+    capsys.readouterr()
+    assert resume("logs/run --epochs 2") == 0
+    assert capsys.readouterr().err == ""
+
+    def changed(change: Callable[[Dataset], Dataset], epochs: int) -> str:
+        with monkeypatch.context() as patch:
+            load = experiment.load_data
+            patch.setattr(experiment, "load_data", lambda config: change(load(config)))
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                assert resume(f"logs/run --epochs {epochs}") == 0
+        return "".join(str(warning.message) for warning in caught if warning.category is UserWarning)
+
+    def other_pixels(data: Dataset) -> Dataset:
+        return data._replace(train=data.train._replace(images=255 - data.train.images))
+
+    def fewer(data: Dataset) -> Dataset:
+        return data._replace(train=Images(data.train.images[:50], data.train.labels[:50]))
+
+    since = "the data changed since this run was saved"
+    more = "it does not take the steps that it would have taken"
+    assert changed(other_pixels, 3) == f"{since} (other train images); {more}"
+    assert changed(other_pixels, 4) == ""
+    assert changed(fewer, 9) == f"{since} (60 train images then, 50 now); {more}"
+
+
+def test_a_resumed_run_refuses_images_of_another_shape(capsys, monkeypatch):
+    assert run_train("--epochs", "1", "--name", "run") == 0
+    before, load = contents(Path("logs")), experiment.load_data
+    smaller = lambda split: Images(split.images[..., :8, :8].contiguous(), split.labels)  # noqa: E731
+    monkeypatch.setattr(
+        experiment,
+        "load_data",
+        lambda config: (data := load(config))._replace(train=smaller(data.train), test=smaller(data.test)),
+    )
+    capsys.readouterr()
+    assert resume("logs/run --epochs 2") == 2
+    assert "--data-dir data: the images are 1x8x8, and those of this run were 1x16x16" in capsys.readouterr().err
+    assert contents(Path("logs")) == before

@@ -1,6 +1,10 @@
 """An exported model is the same model, and its programs compute the same for any batch size, without this package."""
 
+import hashlib
 import json
+import os
+import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +16,10 @@ from torch import nn
 
 from tests.checkpoints import stored, unambiguous
 from tests.helpers import choose, fitting, images
-from tests.test_tokens import encoded, run
+from tests.test_tokens import run, write_images
 from vqvae import checkpoint, load
 from vqvae.bottlenecks import BOTTLENECKS
-from vqvae.checkpoint import weights_checksum
+from vqvae.checkpoint import UNKNOWN, seal, weights_checksum
 from vqvae.errors import UserError
 from vqvae.export import HALVES, agreement, export, write_program
 
@@ -100,21 +104,35 @@ def test_a_program_takes_other_strides_than_it_was_traced_with(workdir):
         agreement(half, workdir / "decoder.pt2", other)
 
 
-def test_programs_contain_only_weights_that_they_use_and_no_paths_of_this_machine(workdir):
-    stored(workdir / "run")
-    assert run("export --checkpoint run --output exported") == 0
+@pytest.fixture(scope="module")
+def exported_once(tmp_path_factory) -> Path:
+    """A folder with a model in `run` and its export in `exported`, shared because exporting takes seconds."""
+    folder = tmp_path_factory.mktemp("once")
+    torch.manual_seed(0)
+    stored(folder / "run")
+    assert run(f"export --checkpoint {folder / 'run'} --output {folder / 'exported'}") == 0
+    return folder
+
+
+@pytest.fixture
+def exported(exported_once, workdir) -> Path:
+    """A copy of it, made the current folder."""
+    shutil.copytree(exported_once, workdir, dirs_exist_ok=True)
+    return workdir
+
+
+def test_programs_contain_only_weights_that_they_use_and_no_paths_of_this_machine(exported):
     for name, absent in (("encoder.pt2", "model.decoder"), ("decoder.pt2", "model.encoder")):
-        weights = torch.export.load(f"exported/{name}").state_dict
+        weights = torch.export.load(exported / "exported" / name).state_dict
         assert weights
-        assert not [key for key in weights if key.startswith((absent, "model.prior", "model.bottleneck.totals"))]
-        assert b"autoencoder.py" not in Path("exported", name).read_bytes()
+        assert not [key for key in weights if key.startswith((absent, "model.prior")) or key.endswith(".totals")]
+        assert b"autoencoder.py" not in (exported / "exported" / name).read_bytes()
 
 
-def test_programs_need_only_torch(workdir):
-    model = stored(workdir / "run")
+def test_programs_need_only_torch(exported):
+    model = load("run")
     inputs = unambiguous(model, images(16), 3)
     torch.save({"images": inputs, "codes": model.encode(inputs)}, "expected.pt")
-    assert run("export --checkpoint run --output exported") == 0
     code = (
         "import sys, torch\n"
         "expected = torch.load('expected.pt')\n"
@@ -125,22 +143,22 @@ def test_programs_need_only_torch(workdir):
     assert done.stdout == "True False\n"
 
 
-def test_an_exported_model_encodes_and_decodes_as_its_checkpoint_does(workdir):
-    encoded(workdir)
-    assert run("export --checkpoint run --output exported") == 0
+def test_an_exported_model_encodes_and_decodes_as_its_checkpoint_does(exported):
+    write_images("in/a.png", "in/b.png", "in/c.png")
     assert run("export --checkpoint exported --output again") == 0
+    assert run("encode --checkpoint run --input in --output codes.npz --device cpu") == 0
     assert run("decode codes.npz --checkpoint exported --output back --device cpu") == 0
     assert run("encode --checkpoint again --input in --output again.npz --device cpu") == 0
     assert run("decode again.npz --checkpoint run --output back2 --device cpu") == 0
+    assert len(list(Path("back").iterdir())) == 3
     for path in Path("back").iterdir():
         assert path.read_bytes() == Path("back2", path.name).read_bytes()
 
 
-def test_a_folder_with_a_checkpoint_counts_as_a_runs(workdir):
-    stored(workdir / "run")
-    assert run("export --checkpoint run --output exported") == 0
+def test_a_folder_with_a_checkpoint_counts_as_a_runs(exported):
     torch.manual_seed(1)
-    other = stored(workdir / "exported")
+    other = stored(exported / "exported")
+    assert weights_checksum(other) != weights_checksum(load("run"))
     assert weights_checksum(load("exported")) == weights_checksum(other)
 
 
@@ -148,18 +166,19 @@ def test_a_folder_that_is_not_empty_is_refused(workdir, capsys):
     stored(workdir / "run")
     before = Path("run/checkpoint.pt").read_bytes()
     assert run("export --checkpoint run --output run") == 2
-    assert "error: run: is not empty" in capsys.readouterr().err
+    assert "--output run: is not empty" in capsys.readouterr().err
     assert [p.name for p in Path("run").iterdir()] == ["checkpoint.pt"]
     assert Path("run/checkpoint.pt").read_bytes() == before
 
 
 def rewrite(**changes):
-    """A function that replaces entries of config.json, or removes those that are None."""
+    """A function that replaces entries of config.json, or removes those that are None, and corrects its checksum."""
 
     def spoil(folder: Path) -> None:
         path = folder / "config.json"
-        content = json.loads(path.read_text()) | changes
-        path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+        content = json.loads(path.read_text()) | {"sha256": UNKNOWN} | changes
+        text = json.dumps({key: value for key, value in content.items() if value is not None})
+        path.write_text(seal(text) if UNKNOWN in text else text)
 
     return spoil
 
@@ -168,10 +187,44 @@ def keep(name: str, count: int):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:count])
 
 
-def lose_a_weight(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights.popitem()
-    save_file(weights, folder / "model.safetensors")
+def reweigh(change):
+    """A function that changes the weights, a dictionary, and corrects their checksum."""
+
+    def spoil(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors")
+        correct_checksum(folder)
+
+    return spoil
+
+
+def correct_checksum(folder: Path) -> None:
+    raw = (folder / "model.safetensors").read_bytes()
+    rewrite(weights_sha256=hashlib.sha256(raw).hexdigest())(folder)
+
+
+def claim_too_much(folder: Path) -> None:
+    """Give a weight a shape of more values than the file has."""
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    next(entry for key, entry in header.items() if key != "__metadata__")["shape"] = [2**40]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+    correct_checksum(folder)
+
+
+def pipe(name: str):
+    def spoil(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return spoil
+
+
+DATA = {"name": "none", "shape": [3, 8, 8], "variance": 0.06, "classes": [], "note": ""}
 
 
 DAMAGE = {
@@ -187,11 +240,30 @@ DAMAGE = {
     "empty weights": (keep("model.safetensors", 0), "model.safetensors: cannot be read"),
     "a start of weights": (keep("model.safetensors", 100), "model.safetensors: cannot be read"),
     "weights cut short": (keep("model.safetensors", -4), "model.safetensors: cannot be read"),
-    "a weight lost": (lose_a_weight, "its weights do not fit the model"),
-    "no model": (rewrite(config={"nets": 3}), "its settings do not describe a model"),
-    "a shape of text": (rewrite(data={"shape": "abc", "variance": 1, "classes": []}), "its settings do not describe"),
-    "a short shape": (rewrite(data={"shape": [3, 8], "variance": 1, "classes": []}), "its settings do not describe"),
-    "an empty shape": (rewrite(data={"shape": [], "variance": 1, "classes": []}), "its settings do not describe"),
+    "a pipe for weights": (pipe("model.safetensors"), "model.safetensors: cannot be read (not a regular file)"),
+    "a pipe for settings": (pipe("config.json"), "config.json: cannot be read (not a regular file)"),
+    "a weight too many": (claim_too_much, "model.safetensors: cannot be read"),
+    "a weight lost": (reweigh(lambda weights: weights.popitem()), "its weights do not fit the model"),
+    "halves": (
+        reweigh(lambda weights: weights.update({key: value.half() for key, value in weights.items()})),
+        "should be float32 [4, 3, 4, 4] and is float16 [4, 3, 4, 4]",
+    ),
+    "other weights": (
+        lambda folder: save_file({"x": torch.zeros(3)}, folder / "model.safetensors"),
+        "it does not match the checksum in config.json",
+    ),
+    "without a checksum": (rewrite(sha256=None), "config.json: damaged, or changed"),
+    "a wrong checksum": (rewrite(sha256="0" * 63), "config.json: damaged, or changed"),
+    "settings edited": (
+        lambda folder: (folder / "config.json").write_text((folder / "config.json").read_text() + " "),
+        "config.json: damaged, or changed",
+    ),
+    "no model": (rewrite(config={"nets": 3}), "config.json: its config lacks augment"),
+    "data of nothing": (rewrite(data={}), "its data lack classes, name, note, shape, variance"),
+    **{
+        f"the shape {shape}": (rewrite(data=DATA | {"shape": shape}), "its data.shape must be")
+        for shape in ("abc", [3, 8], [], [3, 0, 8], [3, 8.5, 8], [3, 8, 2**40], [True, 8, 8])
+    },
 }
 
 
@@ -208,6 +280,23 @@ def test_damage_to_an_exported_folder_is_named_in_one_line(workdir, what):
     assert message in str(caught.value)
     assert str(caught.value).startswith("exported")
     assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit_of_an_exported_folder_is_refused(workdir):
+    model = stored(workdir / "run")
+    Path("exported").mkdir()
+    next(export(checkpoint.read("run"), model, Path("exported")))
+    draw = random.Random(0)
+    for path in sorted(Path("exported").iterdir()):
+        raw = path.read_bytes()
+        for _ in range(60):
+            at, bit = draw.randrange(len(raw)), draw.randrange(8)
+            path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :])
+            with pytest.raises(UserError) as caught:
+                load("exported")
+            assert str(caught.value).startswith(str(path)), (at, bit)
+            assert "\n" not in str(caught.value)
+        path.write_bytes(raw)
 
 
 @pytest.mark.parametrize("kind", ["vq", "gaussian"])

@@ -219,11 +219,11 @@ def test_draws_follow_the_distribution(name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("mse", {"variance": -1.0}, "variance=-1.0: must be at least 0"),
-        ("mse", {"variance": math.inf}, "variance=inf: must be at least 0"),
-        ("mse", {"pixels": "centred"}, "pixels=centred: must be one of centered, symmetric"),
-        ("logit-gaussian", {"alpha": 0.0}, "alpha=0.0: must be above 0 and below 1"),
-        ("logit-laplace", {"eps": 0.5}, "eps=0.5: must be above 0 and below 0.5"),
+        ("mse", {"variance": -1.0}, "variance=-1.0: must be 0, or from 1e-9 to 1e9"),
+        ("mse", {"variance": math.inf}, "variance=inf: must be 0, or from 1e-9 to 1e9"),
+        ("mse", {"pixels": "middle"}, "pixels=middle: must be one of centered, symmetric"),
+        ("logit-gaussian", {"alpha": 0.0}, "alpha=0.0: must be from 1e-06 to below 1"),
+        ("logit-laplace", {"eps": 0.5}, "eps=0.5: must be from 1e-06 to below 0.5"),
     ],
 )
 def test_options_out_of_range_are_refused(name, options, message):

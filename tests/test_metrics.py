@@ -1,5 +1,6 @@
 """Each row of the table of metrics against a computation of its own, and where a new row appears."""
 
+import json
 import math
 
 import numpy as np
@@ -80,9 +81,22 @@ def test_a_mean_has_its_standard_error():
     assert found["mse"] == pytest.approx(4)
     assert found["mse_se"] == pytest.approx(np.std([1, 2, 4, 9], ddof=1) / 2)
     assert found["commitment"] == pytest.approx(2)  # a batch of 3 and one of 1
+
+
+def test_one_example_has_no_standard_error_and_no_active_units():
     totals = Totals()
     totals.add({"mse": torch.ones(1)})
-    assert math.isnan(totals.results(POINTS)["mse_se"])
+    totals.add_latents(torch.randn(1, 3, 1, 1))
+    found = totals.results(POINTS)
+    assert found["mse"] == 1
+    assert not {"mse_se", "active_units"} & set(found)
+
+
+def test_numbers_that_are_not_finite_are_null_in_json():
+    numbers = {"mse": 0.5, "rate": math.nan, "code_perplexity": math.inf, "active_codes": 3, "data": "digits"}
+    kept = metrics.for_json(numbers)
+    assert kept == {"mse": 0.5, "rate": None, "code_perplexity": None, "active_codes": 3, "data": "digits"}
+    assert json.loads(json.dumps(kept, allow_nan=False)) == kept
 
 
 def test_metrics_that_do_not_apply_are_absent():

@@ -102,7 +102,9 @@ def test_animation_has_a_frame_for_each_epoch_and_pauses_at_the_end(tmp_path):
         plots.image_grid(torch.full((4, 1, 8, 8), epoch / 8), frames[-1], title=f"epoch {epoch}")
     odd = tmp_path / "epoch_000.png"
     plots.image_grid(torch.rand(30, 3, 8, 8), odd, title="another size")
-    plots.training_animation([odd, *frames], tmp_path / "a.gif")
+    broken = tmp_path / "epoch_002b.png"
+    broken.write_bytes(frames[0].read_bytes()[:100])
+    plots.training_animation(plots.read_frames([odd, broken, *frames]), tmp_path / "a.gif")
     gif = imageio.imread(tmp_path / "a.gif", index=None)
     assert len(gif) == 4  # without the frame of another size; GIF stores the pause as one long frame
     assert not np.array_equal(gif[0], gif[1])
@@ -153,6 +155,35 @@ def test_every_other_plot_is_written(tmp_path):
     assert len(written) == 6
     for path in written:
         assert imageio.imread(path)[..., :3].std() > 1, path.name
+
+
+ODD_NAMES = ["a$b^", "_hidden", "名前", "x{y}^\\z$", "long" * 60]
+
+
+def test_any_name_can_be_a_title_and_a_class(tmp_path, recwarn):
+    means, labels = torch.randn(20, 2), torch.arange(20) % len(ODD_NAMES)
+    for i, name in enumerate(ODD_NAMES):
+        plots.posterior_map(means, labels, ODD_NAMES, tmp_path / f"{i}.png", title=name)
+        plots.usage_chart(torch.tensor([[3, 0, 5]]), tmp_path / "usage.png", title=name)
+        plots.scatter_2d([("a", means)], tmp_path / "scatter.png", title=name)
+        plots.curves(EPOCHS, tmp_path / "curves.png", title=name)
+    plots.image_rows([(name, torch.rand(2, 1, 8, 8)) for name in ODD_NAMES], tmp_path / "rows.png", title="名前")
+    assert imageio.imread(tmp_path / "rows.png").shape[1] < 1000
+    assert imageio.imread(tmp_path / "0.png").shape[1] < 2000
+    assert not [str(w.message) for w in recwarn]
+
+
+def test_points_that_are_not_finite_are_left_out(tmp_path):
+    points = torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [torch.inf, 1.0]])
+    for kept in (points, points[1:]):
+        plots.posterior_map(kept, torch.full((len(kept),), -1), [], tmp_path / "map.png", title="t")
+    plots.scatter_2d([("data", torch.zeros(1, 2)), ("samples", points[1:])], tmp_path / "scatter.png", title="t")
+
+
+def test_a_curve_that_reaches_zero_has_a_linear_axis(tmp_path, recwarn):
+    rows = [row | {"held_out_nmse": 0.0} for row in EPOCHS[:1]] + EPOCHS[1:]
+    plots.curves(rows, tmp_path / "curves.png", title="black images")
+    assert not list(recwarn)
 
 
 def test_a_plot_that_cannot_be_written_is_an_error_of_one_line(tmp_path):

@@ -197,8 +197,8 @@ def test_the_temperature_follows_its_schedule():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("gumbel", {"temperature": "linear:1:0"}, "temperature=linear:1:0: must stay above 0"),
-        ("gumbel", {"temperature": "-1"}, "temperature=-1: must stay above 0"),
+        ("gumbel", {"temperature": "linear:1:0"}, "temperature=linear:1:0: must be above 0 at every step"),
+        ("gumbel", {"temperature": "-1"}, "temperature=-1: must be above 0"),
         ("gumbel", {"temperature": "cosine:1"}, "temperature=cosine:1: must be a number, or"),
         ("gumbel", {"entropy": "exact", "iaf_flows": 1}, "entropy=exact: .* use entropy=draw or iaf_flows=0"),
         ("gumbel", {"num_samples": 0}, "num_samples=0: must be from 1 to"),

@@ -18,7 +18,7 @@ import pytest
 import scipy.io
 import torch
 
-from vqvae.data import load, published
+from vqvae.data import formats, load, published
 from vqvae.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*differ from the published ones")  # the small files do
@@ -248,16 +248,48 @@ def test_a_damaged_cifar_batch_is_named(tmp_path, content):
 
 def test_a_file_without_read_permission_is_named(tmp_path, monkeypatch):
     write_cifar(tmp_path)
-    read = Path.read_bytes
+    open_file = formats.open_file
 
     def refuse(path):
         if path.name == "data_batch_2":
             raise PermissionError(13, "Permission denied")
-        return read(path)
+        return open_file(path)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(formats, "open_file", refuse)
     with pytest.raises(UserError, match="data_batch_2: cannot be read .*Permission denied"):
         load("cifar10", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["data_batch_4", "MNIST/raw/train-images-idx3-ubyte", "train_32x32.mat"])
+@pytest.mark.parametrize("others", [False, True])
+def test_a_named_pipe_in_the_place_of_a_file_is_never_opened(tmp_path, downloads, name, others):
+    dataset = {"d": "cifar10", "M": "mnist", "t": "svhn"}[name[0]]
+    downloads(dataset, lambda: pytest.fail("torchvision would wait for a reader of the pipe"))
+    if others:
+        write_mnist(tmp_path)
+        write_cifar(tmp_path)
+        write_svhn(tmp_path, np.zeros((32, 32, 3, 2), np.uint8), [[1], [2]])
+    path = tmp_path / ("cifar-10-batches-py" if dataset == "cifar10" else "") / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=f"{path.name}: not a file of {dataset} .not a regular file"):
+        load(dataset, data_dir=tmp_path)
+
+
+def test_a_damaged_file_next_to_an_absent_one_is_explained(tmp_path, downloads):
+    def refuse():
+        raise AssertionError  # what torchvision raises for a damaged IDX file
+
+    downloads("mnist", refuse)
+    with pytest.raises(UserError, match="the download failed .AssertionError"):
+        load("mnist", data_dir=tmp_path)
+
+
+def test_a_data_dir_that_cannot_be_entered_is_named(tmp_path):
+    with pytest.raises(UserError, match="cannot be entered .File name too long") as caught:
+        load("mnist", data_dir=tmp_path / ("x" * 300))
+    assert caught.value.flagged.startswith("--data-dir ")
 
 
 def test_svhn_is_read_from_its_mat_files(tmp_path):

@@ -107,13 +107,17 @@ def test_resolve_fills_in_every_default_in_the_order_of_the_constructor():
         ("ladder rungs=inf", "--climb ladder rungs=inf: must be a whole number"),
         ("ladder rungs=0", "--climb ladder rungs=0: must be at least 1"),
         ("ladder width=wide", "--climb ladder width=wide: must be a number"),
-        ("ladder width=nan", "--climb ladder width=nan: must be above 0 and at most 2"),
+        ("ladder width=nan", "--climb ladder width=nan: must be a finite number, above 0 and at most 2"),
         ("ladder safe=perhaps", "--climb ladder safe=perhaps: must be yes or no"),
         ("ladder wood=asg", "--climb ladder wood=asg: must be one of oak, ash (did you mean 'ash'?)"),
         ("ladder load=-1", "--climb ladder load=-1: must be at least 0"),
         ("ladder parts=5", "--climb ladder parts=5: must be from 1 to 4"),
         ("ladder parts=3", "--climb ladder parts=3: must be not 3"),
-        ("ladder nails=2147483648", "--climb ladder nails=2147483648: must be from 1 to 2147483647"),
+        ("ladder nails=16777217", "--climb ladder nails=16777217: must be from 1 to 16777216"),
+        ("ladder rungs=2147483650", "--climb ladder rungs=2147483650: must be at most 2147483647"),
+        ("ladder rungs=1e400", "--climb ladder rungs=1e400: must be at most 2147483647"),
+        ("ladder load=1e39", "--climb ladder load=1e39: must be at most 3.4e+38"),
+        ("ladder parts=4", "--climb ladder parts=4: rungs=6 must be a multiple of parts=4"),
         ("ladder rungs=7", "--climb ladder rungs=7: must be a multiple of parts=2"),
         ("rope tree=elm", "--climb rope tree=elm: unknown option; it takes no options"),  # context is not an option
     ],
@@ -128,8 +132,9 @@ def test_an_error_names_slot_member_option_and_value(text, message):
     "words", [[], ["rungs=3"], ["ladder", "rungs"], ["ladder", "=3"], ["ladder", ""], ["ladder", "rungs=3", "rungs=4"]]
 )
 def test_malformed_words_are_refused(words):
-    with pytest.raises(OptionError, match="climb"):
+    with pytest.raises(OptionError) as caught:
         Choice.parse("climb", words)
+    assert caught.value.flagged.startswith("--climb")
 
 
 def test_a_choice_is_parsed_and_printed_in_one_form():
@@ -148,12 +153,32 @@ def test_missing_context_names_the_members_that_fit():
 
 def test_build_names_the_member_whose_constructor_refuses():
     class Brittle:
-        def __init__(self, *, wall: str):
-            raise OptionError("", "wall", wall, "is too soft")
+        def __init__(self, *, wall: str, nails: Count = 2):
+            raise OptionError("", "nails", nails, f"do not go into {wall}")
 
     with pytest.raises(OptionError) as caught:
         build(Slot("climb", {"brittle": Brittle}), Choice("brittle", {}), {"wall": "sand"})
-    assert caught.value.flagged == "--climb brittle wall=sand: is too soft"
+    assert caught.value.flagged == "--climb brittle nails=2: do not go into sand"
+
+
+@pytest.mark.parametrize("problem", [MemoryError(), RuntimeError("can't allocate memory: you tried 9 bytes")])
+def test_a_model_beyond_the_memory_is_refused_by_its_largest_number(problem):
+    class Huge:
+        def __init__(self, *, nails: Count = 2, rungs: Count = 9, width: float = 99.0):
+            raise problem
+
+    with pytest.raises(OptionError) as caught:
+        build(Slot("climb", {"huge": Huge}), Choice("huge", {"nails": 1000}), {})
+    assert caught.value.flagged == "--climb huge nails=1000: the model does not fit into memory; choose a smaller one"
+
+
+def test_another_error_of_a_constructor_stays_as_it_is():
+    class Broken:
+        def __init__(self, *, nails: Count = 2):
+            raise RuntimeError("a mistake")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        build(Slot("climb", {"broken": Broken}), Choice("broken", {}), {})
 
 
 def test_needs_tells_which_context_a_member_asks_for():
@@ -194,8 +219,9 @@ def test_a_signature_tells_context_options_and_shared_options_apart():
 def test_a_range_takes_what_its_text_says_and_no_nan_or_infinity(range, text, inside, outside):
     assert str(range) == text
     assert [range.problem(value) for value in inside] == [None] * len(inside)
-    refused = [*outside, math.nan, math.inf, -math.inf]
-    assert [range.problem(value) for value in refused] == [f"must be {text}"] * len(refused)
+    assert [range.problem(value) for value in outside] == [f"must be {text}"] * len(outside)
+    for value in (math.nan, math.inf, -math.inf):
+        assert range.problem(value) == f"must be a finite number, {text}".replace(", a finite number", "")
 
 
 def test_passes_takes_the_values_that_pass_its_test():
@@ -236,7 +262,7 @@ def test_an_option_without_a_value_may_be_none_if_its_type_says_so():
     [
         (Ladder, {"wall": "north", "load": -1}, "load=-1: must be at least 0"),
         (Ladder, {"wall": "north", "wood": "elm"}, "wood=elm: must be one of oak, ash"),
-        (Ladder, {"wall": "north", "nails": 0}, "nails=0: must be from 1 to 2147483647"),
+        (Ladder, {"wall": "north", "nails": 0}, "nails=0: must be from 1 to 16777216"),
         (FoldingSize, {"width": 3}, "width=3: must be above 0 and at most 2"),
         (FoldingSize, {"rungs": 3}, "rungs=3: must be a multiple of parts=2"),
     ],
@@ -280,7 +306,7 @@ def bad_values(option: Option) -> Iterator[Any]:
             yield from (option.kind(bound) for bound in finite)
         else:
             yield next(
-                value for value in (0, 4, "some", "-1") if isinstance(value, option.kind) and rule.problem(value)
+                value for value in (0, 4, -1.0, "some", "-1") if isinstance(value, option.kind) and rule.problem(value)
             )
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from vqvae.errors import OptionError
+from vqvae.errors import OptionError, shown
 from vqvae.schedules import Schedule, ScheduleText
 
 
@@ -51,18 +51,21 @@ def test_steps_may_be_written_as_floats():
         ("linear:0:1:2:3", "must be a number, or shape:start:end"),
         ("lineer:0:1:3", "no shape 'lineer' (did you mean 'linear'?); known: linear, cosine, quarter-cosine"),
         ("linear:a:b:3", "start, end and steps must be numbers"),
-        ("linear:0:1:inf", "start, end and steps must be numbers"),
-        ("linear:0:nan", "start and end must be finite"),
-        ("linear:0:1:0", "steps must be at least 1"),
+        ("linear:0:1:inf", "steps must be a whole number from 1 to 2147483647"),
+        ("linear:0:1:2.5", "steps must be a whole number from 1 to 2147483647"),
+        ("linear:0:1:1e10", "steps must be a whole number from 1 to 2147483647"),
+        ("linear:0:1e39", "start and end must be finite numbers of at most 3.4e+38"),
+        ("linear:0:nan", "start and end must be finite numbers of at most 3.4e+38"),
+        ("linear:0:1:0", "steps must be a whole number from 1 to 2147483647"),
         ("linear:0:1,linear:1:0", "only the last piece may leave out its steps"),
-        ("nan", "must be a finite number or a schedule"),
-        ("-inf", "must be a finite number or a schedule"),
+        ("nan", "must be a finite number of at most 3.4e+38, or a schedule"),
+        ("-inf", "must be a finite number of at most 3.4e+38, or a schedule"),
     ],
 )
 def test_a_bad_schedule_is_refused_in_the_name_of_its_option(text, problem):
     with pytest.raises(OptionError) as caught:
         Schedule.parse(text, "kl_weight")
-    assert caught.value.flagged.startswith(f"--kl-weight {text}: {problem}")
+    assert caught.value.flagged.startswith(f"--kl-weight {shown(text)}: {problem}")
     assert ScheduleText().problem(text) == caught.value.problem
 
 
@@ -70,11 +73,11 @@ def test_a_bad_schedule_is_refused_in_the_name_of_its_option(text, problem):
     ("rule", "text", "problem"),
     [
         (ScheduleText(above=0), "0.5", None),
-        (ScheduleText(above=0), "0", "must stay above 0"),
-        (ScheduleText(above=0), "linear:1:0:5,linear:1:2", "must stay above 0"),
+        (ScheduleText(above=0), "0", "must be above 0"),
+        (ScheduleText(above=0), "linear:1:0:5,linear:1:2", "must be above 0 at every step"),
         (ScheduleText(low=0), "linear:1:0", None),
-        (ScheduleText(low=0), "-1e-9", "must stay at 0 or more"),
-        (ScheduleText(low=0), "linear:1:2:5,cosine:1:-1", "must stay at 0 or more"),
+        (ScheduleText(low=0), "-1e-9", "must be at least 0"),
+        (ScheduleText(low=0), "linear:1:2:5,cosine:1:-1", "must be at least 0 at every step"),
         (ScheduleText(), "-3", None),
     ],
 )

@@ -12,9 +12,10 @@ from tests.helpers import images, make, run_train
 from vqvae import cli, load
 from vqvae.checkpoint import weights_checksum
 from vqvae.commands import visualize
+from vqvae.data.base import fingerprint
 from vqvae.evaluation import evaluate, evaluate_prior
 from vqvae.presets import PRESETS
-from vqvae.stage_two import PriorTraining, extract_codes
+from vqvae.stage_two import PriorTraining, extract_codes, store_codes
 
 LABELS = torch.zeros(12, dtype=torch.int64)
 SMALL_PIXELCNN = ("--prior", "pixelcnn", "channels=8", "blocks=1", "head=8")
@@ -102,7 +103,8 @@ def test_codes_are_cached_with_the_weights_they_come_from(tmp_path):
     changed[0, 0, 0] = 6 - changed[0, 0, 0]
 
     def store(stored: torch.Tensor) -> None:
-        np.savez(cache, codes=stored.numpy(), weights=weights_checksum(model))
+        source = f"{weights_checksum(model)} {fingerprint(batch)}"
+        store_codes(cache, stored.numpy().astype(np.uint8), source)
 
     store(changed)
     assert torch.equal(extract_codes(model, batch, cache, batch_size=5), changed)  # from the cache
@@ -170,13 +172,13 @@ def two_runs(tmp_path_factory) -> Path:
     ("line", "message"),
     [
         ("--prior pixelcnn --checkpoint logs/second", "--checkpoint logs/second: is a prior's"),
-        ("--prior normal --checkpoint logs/first", "--prior normal: needs latent_dim"),
-        ("--prior uniform --checkpoint logs/first", "--prior uniform: has no parameters to train"),
+        ("--prior normal --checkpoint logs/first --batch-size 20", "--prior normal: needs latent_dim"),
+        ("--prior uniform --checkpoint logs/first --batch-size 20", "--prior uniform: has no parameters to train"),
         ("--prior unigram --checkpoint logs/first --codes 3", "--codes 3: the model and data come from --checkpoint"),
         ("--prior unigram --checkpoint logs/first --dataset mnist", "--dataset mnist: the model and data come from"),
         ("--prior unigram --checkpoint logs/first --objective elbo", "--objective elbo: the model and data come from"),
         ("--prior unigram --checkpoint logs/first --augment crop-flip", "--augment crop-flip: a prior trains on codes"),
-        ("--prior normal --checkpoint logs/vae", "latent is continuous"),
+        ("--prior normal --checkpoint logs/vae --batch-size 20", "latent is continuous"),
         ("--checkpoint logs/first", "name the prior to train"),
     ],
 )

@@ -147,9 +147,9 @@ def test_no_two_images_share_a_name():
 
 SPOILT = {
     "another model": ({"model": "0123456789abcdef"}, "encoded by model '0123456789abcdef'"),
-    "no grid": ({"grid": None}, "grid is not a file in the archive"),
-    "a pickle": ({"files": np.array([Payload()] * 3)}, "allow_pickle=False"),
-    "a pickled model": ({"model": np.array(Payload(), dtype=object)}, "allow_pickle=False"),
+    "no grid": ({"grid": None}, "it has no array grid"),
+    "a pickle": ({"files": np.array([Payload()] * 3)}, "files has objects"),
+    "a pickled model": ({"model": np.array(Payload(), dtype=object)}, "model has objects"),
     "too many codes": ({"num_codes": 8}, "its num_codes is 8, and the model's is 7"),
     "a code too large": ({"codes": np.full((3, 2, 2), 7)}, "codes must be from 0 to 6, not 7 to 7"),
     "a negative code": ({"codes": np.full((3, 2, 2), -1)}, "codes must be from 0 to 6, not -1 to -1"),
@@ -234,7 +234,7 @@ def test_nothing_is_overwritten(workdir, capsys):
     Path("back").mkdir()
     Path("back/a.png").write_text("mine")
     assert run("decode codes.npz --checkpoint run --output back --device cpu") == 2
-    assert "error: back: is not empty" in capsys.readouterr().err
+    assert "--output back: is not empty" in capsys.readouterr().err
     assert [p.read_text() for p in Path("back").iterdir()] == ["mine"]
     Path("empty").mkdir()
     assert run("decode codes.npz --checkpoint run --output empty --device cpu") == 0
@@ -252,53 +252,6 @@ def test_a_failed_encoding_leaves_the_old_codes(workdir, capsys):
     assert "--input in: none of its 3 images can be read" in errs
     assert Path("codes.npz").read_bytes() == before
     assert not list(workdir.glob("*.partial"))
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("encode --checkpoint none.pt --input in --output c.npz", "none.pt: no such file"),
-        ("encode --checkpoint run --input none --output c.npz", "--input none: no such folder"),
-        ("encode --checkpoint run --input empty --output c.npz", "--input empty: has no image files"),
-        ("encode --checkpoint run --output c.npz", "--dataset --input is required"),
-        ("encode --checkpoint run --input in --dataset digits --output c.npz", "not allowed with"),
-        ("encode --checkpoint run --input in --split test --output c.npz", "--split test: needs --dataset"),
-        ("encode --checkpoint run --input in --data-dir in --output c.npz", "--data-dir in: needs --dataset"),
-        ("encode --checkpoint run --input in --output codes", "--output codes: must end in .npz, such as codes.npz"),
-        ("encode --checkpoint run --input in --output a.npz", "--output a.npz: is a folder"),
-        ("encode --checkpoint run --input in --output in/a.png/c.npz", "error: in/a.png/c.npz: cannot be written"),
-        ("encode --checkpoint run --input in --output c.npz --batch-size 0", "--batch-size 0: must be at least 1"),
-        ("encode --checkpoint run --input in --output c.npz --limit 0", "--limit 0: must be at least 1"),
-        ("encode --checkpoint run --dataset mnits --output c.npz", "did you mean 'mnist'"),
-        ("encode --checkpoint run --dataset photos limit=3 --output c.npz", "--dataset photos limit=3: unknown option"),
-        ("encode --checkpoint run --dataset digits --output c.npz", "are 1x8x8, and the model's are 3x8x8"),
-        ("encode --checkpoint run --dataset gauss2d --output c.npz", "are 2x1x1, and the model's are 3x8x8"),
-        ("encode --checkpoint vae --input in --output c.npz", "error: vae: the latent is continuous"),
-        ("encode --checkpoint plane --input in --output c.npz", "--input in: the model's examples are 2x1x1"),
-        ("decode c.npz --checkpoint plane --output back", "--checkpoint plane: the model's examples are 2x1x1"),
-        ("decode c.npz --checkpoint vae --output back", "error: vae: the latent is continuous"),
-        ("decode c.npz --checkpoint run --output back", "c.npz: no such file"),
-        ("decode --checkpoint run --output back", "required: FILE"),
-        ("export --checkpoint run --output in", "error: in: is not empty"),
-        ("export --checkpoint run --output in/a.png", "error: in/a.png: cannot be written"),
-        ("encod", "encod: no such command (did you mean 'encode'"),
-        ("", "no command; known: train, visualize, encode, decode, export"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(workdir, capsys, line, message):
-    stored(workdir / "run")
-    stored(workdir / "vae", bottleneck="gaussian", prior="normal", nets="conv-vae")
-    stored(workdir / "plane", (2, 1, 1), nets="mlp", likelihood="gaussian")
-    write_images("in/a.png")
-    Path("empty").mkdir()
-    Path("a.npz").mkdir()
-    before = sorted(workdir.rglob("*"))
-    assert run(line) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert message in err
-    assert err.count("\n") == 1
-    assert sorted(workdir.rglob("*")) == before
 
 
 def test_points_of_the_plane_have_codes_too(workdir):

@@ -101,7 +101,8 @@ def test_fsqs_codes_are_its_values_and_all_can_be_reached(levels):
 
 @pytest.mark.parametrize("levels", ["8,1", "8,,5", "8 5", "-3,3", "4.5", "", "99999,99999"])
 def test_fsq_refuses_other_words_than_levels(levels):
-    with pytest.raises(OptionError, match=f"^fsq levels={re.escape(levels)}: must be whole numbers from 2 up, .*$"):
+    shown = re.escape(levels) if levels else "''"
+    with pytest.raises(OptionError, match=f"^fsq levels={shown}: must be whole numbers from 2 up, .*$"):
         make("fsq", levels=levels)
 
 

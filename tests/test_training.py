@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.checkpoints import content
 from vqvae import checkpoint
 from vqvae.contracts import TrainOutput
 from vqvae.errors import OptionError, UserError
@@ -21,6 +23,9 @@ from vqvae.training import Means, Plan, Stage, fit, seed_step, take
 
 EXAMPLES = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(20)
+FACTS = {
+    key: value for key, value in content().items() if key in ("kind", "run", "config", "data", "examples", "plots")
+}
 
 
 class Toy(nn.Module):
@@ -81,17 +86,17 @@ def train(
 ) -> tuple[Toy, dict[str, float] | None]:
     """Train a toy in a folder; returns it, and the result of `fit`."""
     torch.manual_seed(0)
-    toy, content = Toy(), None
+    toy, saved = Toy(), None
     toy.at = at or toy.at
     if resume:
-        content = checkpoint.read(folder / "checkpoint.pt")
-        toy.load_state_dict(content["model"])
-    facts = {"kind": "toy", "run": folder.name, "config": {}, "data": {}, "examples": {}, "plots": ""}
-    run = Run(folder, facts, resume_at=content["step"] if content else None)
+        saved = checkpoint.read(folder / "checkpoint.pt")
+        toy.load_state_dict(saved["model"])
+    run = Run(folder, FACTS)
     held_out = evaluate or (lambda: {"loss": float(toy.point.detach().square().sum())})
     stage = Stage(toy, EXAMPLES, LABELS, evaluate=held_out, draw=None, caption="")
-    results = fit(stage, the_plan, run, after_epoch=after_epoch, resume=content)
-    run.close(results)
+    with closing(run):
+        results = fit(stage, the_plan, run, after_epoch=after_epoch, resume=saved)
+        run.close(results)
     return toy, results
 
 
@@ -234,10 +239,9 @@ def test_the_rate_follows_its_schedule_and_each_groups_scale(tmp_path):
     toy = Scaled()
     before: list[Tensor] = []
     toy.at = lambda step: before.append(toy.point.detach().clone())
-    facts = {"kind": "toy", "run": "run", "config": {}, "data": {}, "examples": {}, "plots": ""}
     stage = Stage(toy, EXAMPLES, LABELS, evaluate=lambda: {"loss": 0.0}, draw=None, caption="")
     the_plan = plan(epochs=1, lr=Schedule.parse("linear:0.1:0"))
-    fit(stage, the_plan, Run(tmp_path / "run", facts))
+    fit(stage, the_plan, Run(tmp_path / "run", FACTS))
     # AdamW's first step has the length of the rate, in every coordinate
     assert torch.allclose((before[1] - before[0]).abs(), torch.tensor(0.3), rtol=1e-3)
     group = checkpoint.read(tmp_path / "run")["optimizer"]["param_groups"][0]
@@ -305,7 +309,7 @@ def test_after_each_epoch_it_draws_stores_usage_and_prints_a_line(tmp_path, caps
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="loss is (nan|inf) at step .* lower lr"):
+    with pytest.raises(UserError, match="the training loss (is|was) .* at step .* lower lr"):
         train(tmp_path / "run", plan(lr=Schedule.parse("linear:0.1:1e38:4"), epochs=40, save_every=(1, None)))
     assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["model"]["point"].isfinite().all()
 
@@ -339,3 +343,44 @@ def test_means_are_exact_over_many_steps():
     for _ in range(1000):
         means.add({"a": torch.tensor(0.1)})
     assert float(means.values()["a"]) == pytest.approx(float(torch.tensor(0.1)), rel=1e-12)
+
+
+def test_a_run_killed_between_its_two_checkpoints_has_the_same_best_in_the_end(tmp_path, monkeypatch):
+    train(tmp_path / "straight", plan())
+
+    def kill(run: Run) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_best", kill)
+        with pytest.raises(Killed):
+            train(tmp_path / "run", plan())
+    assert checkpoint.read(tmp_path / "run")["best_step"] == 3
+    assert not (tmp_path / "run" / "best.pt").exists()
+    train(tmp_path / "run", plan(epochs=2), resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_best", kill)
+        with pytest.raises(Killed):
+            train(tmp_path / "run", plan(epochs=3), resume=True, evaluate=lambda: {"loss": -1.0})
+    with pytest.raises(OptionError, match="has taken all of its 9 steps"):  # it repairs best.pt
+        train(tmp_path / "run", plan(epochs=3), resume=True)
+    assert checkpoint.read(tmp_path / "run" / "best.pt")["step"] == 9
+
+
+def test_checkpoints_of_the_earlier_version_keep_their_best(tmp_path):
+    losses = iter([3.0, 1.0, 2.0])
+    train(tmp_path / "run", plan(epochs=3), evaluate=lambda: {"loss": next(losses)})
+    saved = checkpoint.read(tmp_path / "run")
+    assert saved.pop("best_step") == 6
+    checkpoint.write(tmp_path / "run" / "checkpoint.pt", saved)
+    train(tmp_path / "run", plan(), resume=True, evaluate=lambda: {"loss": 2.0})
+    assert checkpoint.read(tmp_path / "run")["best_step"] == 6
+    assert checkpoint.read(tmp_path / "run" / "best.pt")["step"] == 6
+
+
+def test_a_refused_resume_changes_nothing(tmp_path):
+    train(tmp_path / "run", plan())
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(OptionError, match="has taken all of its 12 steps"):
+        train(tmp_path / "run", plan(), resume=True)
+    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "run").iterdir()} == before

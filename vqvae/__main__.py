@@ -1,10 +1,9 @@
 """`vqvae COMMAND ...`, the same as `python -m vqvae COMMAND ...`."""
 
 import importlib
-import sys
 
-from vqvae import __version__, cli
-from vqvae.errors import UserError, near_misses
+from vqvae import __version__, interrupts
+from vqvae.errors import UserError, near_misses, shown
 
 COMMANDS = {  # modules of vqvae.commands
     "train": "train an autoencoder, or a prior on the codes of a trained one",
@@ -32,8 +31,14 @@ examples
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command that the words name (default: those of the command line) and return its exit code."""
-    return cli.run(dispatch, argv)
+    """Run the command that the words name and return its exit code; those of the command line also end the process."""
+    if argv is None:
+        interrupts.install()  # before imports that take time
+
+    from vqvae import cli
+
+    code = cli.run(dispatch, argv)
+    return code if argv is not None else interrupts.leave(code)
 
 
 def dispatch(argv: list[str]) -> int:
@@ -41,13 +46,16 @@ def dispatch(argv: list[str]) -> int:
         raise UserError(f"no command; known: {', '.join(COMMANDS)}; see vqvae --help")
     name, *words = argv
     if name in ("-h", "--help", "--version"):
+        if words:
+            raise UserError(f"{shown(' '.join(words))}: comes after {name}, which takes nothing more; leave it out")
         print(f"vqvae {__version__}" if name == "--version" else HELP)
         return 0
     if name not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        raise UserError(f"{name}: no such command{near_misses(name, COMMANDS)}; known: {known}; see vqvae --help")
+        kind, known = ("flag", ["--help", "--version"]) if name.startswith("-") else ("command", list(COMMANDS))
+        problem = f"no such {kind}{near_misses(name, known)}; known: {', '.join(known)}; see vqvae --help"
+        raise UserError(f"{shown(name)}: {problem}")
     return importlib.import_module(f"vqvae.commands.{name}").main(words)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -11,7 +11,7 @@ B batch, S samples, C channels, H W pixels, D code dimension, h w code grid.
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from vqvae.bottlenecks import BOTTLENECKS
 from vqvae.contracts import Bottleneck, Discrete, Latent, Likelihood
 from vqvae.errors import OptionError
 from vqvae.likelihoods import LIKELIHOODS
-from vqvae.nets import NETS
+from vqvae.nets import NETS, POINT
 from vqvae.priors import PRIORS
 from vqvae.registry import Choice, Slot, build, needs
 
@@ -114,10 +114,11 @@ class Autoencoder(nn.Module):
         return self.encoder(inputs)
 
     def quantize(self, x: Tensor) -> Latent:
-        """The most likely latent of x in [0, 1], `[B, C, H, W]`: its codes, or its posterior mean. Changes nothing."""
-        features = self.features(x)
-        with _full_precision(x):
-            return self.bottleneck.quantize(features.float())
+        """The most likely latent of x in [0, 1], `[B, C, H, W]`: its codes, or its posterior mean."""
+        with self._unchanged():
+            features = self.features(x)
+            with _full_precision(x):
+                return self.bottleneck.quantize(features.float())
 
     # images in, codes and images out
 
@@ -158,7 +159,8 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def decode_latents(self, z: Tensor) -> Tensor:
         """The likelihood's mean images `[B, C, H, W]` for latents `[B, D, h, w]`."""
-        return self.likelihood.mean(self.decoder(z).float())
+        with self._unchanged():
+            return self.likelihood.mean(self.decoder(z).float())
 
     @torch.no_grad()
     def sample(self, n: int, **options: Any) -> Tensor:
@@ -182,6 +184,10 @@ class Autoencoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def _unchanged(self) -> contextlib.AbstractContextManager[None]:
+        """Evaluation mode for a while, so that batch norm keeps its statistics when a model in training is used."""
+        return evaluating(self) if self.training else contextlib.nullcontext()
+
     def _need_codes(self, method: str) -> Discrete:
         if self.discrete is None:
             raise ValueError(f"{method} needs discrete codes; this model's latent is continuous")
@@ -198,6 +204,18 @@ class Autoencoder(nn.Module):
         if may_stray and x.numel() and not (x.min() >= 0 and x.max() <= 1):
             raise ValueError("images of floats must lie in [0, 1]; give uint8 for 0 to 255")
         return x
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every submodule gets its own mode back."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 def unit_range(images: Tensor) -> Tensor:
@@ -230,6 +248,11 @@ def build_autoencoder(
     """
     images = {"image_shape": image_shape, "data_variance": data_variance}
     likelihood = build(SLOTS["likelihood"], choices["likelihood"], images)
+    if image_shape == POINT and not likelihood.takes_points:
+        problem = "is a likelihood of pixels, and the data are points of the plane; use gaussian"
+        raise OptionError("", "likelihood", choices["likelihood"].name, problem)
+    if image_shape[1:] == (1, 1) and image_shape != POINT:
+        raise OptionError("", "image_size", 1, "leaves one pixel of an image; try 4 or 8")
     nets = build(SLOTS["nets"], choices["nets"], {"image_shape": image_shape})
     features = {"channels": nets.channels, "grid": nets.grid, "total_steps": total_steps}
     bottleneck: Bottleneck = build(SLOTS["bottleneck"], choices["bottleneck"], features)
@@ -238,7 +261,7 @@ def build_autoencoder(
     # last, so that models with one seed that differ only in their prior start from the same nets
     prior = build(SLOTS["prior"], choices["prior"], {**bottleneck.prior_context(), "num_classes": num_classes})
     if num_classes and not needs(SLOTS["prior"], choices["prior"].name, "num_classes"):
-        raise OptionError("", "conditional", None, f"the prior {choices['prior'].name} cannot use labels")
+        raise OptionError("", "conditional", None, f"the prior {choices['prior'].name} cannot use labels; leave it out")
     model = Autoencoder(
         encoder=encoder,
         bottleneck=bottleneck,

@@ -1,83 +1,136 @@
-"""Checkpoints: dictionaries of plain values and tensors, written atomically and read without executing code."""
+"""Checkpoints: dictionaries of plain values and tensors, written atomically and read without executing code.
 
+A checkpoint is what torch.save writes, with the SHA-256 of all bytes before it as the comment of the ZIP archive.
+Files come from strangers too: every entry is checked before a model is built.
+"""
+
+import contextlib
 import hashlib
+import io
+import itertools
 import json
-import pickle
-import warnings
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from vqvae import objectives
+from vqvae.archives import Forbidden, read_torch, size_of
 from vqvae.autoencoder import SLOTS, Autoencoder, build_autoencoder
-from vqvae.config import Config
-from vqvae.errors import UserError, one_line
-from vqvae.files import whole_file
+from vqvae.config import FIELDS as SETTINGS
+from vqvae.config import PATHS, Config
+from vqvae.errors import UserError, one_line, printable, shown
+from vqvae.files import open_file, whole_file
+from vqvae.registry import Choice, build, resolve
 
 FORMAT = 2
 EARLIER = {1: "0.1"}  # format -> the version of this package that reads it
+ADDED: set[str] = set()  # settings of versions after 0.2.0; checkpoints without them get their defaults
 ABOUT = ("format", "kind", "run", "step", "config", "data")  # describes a model; an exported config.json has these
 FIELDS = {*ABOUT, "model", "objective", "epoch", "examples", "usage", "plots"}
 EXPORTED = ("config.json", "model.safetensors")  # the files of an exported folder that `read_model` reads
+SEAL = b"sha256:"  # before the 64 hexadecimal digits at the end of a checkpoint
+UNKNOWN = "0" * 64  # stands for a checksum while it is computed
+LARGEST_JSON = 2**24  # bytes
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Save `content`. A reader of `path` finds the old checkpoint or the new one, never a part of either."""
+    """Save `content`. A reader of `path` finds the old checkpoint or the new one, never a part of either.
+
+    Raises `UserError` if the file cannot be written, such as on a full disk.
+    """
     with whole_file(path) as file:
-        torch.save({"format": FORMAT, **content}, file)
+        buffer = io.BytesIO()  # in memory, because torch aborts the process where a file cannot be written
+        torch.save({"format": FORMAT, **content}, buffer)
+        archive = buffer.getbuffer()
+        archive[-2:] = (len(SEAL) + 64).to_bytes(2, "little")  # the archive ends in the length of its comment
+        file.write(archive)
+        file.write(SEAL + hashlib.sha256(archive).hexdigest().encode())
 
 
 def locate(path: str | Path) -> Path:
     """The checkpoint file at `path`, which may also be the folder of a run."""
     path = Path(path)
-    return path / "checkpoint.pt" if path.is_dir() else path
+    return path / "checkpoint.pt" if os.path.isdir(path) else path
 
 
 def read(path: str | Path) -> dict[str, Any]:
     """The content of a checkpoint, its tensors on the CPU.
 
-    Raises `UserError` if the file is missing, truncated, no checkpoint of this package, of another format, or a pickle
-    of anything but plain values and tensors. Such a pickle is never executed.
+    Raises `UserError` if the file is missing, damaged, no checkpoint of this package, of another format, or a pickle of
+    anything but plain values and tensors. Nothing in the file is executed.
     """
     path = locate(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; a run saves its checkpoint as logs/<run>/checkpoint.pt")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of the pickle protocol of files that are refused anyway
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+        with open_file(path) as file:
+            sealed = _sealed(file, path)
+            content = read_torch(file)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a run saves its checkpoint as logs/<run>/checkpoint.pt") from None
+    except Forbidden:
         raise UserError(
             f"{path}: not a vqvae checkpoint: it contains objects other than plain values and tensors, which are not "
-            "loaded because loading them could execute code"
+            "loaded because loading them could execute code; name a checkpoint that vqvae wrote"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as problem:
-        raise UserError(f"{path}: truncated, or not a checkpoint ({one_line(problem)})") from None
+    except OSError as problem:
+        reason = f"cannot be read ({one_line(problem)}); name a checkpoint, or the folder of a run"
+        raise UserError(f"{path}: {reason}") from None
+    except Exception as problem:  # damaged archives raise anything
+        raise UserError(f"{path}: truncated, or not a checkpoint ({one_line(problem)}); use another copy") from None
     if not isinstance(content, dict) or "format" not in content:
-        raise UserError(f"{path}: not a vqvae checkpoint")
+        raise UserError(f"{path}: not a vqvae checkpoint; name one that vqvae wrote")
     _check_format(content["format"], path)
+    if not sealed:
+        raise UserError(f"{path}: damaged, or not written by vqvae: it does not end in its checksum; use another copy")
     if missing := FIELDS - set(content):
-        raise UserError(f"{path}: not a vqvae checkpoint; it lacks {', '.join(sorted(missing))}")
+        raise UserError(f"{path}: not a vqvae checkpoint; it lacks {', '.join(sorted(missing))}; use another copy")
+    with _naming(path):
+        content |= _described(content)
+        _check_state(content)
     return content
+
+
+def _sealed(file: BinaryIO, path: Path) -> bool:
+    """Whether a file ends in a checksum. Raises `UserError` if that is not the checksum of the rest."""
+    left = size_of(file) - len(SEAL) - 64
+    file.seek(max(left, 0))
+    end = file.read()
+    if left < 0 or not end.startswith(SEAL):
+        return False
+    file.seek(0)
+    digest = hashlib.sha256()
+    while left and (block := file.read(min(left, 1 << 20))):
+        digest.update(block)
+        left -= len(block)
+    if end != SEAL + digest.hexdigest().encode():
+        raise UserError(f"{path}: damaged: its content does not match its checksum; use another copy")
+    return True
 
 
 def _check_format(found: Any, path: Path) -> None:
     """Raise `UserError` for another format than this version's, naming the version that reads it."""
-    if found == FORMAT:
+    if type(found) is int and found == FORMAT:
         return
-    if isinstance(found, int) and found in EARLIER:
+    if type(found) is int and found in EARLIER:
         version = EARLIER[found]
         raise UserError(
             f"{path}: written by vqvae {version} (format {found}), and this version reads format {FORMAT}; "
             f"install vqvae {version} to read it, or train the model again"
         )
-    if isinstance(found, int) and found > FORMAT:
-        problem = f"written by a later version of vqvae (format {found}), and this version reads format {FORMAT}"
+    if type(found) is int and found > FORMAT:
+        problem = f"written by a later version of vqvae (format {found:.6g}), and this version reads format {FORMAT}"
         raise UserError(f"{path}: {problem}; update vqvae to read it")
-    raise UserError(f"{path}: {found!r:.40} is not a format of vqvae; this version reads format {FORMAT}")
+    words = repr(found)[:40] if isinstance(found, str | int) else f"a {type(found).__name__}"
+    raise UserError(f"{path}: {words} is not a format of vqvae; this version reads format {FORMAT}")
 
 
 def read_model(path: str | Path) -> dict[str, Any]:
@@ -88,19 +141,233 @@ def read_model(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     settings, weights = path / EXPORTED[0], path / EXPORTED[1]
-    if locate(path).is_file() or not weights.is_file():
+    if os.path.lexists(path / "checkpoint.pt") or not os.path.lexists(weights):
         return read(path)
+    content, checksum = _read_settings(settings)
     try:
-        content = json.loads(settings.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
-        raise UserError(f"{settings}: cannot be read ({one_line(problem)}); export the model again") from None
-    if not isinstance(content, dict) or not set(ABOUT) <= set(content):
-        raise UserError(f"{settings}: not the config.json of an exported model; export the model again")
-    _check_format(content["format"], settings)
-    try:
-        return content | {"model": load_file(weights)}
-    except (OSError, SafetensorError, ValueError) as problem:
+        with open_file(weights) as file:
+            raw = file.read()
+        if hashlib.sha256(raw).hexdigest() != checksum:
+            raise ValueError("it does not match the checksum in config.json")
+        content["model"] = load_safetensors(raw)
+    except Exception as problem:  # safetensors raises many types for damaged files
         raise UserError(f"{weights}: cannot be read ({one_line(problem)}); export the model again") from None
+    with _naming(weights):
+        _check_tensors(content["model"], "weights")
+    return content
+
+
+def _read_settings(path: Path) -> tuple[dict[str, Any], Any]:
+    """The entries of an exported config.json, and the checksum of the weights."""
+    try:
+        with open_file(path) as file:
+            text = file.read(LARGEST_JSON).decode()
+        content = json.loads(text)
+    except (OSError, ValueError, RecursionError) as problem:
+        raise UserError(f"{path}: cannot be read ({one_line(problem)}); export the model again") from None
+    if not isinstance(content, dict) or not set(ABOUT) <= set(content):
+        raise UserError(f"{path}: not the config.json of an exported model; export the model again")
+    _check_format(content["format"], path)
+    found = content.get("sha256")
+    if not isinstance(found, str) or len(found) != len(UNKNOWN) or seal(text, found) != text:
+        raise UserError(f"{path}: damaged, or changed: it does not match its checksum; export the model again")
+    with _naming(path):
+        return {key: content[key] for key in ABOUT} | _described(content), content.get("weights_sha256")
+
+
+def seal(text: str, stand_in: str = UNKNOWN) -> str:
+    """The text with the SHA-256 of itself in place of the last `stand_in`; it is computed with zeros there."""
+    before, _, after = text.rpartition(stand_in)
+    return before + hashlib.sha256(f"{before}{UNKNOWN}{after}".encode()).hexdigest() + after
+
+
+def weights_checksum(model: nn.Module) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of all weights except the prior's.
+
+    These weights determine how the model encodes and decodes: codes of one checksum belong to one codec.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith("prior."):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# what the entries of a file must be
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Begin errors with the file's name."""
+    try:
+        yield
+    except UserError as problem:
+        raise UserError(f"{path}: {problem}; the file is not as vqvae wrote it") from None
+
+
+def _need(good: bool, what: str) -> None:
+    if not good:
+        raise UserError(what)
+
+
+def _count(value: Any, what: str) -> None:
+    _need(type(value) is int and 0 <= value < 2**63, f"its {what} must be a whole number")
+
+
+def _text(value: Any, what: str, longest: int = 1000) -> str:
+    """The text, printable."""
+    _need(type(value) is str and len(value) <= longest, f"its {what} must be a text of at most {longest:,} characters")
+    return printable(value)
+
+
+def _entries(value: Any, what: str) -> dict[str, Any]:
+    named = type(value) is dict and all(type(key) is str and len(key) <= 500 for key in value)
+    _need(named, f"its {what} must be a table of names and values")
+    return value
+
+
+def _described(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of ABOUT, checked. Names are made printable, and that of the run a plain one."""
+    kind = _text(content["kind"], "kind")
+    _need(kind in ("autoencoder", "prior"), "its kind must be autoencoder or prior")
+    _count(content["step"], "step")
+    config = _checked_config(content["config"])
+    data = dict(_entries(content["data"], "data"))
+    if missing := {"name", "shape", "variance", "classes", "note"} - set(data):
+        raise UserError(f"its data lack {', '.join(sorted(missing))}")
+    shape, variance, classes = data["shape"], data["variance"], data["classes"]
+    _need(
+        type(shape) in (list, tuple) and len(shape) == 3
+        and all(type(size) is int and 1 <= size <= most for size, most in zip(shape, (256, 4096, 4096), strict=True)),
+        "its data.shape must be the channels, rows and columns of an image of at most 4096x4096",
+    )  # fmt: skip
+    _need(type(variance) in (int, float) and 1e-30 <= variance <= 1e30, "its data.variance must be a positive number")
+    _need(type(classes) is list and len(classes) <= 2**16, "its data.classes must be a list of names")
+    _need(not config["conditional"] or bool(classes), "its prior is conditional, and its data have no classes")
+    data |= {key: _text(data[key], f"data.{key}") for key in ("name", "note")}
+    data |= {"shape": list(shape), "classes": [_text(name, "data.classes") for name in classes]}
+    for key, check in (("examples", _count), ("fingerprint", _text)):
+        for split, value in _entries(data.get(key, {}), f"data.{key}").items():
+            _need(split in ("train", "test"), f"its data.{key} must be of the splits train and test")
+            check(value, f"data.{key}")
+    return {"kind": kind, "run": _plain_name(content["run"]), "config": config, "data": data}
+
+
+def _plain_name(value: Any) -> str:
+    """A name of a run that can name a folder, made of any text."""
+    name = _text(value, "run")
+    return re.sub(r"[^\w.+=-]", "-", name)[:50].strip(".-") or "run" if SETTINGS["name"].problem(name) else name
+
+
+TYPES: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+
+
+def _checked_config(value: Any) -> dict[str, Any]:
+    """The settings of a run, all present, in their types and ranges; members and their options are checked later."""
+    config = dict(_entries(value, "config"))
+    if missing := set(SETTINGS) - set(config) - ADDED:
+        raise UserError(f"its config lacks {', '.join(sorted(missing))}")
+    if unknown := sorted(set(config) - set(SETTINGS)):
+        raise UserError(f"its config has {shown(', '.join(unknown))}, which this version does not know")
+    for name, found in config.items():
+        option = SETTINGS[name]
+        if option.kind is Choice:
+            _check_choice(found, name)
+        elif not (found is None and option.optional):
+            _need(type(found) in TYPES.get(option.kind, (str,)), f"its config.{name} has the wrong type")
+            if type(found) is str:
+                _text(found, f"config.{name}", 4096)
+            if name == "name":
+                config[name] = _plain_name(found)
+            elif name not in PATHS:  # another machine's, which are not used
+                problem = option.problem(found)
+                _need(not problem, f"its config.{name}={shown(found)} {problem}")
+    return config
+
+
+def _check_choice(value: Any, slot: str) -> None:
+    choice = _entries(value, f"config.{slot}")
+    _need(set(choice) == {"name", "options"}, f"its config.{slot} must be a name and options")
+    _text(choice["name"], f"config.{slot}")
+    for key, found in _entries(choice["options"], f"config.{slot}").items():
+        _text(key, f"config.{slot}")
+        if type(found) is str:
+            _text(found, f"config.{slot}")
+        else:
+            _need(found is None or type(found) in (bool, int, float), f"its config.{slot} has the wrong type")
+
+
+def _check_state(content: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless the entries that only a checkpoint has are what `training` saves."""
+    _check_tensors(content["model"], "model")
+    _check_tensors(content["objective"], "objective")
+    _count(content["epoch"], "epoch")
+    _text(content["plots"], "plots", 4096)
+    _check_examples(content)
+    usage = content["usage"]
+    if usage is not None:
+        _need(isinstance(usage, Tensor) and usage.ndim == 2, "its usage must be the counts [levels, K] of codes")
+        _need(bool((usage >= 0).all() and usage.isfinite().all()), "its usage must be counts")
+    # entries that a run needs to go on
+    for key in ("best_epoch", "best_step"):
+        if content.get(key) is not None:
+            _count(content[key], key)
+    best = content.get("best", 0.0)
+    _need(type(best) in (int, float) and not math.isnan(best), "its best must be a number")
+    for key in ("epoch_means", "window"):
+        means = _entries(content.get(key, {"sums": {}, "count": 0}), key)
+        _need(set(means) == {"sums", "count"}, f"its {key} must be sums and a count")
+        _count(means["count"], key)
+        _check_tensors(means["sums"], f"{key}.sums")
+    if "optimizer" in content:
+        _check_optimizer(content["optimizer"], [*content["model"].values(), *content["objective"].values()])
+
+
+def _check_tensors(value: Any, what: str) -> None:
+    tensors = all(isinstance(weight, Tensor) for weight in _entries(value, what).values())
+    _need(tensors, f"its {what} must be tensors")
+
+
+def _check_examples(content: Mapping[str, Any]) -> None:
+    examples, about, config = _entries(content["examples"], "examples"), content["data"], content["config"]
+    _need(set(examples) == {"images", "labels"}, "its examples must be images and labels")
+    images, labels = examples["images"], examples["labels"]
+    _need(
+        isinstance(images, Tensor) and images.dtype in (torch.uint8, torch.float32) and images.ndim == 4
+        and list(images.shape[1:]) == about["shape"] and len(images) > 0 and bool(images.isfinite().all()),
+        f"its examples.images must be [N, {', '.join(map(str, about['shape']))}]",
+    )  # fmt: skip
+    low, high = 0 if config["conditional"] else -1, max(len(about["classes"]), 1)
+    _need(
+        isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+        and bool((labels >= low).all() and (labels < high).all()),
+        f"its examples.labels must be {len(images)} integers from {low} to {high - 1}",
+    )  # fmt: skip
+
+
+def _check_optimizer(value: Any, weights: Iterable[Tensor]) -> None:
+    shapes = {weight.shape for weight in weights}
+    optimizer = _entries(value, "optimizer")
+    _need(set(optimizer) == {"state", "param_groups"}, "its optimizer must be a state and groups")
+    state, groups = optimizer["state"], optimizer["param_groups"]
+    _need(type(state) is dict and all(type(key) is int for key in state), "its optimizer's state must be by number")
+    for entry in state.values():
+        for found in _entries(entry, "optimizer's state").values():
+            known = isinstance(found, Tensor) and found.is_floating_point() and found.shape in {torch.Size(), *shapes}
+            _need(known, "its optimizer's state must be tensors like its weights")
+    _need(type(groups) is list, "its optimizer's groups must be a list")
+    for group in groups:
+        parameters = _entries(group, "optimizer's group").get("params")
+        numbers = type(parameters) is list and all(type(number) is int for number in parameters)
+        _need(numbers, "its optimizer's groups must be of numbers")
+        for found in (found for key, found in group.items() if key != "params"):
+            values = found if type(found) is tuple else (found,)
+            plain = all(each is None or type(each) in (bool, int, float, str) for each in values)
+            _need(plain, "its optimizer's groups have the wrong type")
+
+
+# a model from its description
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Autoencoder:
@@ -117,39 +384,109 @@ def restore(content: dict[str, Any], name: str = "checkpoint", *, new_prior: Con
     """Build the model that a checkpoint's content describes, load its weights, and set evaluation mode.
 
     With `new_prior`, the model gets an untrained prior, built from these settings, instead of the checkpoint's. Errors
-    begin with `name`.
+    begin with `name`, except those about the new prior.
     """
-    try:
-        config = new_prior or Config.from_dict(content["config"])
-        model = build_autoencoder(
-            {slot: getattr(config, slot) for slot in SLOTS},
-            image_shape=tuple(content["data"]["shape"]),
-            data_variance=content["data"]["variance"],
-            num_classes=len(content["data"]["classes"]) if config.conditional else 0,
-        )
-    except UserError:
-        raise  # it names the setting
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError):
-        raise UserError(f"{name}: its settings do not describe a model of vqvae") from None
-    weights = content["model"]
     if new_prior:
-        weights = {key: value for key, value in weights.items() if not key.startswith("prior.")}
-        weights |= {f"prior.{key}": value for key, value in model.prior.state_dict().items()}
+        verify(content, name)
+        model = _build(content, new_prior)
+        old = {key: value for key, value in content["model"].items() if not key.startswith("prior.")}
+        model.load_state_dict(old | {f"prior.{key}": value for key, value in model.prior.state_dict().items()})
+        return model.eval()
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as problem:
-        raise UserError(f"{name}: its weights do not fit the model of its settings ({one_line(problem)})") from None
+        config = Config.from_dict(content["config"])
+        with _Budget(content["model"].values()) as budget:
+            budget.check(config)
+            model = _build(content, config)
+    except UserError as problem:
+        raise UserError(f"{name}: {problem}") from None
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, MemoryError):
+        raise UserError(f"{name}: its settings do not describe a model of vqvae") from None
+    _check_fit(model, content["model"], name)
+    usage = content.get("usage")
+    if usage is not None and (model.discrete is None or usage.shape[1] != model.discrete.num_codes):
+        raise UserError(f"{name}: its usage does not count the model's codes")
+    model.load_state_dict(content["model"])
     return model.eval()
 
 
-def weights_checksum(model: nn.Module) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of all weights except the prior's.
+def verify(content: dict[str, Any], name: str) -> None:
+    """Raise `UserError`, which begins with `name`, unless a checkpoint's weights fit the settings in it.
 
-    These weights determine how the model encodes and decodes: codes of one checksum belong to one codec.
+    Draws no random numbers, so that what is built later starts from the same weights as without the check.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith("prior."):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    with torch.random.fork_rng(devices=[]):
+        restore(content, name)
+        if "objective" in content:
+            try:
+                choice = Config.from_dict(content["config"]).objective
+                objective = build(objectives.SLOT, choice, {"total_steps": 1})
+            except UserError as problem:
+                raise UserError(f"{name}: {problem}") from None
+            _check_fit(objective, content["objective"], name)
+
+
+def _build(content: Mapping[str, Any], config: Config) -> Autoencoder:
+    data = content["data"]
+    channels, height, width = data["shape"]
+    return build_autoencoder(
+        {slot: getattr(config, slot) for slot in SLOTS},
+        image_shape=(channels, height, width),
+        data_variance=data["variance"],
+        num_classes=len(data["classes"]) if config.conditional else 0,
+    )
+
+
+def _check_fit(module: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
+    """Raise `UserError`, which begins with `name`, unless the weights have the module's names, shapes and types."""
+    expected = module.state_dict()
+    for key in [*expected, *weights]:
+        wanted, found = _kind(expected.get(key)), _kind(weights.get(key))
+        if wanted != found:
+            problem = f"{shown(key)} should be {wanted} and is {found}"
+            raise UserError(f"{name}: its weights do not fit the model of its settings ({problem})")
+
+
+def _kind(weight: Tensor | None) -> str:
+    return "absent" if weight is None else f"{str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
+
+
+class _Budget(TorchFunctionMode):
+    """While it is entered, making a model larger than its weights raises `UserError` before memory is allocated.
+
+    Tensors that are not stored, such as masks, may have `SLACK` elements in addition.
+    """
+
+    FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange})
+    SLACK = 2**22
+
+    def __init__(self, weights: Iterable[Tensor]):
+        super().__init__()
+        sizes = [weight.numel() for weight in weights]
+        self.elements, self.tensors = sum(sizes) + self.SLACK, 4 * len(sizes) + 100
+        self.left = self.elements
+
+    def check(self, config: Config) -> None:
+        """Raise `UserError` for a whole number among the members' options that exceeds the number of elements."""
+        for name, slot in SLOTS.items():
+            choice = resolve(slot, getattr(config, name))
+            for key, value in choice.options.items():
+                self._need(type(value) is not int or value <= self.elements, f"{choice.name} {key}={value}")
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in self.FACTORIES:
+            sizes = args or (kwargs["size"],)
+            sizes = [size for size in (sizes[0] if isinstance(sizes[0], tuple | list) else sizes) if type(size) is int]
+            self.left -= max(sizes, default=0) if function is torch.arange else math.prod(sizes)
+            self.tensors -= 1
+            self._need(self.left >= 0 and self.tensors >= 0)
+        else:
+            shapes = [value.shape for value in args if isinstance(value, Tensor)]
+            longest = [max(sizes) for sizes in itertools.zip_longest(*map(reversed, shapes), fillvalue=1)]
+            self._need(len(shapes) < 2 or math.prod(longest) <= self.elements)  # the size that they are broadcast to
+        return function(*args, **kwargs)
+
+    @staticmethod
+    def _need(good: bool, what: str = "its settings") -> None:
+        if not good:
+            raise UserError(f"{what} describe a larger model than its weights")

@@ -6,14 +6,16 @@ listed here: the registry reads them from the members.
 
 import argparse
 import dataclasses
+import os
 import re
+import tempfile
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from vqvae.errors import OptionError, UserError, near_misses
+from vqvae.errors import OptionError, UserError, near_misses, one_line, shown
 from vqvae.presets import PRESETS
 from vqvae.registry import Choice, Passes, Range, Slot, fields_of, resolve
 from vqvae.schedules import ScheduleText
@@ -34,14 +36,54 @@ class Interval:
 
 def interval(text: str) -> tuple[int | None, float | None] | None:
     """`500` as (500, None), `300s` as (None, 300.0), anything else as None."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s?)", text)
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)(s?)", text)
     if not match or float(match[1]) == 0 or (not match[2] and "." in match[1]):
         return None
     return (None, float(match[1])) if match[2] else (int(match[1]), None)
 
 
+@dataclass(frozen=True)
+class Location:
+    """The rule of a path. `write` says whether a file or a folder is to be written there."""
+
+    write: Literal["", "file", "folder"] = ""
+
+    def problem(self, text: str) -> str | None:
+        try:
+            path = Path(text).expanduser()
+            path.stat()
+        except FileNotFoundError:
+            pass
+        except RuntimeError:
+            return f"no user is called {shown(text[1:].partition('/')[0])}; write the path without ~"
+        except (OSError, ValueError) as problem:
+            return f"cannot be used ({one_line(problem)}); name another place"
+        if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.parts):
+            return f"has a name of more than {LONGEST_NAME} bytes; shorten it"
+        return self._unwritable(path) if self.write else None
+
+    def _unwritable(self, path: Path) -> str | None:
+        if self.write == "file" and path.is_dir():
+            return "is a folder; name a file"
+        folder = path.parent if self.write == "file" else path
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if not folder.is_dir():
+            return f"{'is' if folder == path else f'{folder} is'} a file and not a folder; name another place"
+        try:
+            with tempfile.TemporaryDirectory(prefix=".vqvae-", dir=folder):
+                return None
+        except OSError as problem:
+            return f"{folder} cannot be written to ({one_line(problem)}); name another place"
+
+
+LONGEST_NAME = 255  # bytes, on the usual file systems
+MOST_IN_RUN_NAME = 200  # bytes: a second stage adds -prior, and files add their endings
+
+
 def _is_name(text: str) -> bool:
-    return bool(re.fullmatch(r"[\w.+=-]+", text)) and text not in (".", "..")
+    fits = len(text.encode()) <= MOST_IN_RUN_NAME
+    return fits and bool(re.fullmatch(r"[\w.+=-]+", text)) and text not in (".", "..") and text[0] != "-"
 
 
 def _field(default: Any, group: str, *, metavar: str | None = None, on_resume: bool = False) -> Any:
@@ -72,15 +114,15 @@ class Config:
     preset: Annotated[str | None, "a published set-up, see --list presets; other flags override it"] = _field(
         None, "model"
     )
-    checkpoint: Annotated[str | None, "train --prior on the codes of this trained model (stage two)"] = _field(
-        None, "model", metavar="PATH"
+    checkpoint: Annotated[str | None, Location(), "train --prior on the codes of this trained model (stage two)"] = (
+        _field(None, "model", metavar="PATH")
     )
     conditional: Annotated[bool, "condition the prior on the labels"] = _field(False, "model")
 
-    data_dir: Annotated[str, "folder of the data's files, or of the images of --dataset folder"] = _field(
+    data_dir: Annotated[str, Location(), "folder of the data's files, or of the images of --dataset folder"] = _field(
         "data", "data", metavar="DIR", on_resume=True
     )
-    image_size: Annotated[int | None, Range(1), "scale images to this many pixels a side"] = _field(
+    image_size: Annotated[int | None, Range(1, 4096), "scale images to this many pixels a side"] = _field(
         None, "data", metavar="PIXELS"
     )
     limit: Annotated[int | None, Range(1), "use at most this many images of each split, for quick looks"] = _field(
@@ -108,6 +150,9 @@ class Config:
     weight_decay: Annotated[float, Range(0), "decoupled weight decay (AdamW) on convolution and linear weights"] = (
         _field(0.0, "training", metavar="DECAY")
     )
+    on_nan: Annotated[
+        Literal["stop", "skip"], "where the loss or the gradient is not finite: stop, or skip up to 10 updates in a row"
+    ] = _field("stop", "training", on_resume=True)
     patience: Annotated[int | None, Range(1), "stop after so many epochs without a better held-out metric"] = _field(
         None, "training", metavar="EPOCHS", on_resume=True
     )
@@ -117,13 +162,15 @@ class Config:
 
     name: Annotated[
         str | None,
-        Passes(_is_name, "a folder's name of letters, digits and . _ + = -"),
+        Passes(_is_name, "a name of letters, digits and . _ + = -, at most 200 bytes long and not beginning with -"),
         "name of the run; default: the model and data, such as vqvae-cifar10",
     ] = _field(None, "run")
-    log_dir: Annotated[str, "folder for logs/<run>: config, metrics, TensorBoard events, checkpoints"] = _field(
-        "logs", "run", metavar="DIR"
+    log_dir: Annotated[
+        str, Location("folder"), "folder for logs/<run>: config, metrics, TensorBoard events, checkpoints"
+    ] = _field("logs", "run", metavar="DIR")
+    plot_dir: Annotated[str, Location("folder"), "folder for plots/<run>: images"] = _field(
+        "plots", "run", metavar="DIR", on_resume=True
     )
-    plot_dir: Annotated[str, "folder for plots/<run>: images"] = _field("plots", "run", metavar="DIR")
     log_every: Annotated[Positive, "log training metrics every so many steps"] = _field(
         100, "run", metavar="STEPS", on_resume=True
     )
@@ -163,6 +210,7 @@ class Config:
 
 FIELDS = fields_of(Config)
 SLOTS = tuple(name for name, option in FIELDS.items() if option.kind is Choice)
+PATHS = tuple(name for name, option in FIELDS.items() if any(isinstance(rule, Location) for rule in option.rules))
 ON_RESUME = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["on_resume"])
 
 
@@ -221,7 +269,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         elif option.kind is Choice:
             keywords |= {"nargs": "+", "metavar": ("NAME", "key=value")}
         elif typing.get_origin(option.kind) is Literal:
-            keywords["choices"] = typing.get_args(option.kind)
+            keywords["metavar"] = f"{{{','.join(typing.get_args(option.kind))}}}"
         else:
             keywords["metavar"] = meta["metavar"]
         groups[meta["group"]].add_argument(flag, **keywords)
@@ -238,13 +286,34 @@ def configure(given: Mapping[str, Any], start: Start, slots: Mapping[str, Slot])
     tables of `slots`. A resumed run may change only the settings marked `on_resume`; a prior for the codes of a trained
     model takes model and data from there. Raises `OptionError` that names the setting.
     """
-    settings = {key: _typed(key, value) for key, value in given.items() if key not in SHORTHANDS}
+    settings = {key: value for key, value in typed(given).items() if key not in SHORTHANDS}
     short = {key: given[key] for key in SHORTHANDS if key in given}
     match start:
         case Resumed(content=content):
-            return _resumed(Config.from_dict(content["config"]), settings, short, slots)
+            config = _resumed(Config.from_dict(content["config"]), settings, short, slots)
         case StageTwo(content=content):
-            return _stage_two(Config.from_dict(content["config"]), settings, short, slots)
+            config = _new(_stage_two(Config.from_dict(content["config"]), settings, short, slots))
+        case Fresh():
+            config = _new(_fresh(settings, short, slots))
+    name = config.dataset.name
+    if settings.get("data_dir", Config.data_dir) != Config.data_dir and name in slots["dataset"].built_in:
+        raise OptionError("", "data_dir", config.data_dir, f"the data set {name} reads no files; leave it out")
+    return config
+
+
+def typed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings, those that are fields in their types, each checked by itself. Shorthands stay as they are."""
+    return {key: value if key in SHORTHANDS else _typed(key, value) for key, value in given.items()}
+
+
+def _new(config: Config) -> Config:
+    """The settings of a new run, if its folders can be made: the default ones may be unusable too."""
+    for key in ("log_dir", "plot_dir"):
+        FIELDS[key].check(getattr(config, key))
+    return config
+
+
+def _fresh(settings: Mapping[str, Any], short: Mapping[str, Any], slots: Mapping[str, Slot]) -> Config:
     preset = settings.get("preset")
     if preset is not None and preset not in PRESETS:
         problem = f"no such name{near_misses(preset, PRESETS)}; known: {', '.join(PRESETS)}"
@@ -273,11 +342,13 @@ def _resolved(
         mine = {name: s for name, s in SHORTHANDS.items() if s.slot == key and name in short}
         for name, s in mine.items():
             if key in typed and s.option in typed[key].options:
-                problem = f"is given twice, also as --{key} {choice.name} {s.option}={typed[key].options[s.option]}"
+                other = f"--{key} {choice.name} {s.option}={typed[key].options[s.option]}"
+                problem = f"is given twice, also as {other}; keep one"
                 raise OptionError("", name, short[name], problem)
         options = choice.options | {s.option: short[name] for name, s in mine.items()}
         try:
-            choices[key] = resolve(slots[key], Choice(choice.name, options))
+            given = [*(typed[key].options if key in typed else ()), *(s.option for s in mine.values())]
+            choices[key] = resolve(slots[key], Choice(choice.name, options), given)
         except OptionError as problem:
             for name, s in mine.items():
                 if problem.option == s.option:
@@ -308,12 +379,12 @@ def _stage_two(
 ) -> Config:
     for key in (*FROM_STAGE_ONE, "preset"):
         if key in settings:
-            raise OptionError("", key, settings[key], "the model and data come from --checkpoint")
+            raise OptionError("", key, settings[key], "the model and data come from --checkpoint; leave it out")
     for key, value in short.items():
         if SHORTHANDS[key].slot != "prior":
-            raise OptionError("", key, value, "the model and data come from --checkpoint")
+            raise OptionError("", key, value, "the model and data come from --checkpoint; leave it out")
     if settings.get("augment", "none") != "none":
-        raise OptionError("", "augment", settings["augment"], "a prior trains on codes, not images; use none")
+        raise OptionError("", "augment", settings["augment"], "a prior trains on codes, not images; leave it out")
     if "prior" not in settings:
         problem = "name the prior to train on its codes, such as --prior pixelcnn"
         raise OptionError("", "checkpoint", settings.get("checkpoint"), problem)
@@ -327,7 +398,8 @@ def _typed(key: str, value: Any) -> Any:
     if key not in FIELDS:
         raise OptionError("", key, value, f"unknown setting{near_misses(key, FIELDS)}")
     if FIELDS[key].kind is not Choice:
-        return FIELDS[key].convert(value)
+        converted = FIELDS[key].convert(value)
+        return os.path.expanduser(converted) if key in PATHS and converted else converted
     if isinstance(value, Choice):
         return value
     return Choice.parse(key, value.split() if isinstance(value, str) else value)
@@ -342,6 +414,8 @@ def default_name(config: Config) -> str:
     if config.preset:
         return config.preset
     if config.checkpoint:
-        return f"{Path(config.checkpoint).resolve().parent.name}-{config.prior.name}"
+        path = Path(config.checkpoint).resolve()
+        first = re.sub(r"[^\w.+=-]", "-", (path if path.is_dir() else path.parent).name)[:40].lstrip("-")
+        return f"{first or 'codes'}-{config.prior.name}"
     bottleneck = config.bottleneck.name
     return f"{bottleneck + 'vae' if bottleneck == 'vq' else bottleneck}-{config.dataset.name}"

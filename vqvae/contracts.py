@@ -179,6 +179,7 @@ class Likelihood(nn.Module):
     """
 
     discrete = False  # whether it is a probability of 8-bit pixels, which has bits per dimension
+    takes_points = False  # whether x may also be points of the plane, which are not in [0, 1]
     params_per_channel: int  # P
     log_normalizer = 0.0  # nats that -log p contains whatever the parameters are; `reconstruction` leaves them out
 

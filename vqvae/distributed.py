@@ -4,23 +4,34 @@ Every process holds the whole model and the whole data set, and takes its share 
 from a batch is reduced over all processes, so their weights stay equal bit for bit. Only the first (rank 0) writes.
 Two things are computed from each share only: batch norm's statistics and the threshold of free bits.
 With one process, every function here does nothing and costs nothing.
+
+A process that dies ends the others (`Peers`): within seconds, with one line, however long they may wait for work.
 """
 
+import ctypes
 import os
+import secrets
+import selectors
+import socket
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vqvae.errors import OptionError, UserError
+from vqvae import interrupts
+from vqvae.errors import OptionError, UserError, one_line
 
 Result = TypeVar("Result")
 TIMEOUT = timedelta(hours=6)  # the others wait while the first evaluates, draws, or reads images
+JOIN = timedelta(minutes=5)  # for all processes to start
+FOUND, ENDED = 2.0, 15.0  # seconds in which a process finds that another one died, and in which it cleans up
+FAILED = 2  # exit code
 
 
 def rank() -> int:
@@ -48,14 +59,204 @@ def start(device: torch.device) -> None:
             raise OptionError("", "device", "cuda", f"{here} processes but {there} GPUs; start as many, or use cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # decisions of the host use gloo even with GPUs, so that no process waits for its device to take them
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
 
+def _join(backend: str) -> None:
+    """Start the process group and watch the peers. In a thread: in the main thread, signals would have to wait."""
+    problems: list[Exception] = []
+
+    def join() -> None:
+        global _peers
+        try:
+            dist.init_process_group(backend, timeout=JOIN)
+            _peers = Peers()
+            set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+            set_timeout(TIMEOUT)
+        except Exception as problem:
+            problems.append(problem)
+
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if problems:
+        reason = one_line(problems[0])
+        raise UserError(f"the processes of torchrun cannot reach each other ({reason}); see that all of them started")
+
+
+def on_loss(advice: Callable[[], str]) -> None:
+    """Set the end of the line about a process that died: how to go on."""
+    if _peers:
+        _peers.advice = advice
+
+
 def stop() -> None:
+    """Leave the other processes, at the end of a run or while an exception of it is handled.
+
+    Ends this process at once if another one died, or says the same error as this one.
+    """
+    global _peers
+    peers, _peers = _peers, None
+    if peers:
+        peers.leave(sys.exc_info()[1])
     if _several():
         dist.destroy_process_group()
+
+
+class Lost(SystemExit):
+    """Raised in the main thread of a process that need not go on, because another one died."""
+
+    def __init__(self) -> None:
+        super().__init__(FAILED)
+
+
+class Peers:
+    """Connections of the first process with all others, which the system closes when a process dies.
+
+    A thread waits for that. A process that ends sends a letter before: `.` at the end of its work, `!` after an error.
+    One process prints the line about what happened, and the first process decides which: it answers the first `!` with
+    `s` (say it) and sends the others `q` (quiet). Waiting processes get an error of gloo when another one dies; those
+    that compute get `Lost`; those that still go on after `ENDED` seconds, such as in NCCL, are ended.
+    """
+
+    def __init__(self) -> None:
+        self.advice: Callable[[], str] = lambda: "start it again as before"
+        self.leaving, self.news = threading.Event(), threading.Event()
+        self.line: str | None = None  # to print, if another process died and this one is to say so
+        self.taken = False  # whether a process was chosen to say what happened
+        self.lock = threading.Lock()
+        self.others = self._connect()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _connect(self) -> dict[socket.socket, int]:
+        """The connections of this process, and the ranks at their other ends."""
+        here = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+        known: list[Any] = [None, None]  # port, and a word that only these processes know
+        server = None
+        if rank() == 0:
+            server = socket.create_server(("127.0.0.1" if here else "", 0), backlog=world())
+            known = [server.getsockname()[1], secrets.token_bytes(16)]
+        dist.broadcast_object_list(known, src=0, device=torch.device("cpu"))
+        port, word = known
+        if server is None:
+            host = "127.0.0.1" if here else os.environ["MASTER_ADDR"]
+            mine = socket.create_connection((host, port), timeout=60)
+            mine.sendall(word + rank().to_bytes(4, "big"))
+            found = {mine: 0}
+        else:
+            found = {}
+            server.settimeout(60)
+            while len(found) < world() - 1:
+                other, _ = server.accept()
+                other.settimeout(60)
+                with suppress(OSError):
+                    hello = other.recv(20, socket.MSG_WAITALL)
+                    if secrets.compare_digest(hello[:16], word):
+                        found[other] = int.from_bytes(hello[16:], "big")
+            server.close()
+        for connection in found:
+            connection.settimeout(None)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # tells of machines that vanish
+            for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 6)):
+                with suppress(AttributeError):  # not on every system
+                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        return found
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for connection in self.others:
+                selector.register(connection, selectors.EVENT_READ)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    other: Any = key.fileobj
+                    try:
+                        letter = other.recv(1)
+                    except OSError:
+                        letter = b""
+                    if letter == b".":
+                        selector.unregister(other)
+                    elif self._told(other, letter):
+                        return
+
+    def _told(self, connection: socket.socket, letter: bytes) -> bool:
+        """React to what another process sent, or to its death; True if there is nothing more to wait for."""
+        number = self.others[connection]
+        if letter == b"s":
+            self.news.set()
+            return True
+        with self.lock:
+            speaks, self.taken = not self.taken, True
+        if letter == b"" and number == 0:  # of the others, one on each machine speaks
+            local = int(os.environ.get("LOCAL_RANK", rank()))
+            speaks = local == (1 if local == rank() else 0)
+        if letter == b"!":
+            self._send(connection, b"s" if speaks else b"q")
+        if rank() == 0:
+            for other in self.others:
+                if other is not connection:
+                    self._send(other, b"q")
+        if letter == b"" and speaks:
+            self.line = f"process {number} of {world()} ended without a word"
+        self.news.set()
+        if not self.leaving.wait(FOUND):
+            raise_in_main(Lost)
+            if not self.leaving.wait(ENDED):
+                self.end()
+        return True
+
+    def leave(self, problem: BaseException | None) -> None:
+        """Say goodbye. Ends this process if another one died or speaks for it."""
+        stopped = isinstance(problem, KeyboardInterrupt)
+        code = interrupts.exit_code() if stopped and not self.line else FAILED
+        if isinstance(problem, RuntimeError):
+            self.news.wait(FOUND)  # whether that is why
+        elif stopped:  # by torchrun because another one died, or as all others are: the first says it
+            self.news.wait(FOUND / 4)
+        self.leaving.set()
+        if self.news.is_set():
+            self.end(code)
+        if problem is None:
+            for other in self.others:
+                self._send(other, b".")
+            return
+        with self.lock:
+            speaks, self.taken = not self.taken, True
+        if rank() == 0:
+            for other in self.others:
+                self._send(other, b"q")
+            if not speaks:
+                self.end(code)
+        else:
+            self.taken = False
+            self._send(next(iter(self.others)), b"!")
+            if self.news.wait(FOUND) and self.taken:  # `q` takes it, `s` does not
+                self.end(code)
+        if isinstance(problem, UserError):
+            problem.chosen = True
+
+    def end(self, code: int = FAILED) -> NoReturn:
+        """Print the line, if this process is to, and end at once: exit handlers may wait for processes that died."""
+        with suppress(Exception):
+            if self.line:
+                print(f"error: {self.line}; {self.advice()}", file=sys.stderr, flush=True)
+        os._exit(code)
+
+    @staticmethod
+    def _send(connection: socket.socket, letter: bytes) -> None:
+        with suppress(OSError):
+            connection.sendall(letter)
+
+
+_peers: Peers | None = None
+
+
+def raise_in_main(problem: type[BaseException]) -> None:
+    """Raise an exception in the main thread, as soon as that runs Python."""
+    main = threading.main_thread().ident or 0
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(main), ctypes.py_object(problem))
 
 
 def share(batch: Tensor) -> Tensor:

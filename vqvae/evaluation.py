@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqvae import metrics
-from vqvae.autoencoder import Autoencoder, unit_range
+from vqvae.autoencoder import Autoencoder, evaluating, unit_range
 from vqvae.contracts import Latent
 
 
@@ -28,7 +28,7 @@ def evaluate(
     bottleneck monitors (commitment ...) are averaged; `usage` counts the codes, `[levels, K]`.
     """
     totals = metrics.Totals()
-    with evaluating(model, seed):
+    with evaluating(model), seeded(seed):
         for batch, batch_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             x, y = unit_range(batch.to(model.device)), batch_labels.to(model.device)
             features = model.features(x)
@@ -84,14 +84,8 @@ def facts_of(model: Autoencoder) -> metrics.Facts:
 
 
 @contextlib.contextmanager
-def evaluating(module: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Evaluation mode, and with a seed its own random draws; both are restored afterwards."""
-    training = module.training
-    module.eval()
-    try:
-        with torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            yield
-    finally:
-        module.train(training)
+def seeded(seed: int) -> Iterator[None]:
+    """Random draws that depend on the seed only; the generators get their states back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

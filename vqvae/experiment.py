@@ -1,5 +1,9 @@
 """A config becomes data, a model and a training run; a checkpoint becomes held-out metrics."""
 
+import contextlib
+import os
+import shlex
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqvae import autoencoder, checkpoint, cli, data, distributed, objectives, plots
+from vqvae import autoencoder, checkpoint, cli, data, distributed, interrupts, metrics, objectives, plots
 from vqvae.autoencoder import Autoencoder, build_autoencoder
 from vqvae.config import Config, Fresh, Resumed, StageTwo, Start, configure, default_name, interval
 from vqvae.data import Dataset
 from vqvae.data.batches import augmentation, pixel_variance
 from vqvae.devices import choose_compile, choose_device, choose_precision
-from vqvae.errors import OptionError, near_misses
+from vqvae.errors import OptionError, UserError, naming, near_misses
 from vqvae.evaluation import evaluate
 from vqvae.files import make_folder, write_json
 from vqvae.presets import PRESETS
 from vqvae.registry import build
-from vqvae.runs import NullRun, Run, claim, free_name
+from vqvae.runs import Lock, NullRun, Run, claim, claim_free, refuse_saved
 from vqvae.schedules import Schedule
 from vqvae.stage_one import AutoencoderTraining
 from vqvae.stage_two import PriorTraining, extract_codes
@@ -41,7 +45,7 @@ def run(given: dict[str, Any], resume: str | None = None) -> int:
     second = _second_stage(given, preset.prior) if preset and preset.prior and resume is None else None
     try:
         folder = train(given, resume)
-        if folder and second:
+        if folder and second and interrupts.received is None:
             folder = train(second | {"name": f"{folder.name}-prior", "checkpoint": str(folder / "checkpoint.pt")})
     finally:
         distributed.stop()
@@ -56,68 +60,146 @@ def _second_stage(given: dict[str, Any], settings: Mapping[str, Any]) -> dict[st
 
 def train(given: Mapping[str, Any], resume: str | None = None) -> Path | None:
     """Train one stage from the settings given; returns its run folder, or None when interrupted."""
-    start = how_it_starts(given, resume)
+    with Lock() as lock:
+        return _train(given, resume, lock)
+
+
+def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | None:
+    start = how_it_starts(given, resume, lock)
+    resumed = start.content if isinstance(start, Resumed) else None
     config = configure(given, start, SLOTS)
     plan = plan_of(config)
     config.precision = plan.precision  # a resumed run keeps the precision chosen first, on any machine
     distributed.start(plan.device)
-    folder = start.folder if isinstance(start, Resumed) else distributed.on_first(lambda: name_run(config))
-    config.name = config.name or folder.name
+    if config.name and not resumed:
+        wanted = Path(config.log_dir, config.name)
+        distributed.on_first(lambda: refuse_saved(wanted))  # before the data are read
     with distributed.first_goes_first():
         dataset = load_data(config)
     if config.conditional and not dataset.classes:
-        raise OptionError("", "conditional", None, f"the data set {dataset.name} has no labels")
+        raise OptionError("", "conditional", None, f"the data set {dataset.name} has no labels; leave it out")
 
+    plan.check(len(dataset.train.images))
     plan = plan._replace(augment=augmentation(config.augment, dataset.train.images))
     torch.manual_seed(config.seed)
     build_stage = stage_two if config.checkpoint else stage_one
     stage, model = build_stage(config, dataset, plan, start)
-    plan.check(len(stage.examples))
-    resumed = start.content if isinstance(start, Resumed) else None
-    # a resumed run goes on drawing where it drew before, whatever folder it is resumed from
-    plot_folder = Path(resumed["plots"]) if resumed else Path(config.plot_dir).resolve() / config.name
-    make_folder(plot_folder, "plot_dir")
+    about = {
+        "name": dataset.name,
+        "shape": list(model.image_shape),
+        "variance": model.data_variance,
+        "classes": list(dataset.classes),
+        "note": dataset.note,
+        **identity(dataset),
+    }
+    if resumed:
+        compare_data(resumed["data"], about, config)
+    folder = start.folder if isinstance(start, Resumed) else distributed.on_first(lambda: name_run(config, lock))
+    distributed.on_loss(lambda: how_to_go_on(folder))
+    # names and places inside a checkpoint do not choose where anything is written: it may come from anywhere
+    config.name = Path(os.path.abspath(folder)).name
+    if "plot_dir" not in given:
+        config.plot_dir = Config.plot_dir
+    plot_folder = Path(config.plot_dir).resolve() / config.name
     kept = EXAMPLES_KEPT if model.shows_images else POINTS_KEPT
     examples = dataset.test.images[:kept].clone()
     facts: dict[str, Any] = {
         "kind": "prior" if config.checkpoint else "autoencoder",
         "run": config.name,
         "config": config.to_dict(),
-        "data": {
-            "name": dataset.name,
-            "shape": list(model.image_shape),
-            "variance": model.data_variance,
-            "classes": list(dataset.classes),
-            "note": dataset.note,
-        },
+        "data": about,
         "examples": {
             "images": examples,
             "labels": dataset.test.labels[:kept].clone(),
         },
         "plots": str(plot_folder),
     }
-    first = distributed.rank() == 0
-    run = Run(folder, facts, resume_at=resumed["step"] if resumed else None) if first else NullRun(folder)
-    print(summary(config, plan, dataset, stage, folder, resumed))
-    log_images = image_logger(stage, run, examples, plot_folder / "generated_samples")
-    results = fit(stage, plan, run, after_epoch=log_images, resume=resumed)
-    run.close(results)
+    run = Run(folder, facts, lock) if distributed.rank() == 0 else NullRun(folder)
+    log_images = image_logger(stage, run, plot_folder / "generated_samples")
+
+    def on_start() -> None:
+        print(summary(config, plan, dataset, stage, folder, resumed))
+        if distributed.rank() == 0:
+            make_folder(Path(config.plot_dir), "plot_dir")  # first, so that an error shows the folder as it was typed
+            make_folder(plot_folder, "plot_dir")
+            draw_originals(stage, run, examples, plot_folder / "generated_samples", new=not resumed)
+
+    with contextlib.closing(run):
+        try:
+            results = fit(stage, plan, run, on_start=on_start, after_epoch=log_images, resume=resumed)
+        except KeyboardInterrupt as stopped:  # before the first step, or the second one
+            stopped.args = (how_to_go_on(folder),)
+            raise
+        run.close(results)
     distributed.barrier()  # a second stage reads what the first process wrote
     if results is None:
-        print(f"interrupted; saved {folder / 'checkpoint.pt'}. Resume with: {cli.program('train')} --resume {folder}")
+        print(f"interrupted; {how_to_go_on(folder)}")
         return None
-    print(f"done. Look at it: {cli.program('visualize')} --checkpoint {folder / 'checkpoint.pt'}")
+    print(f"done. Look at it: {cli.program('visualize')} --checkpoint {shlex.quote(str(folder / 'checkpoint.pt'))}")
     return folder
 
 
-def how_it_starts(given: Mapping[str, Any], resume: str | None) -> Start:
-    """Read the checkpoint that a run resumes from or trains a prior for, if any."""
+def how_to_go_on(folder: Path) -> str:
+    """The rest of the line about an interrupted run."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return "nothing was saved yet; start it again as before"
+    return f"saved {path}. Resume with: {cli.program('train')} --resume {shlex.quote(str(folder))}"
+
+
+def identity(dataset: Dataset) -> dict[str, Any]:
+    """The number of examples of each split, and their hash: a resumed run compares them."""
+    splits = {"train": dataset.train, "test": dataset.test}
+    return {
+        "examples": {name: len(split.images) for name, split in splits.items()},
+        "fingerprint": {name: split.fingerprint() for name, split in splits.items()},
+    }
+
+
+def compare_data(before: Mapping[str, Any], now: Mapping[str, Any], config: Config) -> None:
+    """Warn in one line if a resumed run's data changed; raise `OptionError` if its model cannot be trained on them."""
+    if list(before["shape"]) != now["shape"]:
+        sizes = ["x".join(map(str, about["shape"])) for about in (now, before)]
+        problem = f"the images are {sizes[0]}, and those of this run were {sizes[1]}; name the folder with its data"
+        raise OptionError("", "data_dir", config.data_dir, problem)
+    if config.conditional and len(before["classes"]) != len(now["classes"]):
+        problem = f"the data have {len(now['classes'])} classes, and those of this run had {len(before['classes'])}"
+        raise OptionError("", "data_dir", config.data_dir, f"{problem}; name the folder with its data")
+    changes = [
+        f"{old:,} {split} images then, {now['examples'][split]:,} now"
+        for split, old in before.get("examples", now["examples"]).items()
+        if old != now["examples"][split]
+    ]
+    prints = before.get("fingerprint", now["fingerprint"])
+    if not changes and prints != now["fingerprint"]:
+        changes = [f"other {' and '.join(s for s in prints if prints[s] != now['fingerprint'][s])} images"]
+    if changes and distributed.rank() == 0:
+        warnings.warn(
+            f"the data changed since this run was saved ({'; '.join(changes)}); it does not take the steps that it "
+            "would have taken",
+            stacklevel=2,
+        )
+
+
+def how_it_starts(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Start:
+    """Read the checkpoint that a run resumes from, once it is locked, or trains a prior for, if any."""
     if resume is not None:
         path = checkpoint.locate(resume)
-        return Resumed(path.parent, checkpoint.read(path))
+        folder = path.parent
+        if path.name not in ("checkpoint.pt", "best.pt"):
+            raise OptionError("", "resume", resume, "name the run's folder, or its checkpoint.pt")
+        with naming("resume", resume):
+            if (folder / "config.json").exists() and os.environ.get("RANK", "0") == "0":
+                lock.take(folder)
+            if Path(resume).is_dir() and lock.path and not path.exists():
+                problem = "was stopped before its first checkpoint; start it again, with the flags it had and"
+                name = shlex.quote(Path(os.path.abspath(folder)).name)
+                raise OptionError("", "resume", resume, f"{problem} --name {name}")
+            return Resumed(folder, checkpoint.read(path))
     if "checkpoint" not in given:
         return Fresh()
-    content = checkpoint.read(given["checkpoint"])
+    with naming("checkpoint", given["checkpoint"]):
+        content = checkpoint.read(given["checkpoint"])
     if content["kind"] != "autoencoder":
         problem = "is a prior's checkpoint; name the autoencoder's that it was trained on"
         raise OptionError("", "checkpoint", given["checkpoint"], problem)
@@ -140,15 +222,16 @@ def plan_of(config: Config) -> Plan:
         max_steps=config.max_steps,
         max_minutes=config.max_minutes,
         patience=config.patience,
+        on_nan=config.on_nan,
     )
 
 
-def name_run(config: Config) -> Path:
-    """The folder of a new run. A name that was asked for must be free; a default one is numbered until it is."""
-    logs, plot_dir = Path(config.log_dir), Path(config.plot_dir)
-    config.name = config.name or free_name(default_name(config), logs, plot_dir)
-    if (logs / config.name).exists():
-        claim(logs / config.name)
+def name_run(config: Config, lock: Lock) -> Path:
+    """Take the folder of a new run. A name that was asked for must be free; a default one is numbered until it is."""
+    logs = Path(config.log_dir)
+    if config.name is None:
+        return claim_free(default_name(config), logs, Path(config.plot_dir), lock)
+    claim(logs / config.name, lock)
     return logs / config.name
 
 
@@ -201,15 +284,17 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
     if isinstance(start, Resumed):  # the checkpoint holds the new prior
         model = checkpoint.restore(start.content, path)
     elif isinstance(start, StageTwo):
+        with torch.random.fork_rng(devices=[]):  # the new prior's weights are drawn as if this model were not
+            if checkpoint.restore(start.content, path).discrete is None:
+                problem = "its latent is continuous; name a model with codes, on which stage two trains a prior"
+                raise OptionError("", "checkpoint", path, problem)
         model = checkpoint.restore(start.content, path, new_prior=config)
     model.to(plan.device)
-    if model.discrete is None:
-        raise OptionError("", "checkpoint", path, "its latent is continuous; stage two trains priors over codes")
     if not any(True for _ in model.prior.parameters()):
         problem = "has no parameters to train; try unigram, pixelcnn or transformer"
         raise OptionError("", "prior", config.prior.name, problem)
-    # next to the autoencoder, so that every prior trained on its codes finds them
-    folder = checkpoint.locate(path).parent
+    # next to the autoencoder, so that every prior trained on its codes finds them; but no checkpoint names a place
+    folder = start.folder if isinstance(start, Resumed) else checkpoint.locate(path).parent
     with distributed.first_goes_first():  # the others read what the first stores
         codes = extract_codes(model, dataset.train.images, folder / "codes-train.npz")
         held_out = extract_codes(model, dataset.test.images, folder / "codes-test.npz")
@@ -228,21 +313,26 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
         codes,
         dataset.train.labels,
         evaluate=lambda: module.evaluate(held_out, dataset.test.labels),
-        draw=sample,
+        draw=sample if model.shows_images else None,
         caption="samples",
         compiled=compiled,
     )
     return stage, model
 
 
-def image_logger(stage: Stage, run: Run | NullRun, originals: Tensor, folder: Path) -> Callable[[int, int], None]:
-    """Draw the held-out originals now; returns a function that draws the stage's images after an epoch."""
+def draw_originals(stage: Stage, run: Run | NullRun, originals: Tensor, folder: Path, *, new: bool) -> None:
+    """Draw the held-out images that a stage's images are compared with; a new run logs them too."""
+    if stage.draw is not None:
+        plots.image_grid(originals, folder / "original.png", title=f"{run.folder.name}: held-out originals")
+        if new:
+            run.log_images("originals", plots.montage(originals), 0)
+
+
+def image_logger(stage: Stage, run: Run | NullRun, folder: Path) -> Callable[[int, int], None]:
+    """A function that draws the stage's images after an epoch."""
     draw = stage.draw
     if draw is None or distributed.rank() > 0:
         return lambda epoch, step: None
-    name = run.folder.name
-    plots.image_grid(originals, folder / "original.png", title=f"{name}: held-out originals")
-    run.log_images("originals", plots.montage(originals), 0)
 
     def log_images(epoch: int, step: int) -> None:
         stage.module.eval()
@@ -250,7 +340,7 @@ def image_logger(stage: Stage, run: Run | NullRun, originals: Tensor, folder: Pa
             images = draw().cpu()
         stage.module.train()
         path = folder / f"epoch_{epoch:03d}.png"
-        plots.image_grid(images, path, title=f"{name}: {stage.caption}, epoch {epoch}")
+        plots.image_grid(images, path, title=f"{run.folder.name}: {stage.caption}, epoch {epoch}")
         run.log_images(stage.caption, plots.montage(images), step)
 
     return log_images
@@ -275,9 +365,14 @@ def summary(
 
 
 def evaluate_checkpoint(given: dict[str, Any], iw_samples: int) -> int:
-    """Print the held-out metrics of a checkpoint, and store them next to it as JSON; returns the exit code."""
-    path = checkpoint.locate(given.pop("checkpoint"))
-    content = checkpoint.read(path)
+    """Print the held-out metrics of a checkpoint, and store them next to it as JSON if possible.
+
+    Returns the exit code.
+    """
+    named = given.pop("checkpoint")
+    path = checkpoint.locate(named)
+    with naming("checkpoint", named):
+        content = checkpoint.read(path)
     config = configure(given, Resumed(path.parent, content), SLOTS)
     dataset = load_data(config)
     model = checkpoint.restore(content, str(path)).to(choose_device(config.device))
@@ -297,12 +392,15 @@ def evaluate_checkpoint(given: dict[str, Any], iw_samples: int) -> int:
         "iw_samples": iw_samples,
         **results,
     }
-    out = path.with_name("evaluation.json")
-    write_json(out, table)
     width = max(map(len, table))
     for key, value in table.items():
         print(f"{key:{width}}  {value:,.6g}" if isinstance(value, float) else f"{key:{width}}  {value}")
-    print(f"stored in {out}")
+    out = path.with_name("evaluation.json")
+    try:
+        write_json(out, metrics.for_json(table))
+        print(f"stored in {out}")
+    except UserError as problem:  # a folder that may only be read
+        print(f"not stored: {problem}")
     return 0
 
 

@@ -4,6 +4,7 @@ B batch, C channels, H W pixels, D latent dimension; `grid` is the bottleneck's 
 """
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from vqvae.autoencoder import Autoencoder
-from vqvae.checkpoint import ABOUT, EXPORTED, weights_checksum
+from vqvae.checkpoint import ABOUT, EXPORTED, UNKNOWN, seal, weights_checksum
 from vqvae.errors import UserError, one_line
-from vqvae.files import cannot_write
+from vqvae.files import NotWritten, whole_file, write_text
 
 TOLERANCE = 1e-4  # sums in another order differ by less, a wrong program by more
 
@@ -54,14 +55,18 @@ def export(content: dict[str, Any], model: Autoencoder, folder: Path) -> Iterato
     torch.
     """
     settings, weights = (folder / name for name in EXPORTED)
-    about = {key: content[key] for key in ABOUT} | {"checksum": weights_checksum(model)}
     # safetensors refuses tensors that share memory or are not contiguous
     state = {name: value.clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
-    try:
-        weights.write_bytes(save(state))  # safetensors' save_file makes files that only their owner may read
-        settings.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    except OSError as problem:
-        raise cannot_write(folder, problem) from None
+    raw = save(state)  # safetensors' save_file makes files that only their owner may read
+    about = {
+        **{key: content[key] for key in ABOUT},
+        "checksum": weights_checksum(model),
+        "weights_sha256": hashlib.sha256(raw).hexdigest(),
+        "sha256": UNKNOWN,  # of the rest of this file
+    }
+    with whole_file(weights) as file:
+        file.write(raw)
+    write_text(settings, seal(json.dumps(about, indent=2) + "\n"))
     yield f"{weights} and {settings.name}: the model; vqvae.load({str(folder)!r}) restores it"
     inputs = _examples(model, 5)
     for name, half_of in HALVES.items():
@@ -87,9 +92,11 @@ def write_program(half: nn.Module, example: Tensor, path: Path) -> None:
             del program.state_dict[name]
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # contains source lines and paths of this machine
-        torch.export.save(program, path)
+        with whole_file(path) as file:
+            torch.export.save(program, file)
+    except NotWritten:
+        raise
     except Exception as problem:  # torch.export raises many types for what it cannot trace
-        path.unlink(missing_ok=True)
         reason = one_line(problem)
         raise UserError(
             f"{path}: cannot be made from this model ({reason}); its weights are in {path.parent}"

@@ -1,36 +1,118 @@
 """Outputs that are whole or absent, and never replace the contents of a folder."""
 
 import contextlib
+import errno
+import io
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from vqvae.errors import OptionError, UserError, one_line
+
+NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}  # full disk, limit of a file's size, quota
+
+
+class NotWritten(UserError):
+    """A file or folder that cannot be written."""
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes the name `path` when the block ends without an error; until then the old one stays.
 
-    The bytes go to a temporary file of this process beside `path`, opened at once: a name that cannot be written
-    raises `UserError` before the work rather than after.
+    The bytes go to a temporary file of this process in the same folder, opened at once: a name that cannot be written
+    raises `UserError` before the work rather than after. So does any exception of the block that follows a failed
+    write: libraries replace that error by their own. Errors of other files leave the block as they are.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    raw = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        with writing(path):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            raw = _Raw(partial, "wb")
+        with _Buffered(raw) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except OSError as problem:
-        raise cannot_write(path, problem) from None
+            with writing(path):
+                file.flush()
+                os.fsync(raw.fileno())
+        with writing(path):
+            os.replace(partial, path)
+            _sync_folder(path.parent)
+    except Exception:
+        if raw and raw.failure:
+            raise cannot_write(path, raw.failure) from None
+        raise
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+class _Raw(io.FileIO):
+    """A file that remembers the first error of writing it."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        return self._try(super().write, data)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        return self._try(super().truncate, size)
+
+    def _try(self, action: Callable[[Any], int], value: Any) -> int:
+        if self.failure:
+            raise self.failure  # not again: `close` would append to what is incomplete
+        try:
+            return action(value)
+        except OSError as problem:
+            self.failure = problem
+            raise
+
+
+class _Buffered(io.BufferedWriter):
+    """Without a file number, so that no library writes past `_Raw`."""
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation("fileno")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make an `OSError` of the block a `UserError`: `path` cannot be written."""
+    try:
+        yield
+    except OSError as problem:
+        raise cannot_write(path, problem) from None
+
+
+def append(path: Path, text: str) -> None:
+    """Add UTF-8 text to the end of a file, all of it or nothing."""
+    with writing(path), open(path, "ab", buffering=0) as file:
+        before, data = file.tell(), text.encode()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except BaseException:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise
+
+
+@contextlib.contextmanager
+def emptied_if_not_written(folder: Path) -> Iterator[None]:
+    """Empty a folder, empty before the block, if a file in it cannot be written or the block is interrupted."""
+    try:
+        yield
+    except (NotWritten, OSError, KeyboardInterrupt):
+        for path in folder.iterdir():
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -67,8 +149,22 @@ def claim_empty(folder: Path) -> Path:
     return folder
 
 
-def cannot_write(path: Path, problem: Exception) -> UserError:
-    return UserError(f"{path}: cannot be written ({one_line(problem)}); name another place")
+def cannot_write(path: Path, problem: Exception) -> NotWritten:
+    way_out = "free some space, or name another place" if _no_room(problem) else "name another place"
+    return NotWritten(f"{path}: cannot be written ({one_line(problem)}); {way_out}")
+
+
+def _no_room(problem: Exception) -> bool:
+    return isinstance(problem, OSError) and problem.errno in NO_ROOM
+
+
+def failed_line(problem: OSError) -> str:
+    """The line about an error of the system that no other place explained: which file, and why."""
+    names = [os.fsdecode(name) for name in (problem.filename, problem.filename2) if isinstance(name, str | bytes)]
+    where = " -> ".join(names) or "the output or a file"
+    if _no_room(problem) or problem.errno == errno.EROFS:
+        return str(cannot_write(Path(where), problem))
+    return f"{where}: cannot be read or written ({one_line(problem)})"
 
 
 def _sync_folder(folder: Path) -> None:
@@ -79,3 +175,16 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file for reading. Raises `OSError` for named pipes, devices, sockets and folders, which stay unopened."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("not a regular file")
+    # a pipe that takes the file's place right now must not block
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    file = os.fdopen(handle, "rb")
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        file.close()
+        raise OSError("not a regular file")
+    return file

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vqvae.contracts import Likelihood
 from vqvae.errors import OptionError
-from vqvae.registry import Range, checked
+from vqvae.registry import Passes, Range, checked
 
 
 class MSE(Likelihood):
@@ -33,7 +33,11 @@ class MSE(Likelihood):
         *,
         image_shape: tuple[int, int, int],
         data_variance: float,
-        variance: Annotated[float, Range(0), "variance of pixels in [0, 1]; 0 for half the training data's"] = 0.0,
+        variance: Annotated[
+            float,
+            Passes(lambda v: v == 0 or 1e-9 <= v <= 1e9, "0, or from 1e-9 to 1e9"),
+            "variance of pixels in [0, 1]; 0 for half the training data's",
+        ] = 0.0,
         pixels: Annotated[
             Literal["centered", "symmetric"], "range of the nets' input and output: x - 0.5, or 2x - 1"
         ] = "centered",
@@ -65,6 +69,7 @@ class Gaussian(Likelihood):
     [-7, 7], because the density of a pixel that never varies is unbounded.
     """
 
+    takes_points = True
     params_per_channel = 2
 
     def __init__(self, *, image_shape: tuple[int, int, int]):
@@ -104,7 +109,7 @@ class LogitGaussian(Likelihood):
     params_per_channel = 1
 
     @checked
-    def __init__(self, *, alpha: Annotated[float, Range(above=0, below=1), "twice the margin of p from 0 and 1"] = 0.1):
+    def __init__(self, *, alpha: Annotated[float, Range(1e-6, below=1), "twice the margin of p from 0 and 1"] = 0.1):
         super().__init__()
         self.alpha = alpha
 
@@ -170,7 +175,7 @@ class LogitLaplace(Likelihood):
     params_per_channel = 2
 
     @checked
-    def __init__(self, *, eps: Annotated[float, Range(above=0, below=0.5), "margin of y from 0 and 1"] = 0.1):
+    def __init__(self, *, eps: Annotated[float, Range(1e-6, below=0.5), "margin of y from 0 and 1"] = 0.1):
         super().__init__()
         self.eps = eps
 

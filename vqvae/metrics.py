@@ -147,7 +147,9 @@ def _codes_per_image(s: Split) -> int | None:
 
 
 def _active_units(s: Split) -> int | None:
-    return None if s.latents is None else int((s.latents.var(dim=0) > 0.01).sum())
+    if s.latents is None or len(s.latents) < 2:
+        return None
+    return int((s.latents.var(dim=0) > 0.01).sum())
 
 
 def perplexity(usage: "Tensor") -> "Tensor":
@@ -272,19 +274,29 @@ class Totals:
         self.latents.append(means.flatten(1).cpu().double())
 
     def results(self, facts: Facts) -> dict[str, Any]:
-        """Every mean, its standard error as `<name>_se`, whole-set metrics, and `usage` `[levels, K]` as int64."""
+        """Every mean, its standard error as `<name>_se`, whole-set metrics, and `usage` `[levels, K]` as int64.
+
+        A single example has no standard errors.
+        """
         import torch
 
         results: dict[str, Any] = {name: total / self.count for name, total in self.sums.items()}
         for name, parts in self.rows.items():
             values = torch.cat(parts)
             results[name] = float(values.mean())
-            results[f"{name}_se"] = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+            if len(values) > 1:
+                results[f"{name}_se"] = float(values.std() / math.sqrt(len(values)))
         latents = torch.cat(self.latents) if self.latents else None
         results |= of_split(Split(results, facts, self.usage, latents))
         if self.usage is not None:
             results["usage"] = self.usage.long()
         return results
+
+
+def for_json(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """The same entries, with None for numbers that are not finite: JSON has no NaN and no infinity."""
+    finite = {k: not isinstance(value, float) or math.isfinite(value) for k, value in numbers.items()}
+    return {k: value if finite[k] else None for k, value in numbers.items()}
 
 
 def line(names: tuple[str, ...], numbers: Mapping[str, float]) -> str:

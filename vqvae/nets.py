@@ -18,11 +18,14 @@ from vqvae.errors import OptionError
 from vqvae.registry import Range, checked
 
 ImageShape = tuple[int, int, int]  # (C, H, W)
+POINT = (2, 1, 1)
 
 
 def divisible(image_shape: ImageShape, stride: int) -> tuple[int, int]:
-    """The code grid (h, w) of an image under a stride. Raises `OptionError` with sizes that divide."""
-    _, height, width = image_shape
+    """The code grid (h, w) of an image under a stride. Raises `OptionError` with sizes that divide, and for points."""
+    channels, height, width = image_shape
+    if (channels, height, width) == POINT:
+        raise OptionError("", "nets", None, "must be mlp or conv-vae, because the data are points of the plane")
     if height % stride or width % stride:
         size = height if height == width else f"{height}x{width}"
         low = max(stride, min(height, width) // stride * stride)
@@ -135,6 +138,8 @@ class Henrhoi:
     ):
         self.image_channels, self.channels, self.residual_layers = image_shape[0], hidden, residual_layers
         self.grid = divisible(image_shape, 4)
+        if self.grid == (1, 1):  # of a batch of one image, batch norm would get one vector
+            raise OptionError("", "image_size", 4, "gives the batch norm of henrhoi a single vector per image; try 8")
 
     def encoder(self) -> nn.Module:
         n = self.channels

@@ -8,7 +8,9 @@ N images, C channels, H W pixels, h w code grid, K codes, D code dimension.
 """
 
 import colorsys
+import contextlib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,7 @@ def image_grid(images: Tensor, path: Path, *, title: str, columns: int = 8) -> N
 
 def image_rows(rows: Sequence[tuple[str, Tensor]], path: Path, *, title: str, columns: int = 10) -> None:
     """Rows of a label and its images, which wrap after `columns`."""
+    rows = [(_short(label), images) for label, images in rows]
     blocks = [montage(images, columns, display_scale(images)).permute(1, 2, 0).numpy() for _, images in rows]
     margin = max((_text_width(label) for label, _ in rows), default=0)
     margin = margin + 12 if margin else 0
@@ -192,14 +195,15 @@ def usage_chart(usage: Tensor, path: Path, *, title: str) -> None:
         perplexity = float(np.exp(-(used * np.log(used)).sum()))
         name = f"level {level + 1}" if len(shares) > 1 else ""
         lines.append(
-            f"{name + ': ' if name else ''}perplexity {perplexity:.1f} of {len(share)}, {len(used)} codes in use"
+            f"{name + ': ' if name else ''}perplexity {perplexity:.1f} of {shares.shape[1]}, {len(used)} codes in use"
         )
+        share = share[: len(used) + 1]  # the other codes have no area
         axes.fill_between(np.arange(len(share)), share, step="mid", color=f"C{level}", alpha=0.6, label=name or None)
     axes.axhline(1 / shares.shape[1], color="#cc6677", linestyle="--", label="uniform usage")
     axes.set(
         xlabel="codes, by decreasing usage",
         ylabel="share of held-out positions",
-        title=title,
+        title=_literal(title),
         xlim=(0, shares.shape[1]),
     )
     lines.append("perplexity: effective number of codes")
@@ -236,17 +240,17 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None
         if training:
             axes.plot(*zip(*training, strict=True), linewidth=1, color="C0", label="train")
         axes.plot(*zip(*held_out, strict=True), marker=".", color="C1", label="held-out")
-        logarithmic = METRICS[name].logarithmic
-        axes.set(xlabel="step", ylabel=METRICS[name].curve, yscale="log" if logarithmic else "linear")
         shown = [value for _, value in held_out]
         shown += list(np.percentile([value for _, value in training], (0, 95))) if training else []
+        logarithmic = METRICS[name].logarithmic and min(shown) > 0
+        axes.set(xlabel="step", ylabel=METRICS[name].curve, yscale="log" if logarithmic else "linear")
         margin = 0.05 * (max(shown) - min(shown))
         if margin:
             axes.set_ylim(min(shown) / 1.05 if logarithmic else min(shown) - margin, max(shown) + margin)
         axes.legend(frameon=False)
     for axes in panels[len(names) :]:
         axes.set_axis_off()
-    figure.suptitle(title)
+    figure.suptitle(_literal(title))
     _save_chart(figure, path)
 
 
@@ -255,43 +259,62 @@ def _split(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], 
     return [row for row in rows if row["kind"] == "train"], [row for row in rows if row["kind"] == "epoch"]
 
 
-def training_animation(frames: Sequence[Path], path: Path, *, seconds_per_frame: float = 0.5) -> None:
-    """The images in the files `frames` as a GIF. Frames that differ in size from the last one are left out."""
+def read_frames(paths: Sequence[Path]) -> list[np.ndarray]:
+    """The PNG files `paths` as `[H, W, 3]` uint8. Files that cannot be read are left out."""
+    from PIL import Image
+
+    frames = []
+    for path in filter(Path.is_file, paths):
+        with contextlib.suppress(Exception), Image.open(path, formats=["PNG"]) as image:  # Pillow raises anything
+            frames.append(np.asarray(image.convert("RGB")))
+    return frames
+
+
+def training_animation(frames: Sequence[np.ndarray], path: Path, *, seconds_per_frame: float = 0.5) -> None:
+    """The frames, `[H, W, 3]` uint8, as a GIF. Frames that differ in size from the last one are left out."""
     import imageio.v3 as imageio
 
-    images = [imageio.imread(frame)[..., :3] for frame in frames]
-    images = [image for image in images if image.shape == images[-1].shape]
+    images = [frame for frame in frames if frame.shape == frames[-1].shape]
     images += [images[-1]] * 3  # pause at the end
     with whole_file(path) as file:
         imageio.imwrite(file, np.stack(images), extension=".gif", duration=int(1000 * seconds_per_frame), loop=0)
 
 
 def scatter_2d(panels: Sequence[tuple[str, Tensor]], path: Path, *, title: str) -> None:
-    """Scatter plots of labeled points `[N, 2]`, side by side on equal axes."""
+    """Scatter plots of labeled points `[N, 2]`, side by side on equal axes. Points that are not finite are left out."""
+    panels = [(label, points[points.isfinite().all(dim=1)]) for label, points in panels]
     figure, grid = _chart((4.2 * len(panels), 4.4), 1, len(panels))
     everything = torch.cat([points for _, points in panels]).numpy()
     low, high = np.percentile(everything, [0.2, 99.8], axis=0)
-    center, half = (low + high) / 2, (high - low).max() / 2 * 1.1
+    center, half = (low + high) / 2, (high - low).max() / 2 * 1.1 or 1.0
     for axes, (label, points) in zip(np.atleast_1d(grid), panels, strict=True):
         axes.scatter(*points.numpy().T, s=4, alpha=0.5, color="#4477aa", linewidths=0)
         axes.set(title=label, aspect="equal", xlim=(center[0] - half, center[0] + half))
         axes.set(ylim=(center[1] - half, center[1] + half), xlabel="$x_1$", ylabel="$x_2$")
-    figure.suptitle(title)
+    figure.suptitle(_literal(title))
     _save_chart(figure, path)
 
 
 def posterior_map(means: Tensor, labels: Tensor, classes: Sequence[str], path: Path, *, title: str) -> None:
-    """Scatter plot of posterior means `[N, 2]`, colored by their labels `[N]` if there are classes."""
+    """Scatter plot of posterior means `[N, 2]`, colored by their labels `[N]` if there are classes.
+
+    Means that are not finite are left out.
+    """
     figure, axes = _chart((6.4, 5.6))
-    x = means.numpy()
+    finite = means.isfinite().all(dim=1)
+    x, labels = means[finite].numpy(), labels[finite]
     if classes:
-        for k, name in enumerate(classes):
-            axes.scatter(*x[labels.numpy() == k].T, s=8, label=name, color=f"C{k % 10}", linewidths=0)
-        axes.legend(title="class", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, markerscale=2)
+        dots = [
+            axes.scatter(*x[labels.numpy() == k].T, s=8, color=f"C{k % 10}", linewidths=0) for k in range(len(classes))
+        ]
+        names = [_literal(_short(name)) for name in classes]
+        place: dict[str, Any] = {"title": "class", "loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        axes.legend(dots, names, **place, frameon=False, markerscale=2)
     else:
         axes.scatter(*x.T, s=8, color="#4477aa", linewidths=0)
-    reach = max(3.5, float(np.abs(x).max()) * 1.05)  # equal axes show a collapsed latent as a line
-    axes.set(xlabel="$z_1$", ylabel="$z_2$", title=title, aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach))
+    reach = max(3.5, float(np.abs(x).max(initial=0)) * 1.05)  # equal axes show a collapsed latent as a line
+    axes.set(xlabel="$z_1$", ylabel="$z_2$", title=_literal(title))
+    axes.set(aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach))
     _save_chart(figure, path)
 
 
@@ -331,6 +354,15 @@ def _text_width(text: str, size: int = 13) -> int:
     return math.ceil(_font(size).getlength(text))
 
 
+def _short(name: str, limit: int = 40) -> str:
+    return name if len(name) <= limit else f"{name[: limit - 3]}..."
+
+
+def _literal(text: str) -> str:
+    """The text as matplotlib shows it unchanged: dollar signs would start a formula."""
+    return text.replace("$", r"\$")
+
+
 def _chart(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
     """A matplotlib figure of `size` inches, and its axes. pyplot would need a display and keep every figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -342,5 +374,6 @@ def _chart(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple[
 
 
 def _save_chart(figure: Any, path: Path) -> None:
-    with whole_file(path) as file:
+    with whole_file(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # names in scripts that the font lacks
         figure.savefig(file, format="png", dpi=110, bbox_inches="tight")

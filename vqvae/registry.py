@@ -15,11 +15,12 @@ import dataclasses
 import functools
 import inspect
 import math
+import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, runtime_checkable
 
-from vqvae.errors import OptionError, near_misses
+from vqvae.errors import OptionError, near_misses, out_of_memory
 
 Member = Callable[..., Any]
 P = ParamSpec("P")
@@ -48,8 +49,10 @@ class Range:
     below: float = math.inf
 
     def problem(self, value: float) -> str | None:
-        inside = self.low <= value <= self.high and self.above < value < self.below  # false for nan and infinities
-        return None if inside else f"must be {self}"
+        if self.low <= value <= self.high and self.above < value < self.below:  # false for nan and infinities
+            return None
+        finite = "" if isinstance(value, int) or math.isfinite(value) or self == Range() else "a finite number, "
+        return f"must be {finite}{self}"
 
     def __str__(self) -> str:
         low = f"from {_number(self.low)}" if math.isfinite(self.low) else ""
@@ -64,7 +67,7 @@ class Range:
 
 
 def _number(bound: float) -> str:
-    return str(int(bound)) if bound == int(bound) else f"{bound:g}"
+    return str(int(bound)) if bound == int(bound) and (isinstance(bound, int) or bound < 1e16) else f"{bound:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,8 @@ class Passes:
         return self.text
 
 
-Count = typing.Annotated[int, Range(1, 2**31 - 1)]
+Count = typing.Annotated[int, Range(1, 2**24)]  # codes, dimensions: what fits in memory
+LARGEST = {int: 2**31 - 1, float: 3.4e38}  # for options without an upper bound: what int32 and float32 can store
 
 
 class Option(NamedTuple):
@@ -115,7 +119,14 @@ class Option(NamedTuple):
         if typing.get_origin(self.kind) is Literal and value not in typing.get_args(self.kind):
             known = typing.get_args(self.kind)
             return f"must be one of {', '.join(known)}{near_misses(str(value), known)}"
-        return next(filter(None, (rule.problem(value) for rule in self.rules)), None)
+        return next(filter(None, (rule.problem(value) for rule in self.rules)), None) or self._too_large(value)
+
+    def _too_large(self, value: Any) -> str | None:
+        bounded = any(isinstance(rule, Range) and math.isfinite(min(rule.high, rule.below)) for rule in self.rules)
+        if self.kind not in LARGEST or bounded:
+            return None
+        limit = LARGEST[self.kind]
+        return Range(-limit).problem(value) or Range(high=limit).problem(value)
 
     def check(self, value: Any) -> None:
         """Raise `OptionError` for a value that is refused."""
@@ -137,8 +148,12 @@ class Option(NamedTuple):
         try:
             if self.kind is bool:
                 return value if isinstance(value, bool) else TRUTHS[str(value).lower()]
-            if self.kind is int and not str(value).lstrip("+-").isdigit():
+            if self.kind is int and str(value).lstrip("+-").isdigit():
+                return int(str(value)[:400])  # Python reads no more than 4,300 digits; no range includes 400
+            if self.kind is int:
                 number = float(value)  # 1e4 is a fine way to write a count
+                if math.isinf(number) and "n" not in str(value).lower():
+                    number = math.copysign(sys.float_info.max, number)  # 1e400, which every range refuses
                 if number != int(number):
                     raise ValueError
                 return int(number)
@@ -231,6 +246,7 @@ class Slot(NamedTuple):
 
     name: str  # "bottleneck"
     table: Mapping[str, Member]
+    built_in: tuple[str, ...] = ()  # data sets that read no files
 
 
 class Choice(NamedTuple):
@@ -243,16 +259,16 @@ class Choice(NamedTuple):
     def parse(cls, slot: str, words: list[str]) -> "Choice":
         """`["vq", "decay=0.9"]` as a choice. Values stay text until `resolve` knows their types."""
         if not words or "=" in words[0]:
-            problem = "the member's name comes first, then its key=value options"
-            raise OptionError("", slot, " ".join(words), problem)
-        options = {}
+            raise OptionError("", slot, " ".join(words), "must be a name, followed by its key=value options")
+        options: dict[str, Any] = {}
         for word in words[1:]:
             key, equals, value = word.partition("=")
             if not (key and equals):
-                raise OptionError("", slot, words[0], f"'{word}' is not of the form key=value")
+                raise OptionError("", slot, words[0], f"'{word}' must be of the form key=value")
             key = key.replace("-", "_")
             if key in options:
-                raise OptionError("", slot, words[0], f"{key} is given twice")
+                problem = f"is given twice, also as {key}={options[key]}; keep one"
+                raise OptionError(words[0], key, value, problem, slot=slot)
             options[key] = value
         return cls(words[0], options)
 
@@ -269,9 +285,13 @@ def find(slot: Slot, name: str) -> Member:
     return slot.table[name]
 
 
-def resolve(slot: Slot, choice: Choice) -> Choice:
-    """The choice with every option present, typed and checked; raises `OptionError`."""
+def resolve(slot: Slot, choice: Choice, typed: Collection[str] | None = None) -> Choice:
+    """The choice with every option present, in its type and checked; raises `OptionError`.
+
+    Where two options do not fit, the error is about one of those in `typed` (default: all of the choice's options).
+    """
     _, options, shared = signature(find(slot, choice.name))
+    given = choice.options if typed is None else typed
     try:
         for key, value in choice.options.items():
             if key not in options:
@@ -282,7 +302,14 @@ def resolve(slot: Slot, choice: Choice) -> Choice:
             for key, option in options.items()
         }
         for cls in shared.values():  # rules between options live in the dataclasses
-            cls(**{key: values[key] for key in fields_of(cls)})
+            try:
+                cls(**{key: values[key] for key in fields_of(cls)})
+            except OptionError as problem:
+                named = [key for key in given if f"{key}={values[key]}" in problem.problem.split()]
+                if problem.option in given or not named:
+                    raise
+                reason = f"{problem.option}={problem.value} {problem.problem}"
+                raise OptionError("", named[0], values[named[0]], reason) from None
     except OptionError as problem:
         raise problem.within(slot.name, choice.name) from None
     return Choice(choice.name, values)
@@ -302,6 +329,7 @@ def build(slot: Slot, choice: Choice, context: Mapping[str, Any]) -> Any:
             f"needs {', '.join(missing)}, which the other choices do not give; those that fit: {', '.join(fitting)}",
         )  # fmt: skip
     values = resolve(slot, choice).options
+    sizes = dict(values)
     try:
         grouped = {name: cls(**{key: values.pop(key) for key in fields_of(cls)}) for name, cls in shared.items()}
         return member(**{key: context[key] for key in needed}, **grouped, **values)
@@ -309,6 +337,13 @@ def build(slot: Slot, choice: Choice, context: Mapping[str, Any]) -> Any:
         if problem.option not in signature(member).options:  # a setting of the run, such as image_size
             raise
         raise problem.within(slot.name, choice.name) from None
+    except (MemoryError, RuntimeError) as problem:
+        sizes = {key: value for key, value in sizes.items() if type(value) is int}
+        if not (out_of_memory(problem) and sizes):
+            raise
+        largest = max(sizes, key=lambda key: sizes[key])
+        reason = "the model does not fit into memory; choose a smaller one"
+        raise OptionError(choice.name, largest, sizes[largest], reason, slot=slot.name) from None
 
 
 def needs(slot: Slot, name: str, context: str) -> bool:

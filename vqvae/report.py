@@ -6,10 +6,11 @@ B examples, C channels, H W pixels, h w code grid.
 """
 
 import argparse
-import contextlib
 import json
 import math
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,10 @@ from vqvae import checkpoint, plots
 from vqvae.autoencoder import Autoencoder
 from vqvae.contracts import Discrete
 from vqvae.devices import choose_device
-from vqvae.errors import OptionError, near_misses
+from vqvae.errors import OptionError, naming, near_misses
 from vqvae.files import make_folder
+
+MOST_CODES = 16_384  # that the plot of the codebook shows; t-SNE of more takes many minutes
 
 
 class NotApplicable(Exception):
@@ -38,7 +41,6 @@ class Report:
     model: Autoencoder
     content: dict[str, Any]  # of the checkpoint
     logs: Path  # the run's folder, with metrics.jsonl
-    folder: Path  # of the plots
     options: argparse.Namespace
     progress: Callable[[int, int], None]  # gets the codes sampled so far, and their total
 
@@ -61,8 +63,13 @@ class Report:
         """Whether the prior is conditioned on labels."""
         return bool(self.content["config"]["conditional"])
 
+    @property
+    def name(self) -> str:
+        """The run's name, that of its folder."""
+        return Path(os.path.abspath(self.logs)).name or "run"
+
     def title(self, text: str) -> str:
-        return f"{self.content['run']}: {text}"
+        return f"{self.name}: {text}"
 
     def need_images(self) -> None:
         if not self.model.shows_images:
@@ -144,6 +151,8 @@ def codebook(report: Report, path: Path) -> None:
     h, w = bottleneck.grid
     if len(bottleneck.maps(torch.zeros(1, h, w, dtype=torch.int64))) > 1:
         raise NotApplicable("a code's image depends on the codes of the other levels")
+    if bottleneck.num_codes > MOST_CODES:
+        raise NotApplicable(f"there are {bottleneck.num_codes:,} codes, and the plot shows at most {MOST_CODES:,}")
     patches = []
     for codes in torch.arange(bottleneck.num_codes).split(256):
         images = report.model.decode(codes.view(-1, 1, 1).expand(-1, h, w).contiguous())
@@ -168,19 +177,34 @@ def usage(report: Report, path: Path) -> None:
 def curves(report: Report, path: Path) -> None:
     """Metrics over the training steps."""
     log = report.logs / "metrics.jsonl"
-    rows = []
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-        with contextlib.suppress(ValueError):  # a killed run may leave its last line incomplete
-            rows.append(json.loads(line))
+    rows = logged(log)
     if not plots.curve_names(rows):
         raise NotApplicable(f"{log} has too few evaluations")
     plots.curves(rows, path, title=report.title("training"))
 
 
+def logged(log: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, each with its finite numbers; warns of lines that are damaged or incomplete."""
+    rows, odd = [], []
+    for number, line in enumerate(log.read_bytes().splitlines() if log.is_file() else (), 1):
+        try:
+            row = json.loads(line)
+            numbers = {key: float(value) for key, value in row.items() if key != "kind" and value is not None}
+            kept = {key: value for key, value in numbers.items() if math.isfinite(value)}
+            rows.append({**kept, "kind": str(row["kind"]), "step": kept["step"]})
+        except (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError):
+            odd.append(number)
+    if odd:
+        count = f"line {odd[0]}" if len(odd) == 1 else f"{len(odd)} lines, the first of them line {odd[0]},"
+        warnings.warn(f"{log}: {count} cannot be read and {'is' if len(odd) == 1 else 'are'} skipped", stacklevel=2)
+    return rows
+
+
 def training_animation(report: Report, path: Path) -> None:
     """The images drawn after each epoch, as a GIF."""
-    source = _trained_folder(report.content) / "generated_samples"
-    frames = sorted(source.glob("epoch_*.png"))
+    trained = Path(report.content["plots"])
+    source = (trained if trained.is_dir() else Path("plots") / report.name) / "generated_samples"
+    frames = plots.read_frames(sorted(source.glob("epoch_*.png")))
     if not frames:
         raise NotApplicable(f"{source} has no images epoch_*.png")
     plots.training_animation(frames, path)
@@ -215,16 +239,21 @@ def completions(report: Report, path: Path) -> None:
         raise NotApplicable("needs a prior trained on codes (stage two)")
     images, labels = report.images[:10], report.labels[:10].to(report.model.device)
     codes = report.model.encode(images)
+    h, w = bottleneck.grid
+    if h == 1:
+        raise NotApplicable("the codes of an image have a single row, of which no half can be kept")
+    rows = [("originals", images), ("reconstructions", report.model.reconstruct(images))]
     top = bottleneck.maps(codes).get("top")
-    if top is None:
-        kept, explanation = codes.shape[1] // 2, "codes of the top half kept, the rest sampled"
-        given = images.clone()
-        given[:, :, images.shape[2] * kept // codes.shape[1] :] = 127
-    else:
+    if top is not None:
         kept, explanation = top.shape[1], "codes of the top level kept, those of the bottom level sampled"
-        given = report.model.decode_latents(bottleneck.embed(codes, levels=1))
+        rows.append(("given", report.model.decode_latents(bottleneck.embed(codes, levels=1))))
+    else:
+        kept, explanation = h // 2, "codes of the top half kept, the rest sampled"
+        if w > 1:  # in a sequence (w = 1) codes have no position
+            given = images.clone()
+            given[:, :, images.shape[2] * kept // h :] = 127
+            rows.append(("given", given))
     options = {"labels": labels} if report.conditional else {}
-    rows = [("originals", images), ("reconstructions", report.model.reconstruct(images)), ("given", given)]
     for i in range(4):
         completed = report.sample(len(images), seed_offset=i, given=(codes, kept), **options)
         rows.append((f"completion {i + 1}", completed))
@@ -235,9 +264,10 @@ def interpolations(report: Report, path: Path) -> None:
     """Decoded points on the line between the latents of two held-out images."""
     report.need_images()
     report.need_continuous_latent()
-    start, end = report.images[:10], report.images[10:20]
-    if len(end) < len(start):
-        raise NotApplicable("the checkpoint has fewer than 20 held-out images")
+    count = min(10, len(report.images) // 2)
+    if count == 0:
+        raise NotApplicable("the checkpoint has a single held-out image")
+    start, end = report.images[:count], report.images[count : 2 * count]
     z = [report.model.posterior_mean(x) for x in (start, end)]
     rows = []
     for i in range(len(start)):
@@ -253,6 +283,8 @@ def traversals(report: Report, path: Path) -> None:
     """The latent of a held-out image, one dimension varied at a time."""
     report.need_images()
     report.need_continuous_latent()
+    if len(report.images) == 1:
+        raise NotApplicable("the checkpoint has a single held-out image")
     means = report.model.posterior_mean(report.images)
     center, spread = means.mean(dim=0).flatten(), means.std(dim=0).flatten()
     rows = []
@@ -279,7 +311,7 @@ def scatter_2d(report: Report, path: Path) -> None:
         ("samples without noise: decoder means", model.likelihood.mean(params)),
     ]
     points = [(label, x.detach().cpu().flatten(1)) for label, x in panels]
-    plots.scatter_2d(points, path, title=report.content["run"])
+    plots.scatter_2d(points, path, title=report.name)
 
 
 def posterior_map(report: Report, path: Path) -> None:
@@ -322,18 +354,22 @@ def draw(options: argparse.Namespace) -> None:
             problem = f"no such plot{near_misses(name, PLOTS)}; known: {', '.join(PLOTS)}"
             raise OptionError("", "only", name, problem)
     path = checkpoint.locate(options.checkpoint)
-    content = checkpoint.read(path)
-    model = checkpoint.restore(content, str(path)).to(choose_device(options.device))
+    with naming("checkpoint", options.checkpoint):
+        content = checkpoint.read(path)
+        model = checkpoint.restore(content, str(path)).to(choose_device(options.device))
+    if options.top_k and model.discrete is None:
+        raise OptionError("", "top_k", options.top_k, "the model's latent is continuous and has no codes; leave it out")
     _check_label(options.label, len(content["data"]["classes"]) if content["config"]["conditional"] else 0)
-    folder = Path(options.plot_dir) / content["run"] if options.plot_dir else _trained_folder(content)
-    make_folder(folder, "plot_dir")
+    # names and places inside a checkpoint do not choose where anything is written: it may come from anywhere
+    run = Path(os.path.abspath(path)).parent.name or "run"
+    folder = make_folder(Path(options.plot_dir or "plots") / run, "plot_dir")
     with tqdm(desc="sampling", unit="code", disable=None, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        report = Report(model, content, path.parent, folder, options, progress)
+        report = Report(model, content, path.parent, options, progress)
         drawn = 0
         for name, plot in PLOTS.items():
             if options.only and name not in options.only:
@@ -349,16 +385,11 @@ def draw(options: argparse.Namespace) -> None:
             drawn += 1
             print(folder / name)
     plural = "" if drawn == 1 else "s"
-    print(f"{drawn} plot{plural} of {content['run']} (step {content['step']:,}) in {folder}")
+    print(f"{drawn} plot{plural} of {run} (step {content['step']:,}) in {folder}")
 
 
 def _check_label(label: int | None, classes: int) -> None:
     if label is not None and not 0 <= label < classes:
-        problem = f"must be from 0 to {classes - 1}" if classes else "the model's prior is not conditioned on classes"
+        unconditional = "the model's prior is not conditioned on classes; leave it out"
+        problem = f"must be from 0 to {classes - 1}" if classes else unconditional
         raise OptionError("", "class", label, problem)
-
-
-def _trained_folder(content: dict[str, Any]) -> Path:
-    """The folder that training drew into; plots/<run> if it is gone, as on another machine."""
-    folder = Path(content["plots"])
-    return folder if folder.is_dir() else Path("plots") / content["run"]

@@ -1,92 +1,298 @@
-"""A run's folder: its settings, its metrics as JSON lines and TensorBoard events, and its checkpoints."""
+"""A run's folder: its settings, its metrics as JSON lines and TensorBoard events, and its checkpoints.
 
+One process at a time writes in it (`Lock`). Nothing on disk changes before `Run.start`, which comes after every check.
+"""
+
+import contextlib
+import itertools
 import json
+import os
+import shutil
+import socket
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from vqvae import checkpoint
-from vqvae.errors import OptionError
-from vqvae.files import make_folder, write_json, write_text
+from vqvae.errors import OptionError, UserError, naming
+from vqvae.files import append, cannot_write, make_folder, whole_file, write_json, write_text, writing
+from vqvae.metrics import for_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK, LAST, BEST = ".lock", "checkpoint.pt", "best.pt"
+EVENTS = "events.out.tfevents."  # and the second at which the file was begun, the host, the process, a number
 
 
-def free_name(name: str, *folders: Path) -> str:
-    """`name`, or the first of `name-2`, `name-3` ... that exists in none of the folders."""
-    free, number = name, 1
-    while any((folder / free).exists() for folder in folders):
-        number += 1
-        free = f"{name}-{number}"
-    return free
+class Busy(UserError):
+    """Another process writes in the folder."""
 
 
-def claim(folder: Path) -> None:
-    """Make a run's folder. Raises `OptionError` if it contains a run or cannot be written."""
-    if (folder / "config.json").exists() or (folder / "checkpoint.pt").exists():
+class Lock:
+    """The right to write in a run's folder: `flock` on its file `.lock`, which ends with the process.
+
+    `take` takes it, the end of the block releases it. If the run did not begin (`keep`), what `take` made is removed.
+    """
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.kept = False
+        self._file = -1
+        self._made: list[Path] = []
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def take(self, folder: Path, *, made: list[Path] | None = None) -> None:
+        """Take the lock of a folder. `made` are empty folders to remove if the run does not begin.
+
+        Raises `Busy` if another process has it. Where the system or its file system has no locks, warns instead.
+        """
+        self.path, self.kept, self._made = folder / LOCK, False, made or []
+        while True:
+            new = not self.path.exists()
+            try:
+                file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            except OSError as problem:
+                raise cannot_write(folder, problem) from None
+            if not self._lock(file):
+                holder = os.read(file, 100).decode(errors="replace") or "no name"
+                os.close(file)
+                raise Busy(f"{folder}: another process ({holder}) writes this run; wait until it ends, or stop it")
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(file), os.stat(self.path)):  # else its holder removed it in between
+                    break
+            os.close(file)
+        self._file = file
+        if new:
+            self._made = [self.path, *self._made]
+        with contextlib.suppress(OSError):  # only for the message above
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+    def _lock(self, file: int) -> bool:
+        """Whether the file could be locked; also true where nothing can be locked."""
+        try:
+            if fcntl is None:
+                raise OSError("this system has no flock")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as problem:
+            reason = "this system" if fcntl is None else f"the file system ({problem.strerror})"
+            message = f"{self.path}: {reason} has no locks; see to it that no other process writes this run"
+            warnings.warn(message, stacklevel=4)
+        return True
+
+    def keep(self) -> None:
+        """The run begins: what was made stays."""
+        self.kept = True
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        if self._file < 0:
+            return
+        with contextlib.suppress(OSError):  # a folder that is not empty stays
+            for path in () if self.kept else self._made:
+                path.rmdir() if path.is_dir() else path.unlink()
+        os.close(self._file)
+        self._file = -1
+
+
+def refuse_saved(folder: Path) -> None:
+    """Raise `OptionError` for a new run's name if its folder contains a checkpoint."""
+    if (folder / LAST).exists():
         problem = f"{folder} already contains a run; resume that run, or choose another name"
         raise OptionError("", "name", folder.name, problem)
+
+
+def claim(folder: Path, lock: Lock) -> None:
+    """Take a folder for a new run: one that does not exist, or whose run was stopped before it saved a checkpoint.
+
+    Raises `OptionError` if it contains a run, if another process writes in it, or if it cannot be written.
+    """
+    refuse_saved(folder)
     make_folder(folder.parent, "log_dir")
+    made = [] if folder.exists() else [folder]
     make_folder(folder, "log_dir")
+    with naming("name", folder.name):
+        lock.take(folder, made=made)
+    refuse_saved(folder)  # of a process that ended in between
+
+
+def claim_free(name: str, logs: Path, plots: Path, lock: Lock) -> Path:
+    """Make and take the folder `logs/name`, or `name-2`, `name-3` ..., the first that is new in both folders.
+
+    Processes that are started at once get different names.
+    """
+    make_folder(logs, "log_dir")
+    make_folder(plots, "plot_dir")
+    free, number = name, 1
+    while True:
+        made: list[Path] = []
+        try:
+            for folder in (logs / free, plots / free):
+                folder.mkdir()
+                made.insert(0, folder)
+            lock.take(logs / free, made=made)
+            return logs / free
+        except (FileExistsError, Busy):
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        number += 1
+        free = f"{name}-{number}"
 
 
 class Run:
     """logs/<run>: config.json, metrics.jsonl, TensorBoard events, checkpoint.pt (the last) and best.pt.
 
-    `facts` are the entries that all checkpoints of the run share: kind, run, config, data, examples, plots. A new run
-    refuses a folder that contains one. A resumed run deletes the metrics logged after step `resume_at`.
+    `facts` are the entries that all checkpoints of the run share: kind, run, config, data, examples, plots. Without a
+    `lock` that was taken, `start` takes one.
     """
 
-    def __init__(self, folder: Path, facts: dict[str, Any], *, resume_at: int | None = None):
-        self.folder, self.facts = folder, facts
-        if resume_at is None:
-            claim(folder)
-        write_json(folder / "config.json", facts["config"])
-        self._delete_metrics_after(resume_at or 0)
+    def __init__(self, folder: Path, facts: dict[str, Any], lock: Lock | None = None):
+        self.folder, self.facts, self.lock = folder, facts, lock
+        self.board: Any = None  # TensorBoard's writer, from `start` to `close`
+        self.step = 0  # of the last metrics
+
+    def start(self, resumed: dict[str, Any] | None = None) -> bool:
+        """Open the run's files. A new run replaces those of a run that never saved.
+
+        A run that is resumed from the content of a checkpoint drops what was logged after its step, and a best model of
+        steps that it will take again. Returns whether best.pt is the best model so far, if there is one.
+        """
+        if self.lock is None:
+            self.lock = Lock()
+            if resumed is None:
+                claim(self.folder, self.lock)
+            else:
+                self.lock.take(self.folder)
+        self.lock.keep()
+        self._clean(new=resumed is None)
+        write_json(self.folder / "config.json", self.facts["config"])
+        best_is_there = True
+        if resumed:
+            self.step = resumed["step"]
+            self._drop_metrics_after(self.step)
+            best_is_there = self.repair_best(resumed)
+            if not best_is_there:
+                (self.folder / BEST).unlink(missing_ok=True)  # of steps that are taken again
+            order_events(self.folder)
 
         from torch.utils.tensorboard import SummaryWriter
 
-        # TensorBoard drops events from purge_step on; those of the step resumed at stay
-        self.board = SummaryWriter(str(folder), purge_step=None if resume_at is None else resume_at + 1)
-        self.board.add_text("config", f"```\n{json.dumps(facts['config'], indent=2)}\n```", 0)
+        with self._events():
+            # TensorBoard drops events from purge_step on; those of the step resumed at stay
+            self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1 if resumed else None)
+            if not resumed:
+                self.board.add_text("config", f"```\n{json.dumps(self.facts['config'], indent=2)}\n```", 0)
+            self.board.flush()
+        return best_is_there
 
     def log(self, kind: str, step: int, epoch: int, metrics: dict[str, float]) -> None:
         """Append a line to metrics.jsonl, and log each metric as TensorBoard scalar `kind/name`."""
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self.board.add_scalar(f"{kind}/{name}", value, step)
+        self.step = step
+        row = {"kind": kind, "step": step, "epoch": epoch, **for_json(metrics)}
+        append(self.folder / "metrics.jsonl", json.dumps(row) + "\n")
+        with self._events():
+            for name, value in metrics.items():
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def _events(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, errors of TensorBoard's writer become a line about the events; its thread hands them on."""
+        return writing(self.folder / f"{EVENTS}*")
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         """Log a histogram of `values` (any shape), such as how often each code was used."""
-        self.board.add_histogram(name, values, step)
+        with self._events():
+            self.board.add_histogram(name, values, step)
 
     def log_images(self, name: str, image: Tensor, step: int) -> None:
         """Log one image `[C, H, W]` in [0, 1], such as a grid of samples."""
-        self.board.add_image(name, image, step)
+        with self._events():
+            self.board.add_image(name, image, step)
 
-    def save(self, state: dict[str, Any], name: str = "checkpoint.pt") -> None:
-        """Write a checkpoint of the run's facts and `state`."""
-        checkpoint.write(self.folder / name, self.facts | state)
+    def save(self, state: dict[str, Any]) -> None:
+        """Write checkpoint.pt: the run's facts and `state`. What was logged before is on disk first."""
+        with self._events():
+            self.board.flush()
+        checkpoint.write(self.folder / LAST, self.facts | state)
+
+    def save_best(self) -> None:
+        """Make best.pt a copy of checkpoint.pt."""
+        with whole_file(self.folder / BEST) as file, open(self.folder / LAST, "rb") as last:
+            shutil.copyfileobj(last, file)
+
+    def repair_best(self, resumed: dict[str, Any]) -> bool:
+        """Make best.pt the best model of a checkpoint, if the run was killed between the two; False if that is lost.
+
+        It is lost if the run is resumed from an earlier checkpoint than its last.
+        """
+        if "best_step" not in resumed:
+            return True  # a checkpoint of an earlier version
+        best = resumed["best_step"]
+        with contextlib.suppress(UserError):
+            found = checkpoint.read(self.folder / BEST)
+            if found["step"] == best and found.get("best") == resumed["best"]:
+                return True
+        if resumed["step"] == best:
+            checkpoint.write(self.folder / BEST, resumed)
+        elif best is not None:
+            problem = f"is not of step {best}, the best so far; it is replaced after the next epoch"
+            warnings.warn(f"{self.folder / BEST}: {problem}", stacklevel=2)
+        return resumed["step"] == best
 
     def close(self, results: dict[str, float] | None = None) -> None:
-        """Flush TensorBoard. Final results go to its HParams tab, together with the settings."""
-        if results:
-            settings: dict[str, Any] = {}
-            for key, value in self.facts["config"].items():
-                if isinstance(value, dict):
-                    settings |= {key: value["name"]} | {f"{key}.{k}": v for k, v in value["options"].items()}
-                elif value is not None:
-                    settings[key] = value
-            # tags of their own: under a metric's tag they would add a point to its curve
-            named = {f"result/{name}": value for name, value in results.items()}
-            self.board.add_hparams(settings, named, run_name=".")
-        self.board.close()
+        """Flush TensorBoard and give the lock back. Final results go to the HParams tab, together with the settings."""
+        board, self.board = self.board, None
+        try:
+            if board and results:
+                settings: dict[str, Any] = {}
+                for key, value in self.facts["config"].items():
+                    if isinstance(value, dict):
+                        settings |= {key: value["name"]} | {f"{key}.{k}": v for k, v in value["options"].items()}
+                    elif value is not None:
+                        settings[key] = value
+                # tags of their own: under a metric's tag they would add a point to its curve
+                named = {f"result/{name}": value for name, value in results.items()}
+                with self._events():
+                    board.add_hparams(settings, named, run_name=".", global_step=self.step)
+        finally:
+            try:
+                with self._events():
+                    if board:
+                        board.close()
+            finally:
+                if self.lock:
+                    self.lock.release()
 
-    def _delete_metrics_after(self, step: int) -> None:
+    def _clean(self, *, new: bool) -> None:
+        """Remove parts of files that a killed process left, and all files of a run that never saved."""
+        patterns = [f"{name}.*.partial" for name in (LAST, BEST, "config.json", "metrics.jsonl")]
+        if new:
+            patterns += ["metrics.jsonl", BEST, f"{EVENTS}*"]
+        for path in itertools.chain.from_iterable(map(self.folder.glob, patterns)):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def _drop_metrics_after(self, step: int) -> None:
         path = self.folder / "metrics.jsonl"
         if path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) <= step))
+            steps = [_step_of(line) for line in lines]
+            if odd := steps[:-1].count(None):  # the last may be what a killed process left
+                warnings.warn(f"{path}: {odd} damaged line{'s' * (odd > 1)} left out", stacklevel=2)
+            kept = (line for line, at in zip(lines, steps, strict=True) if at is not None and at <= step)
+            write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 class NullRun(Run):
@@ -95,6 +301,9 @@ class NullRun(Run):
     def __init__(self, folder: Path):
         self.folder = folder
 
+    def start(self, resumed: dict[str, Any] | None = None) -> bool:
+        return True
+
     def log(self, kind: str, step: int, epoch: int, metrics: dict[str, float]) -> None:
         pass
 
@@ -104,16 +313,38 @@ class NullRun(Run):
     def log_images(self, name: str, image: Tensor, step: int) -> None:
         pass
 
-    def save(self, state: dict[str, Any], name: str = "checkpoint.pt") -> None:
+    def save(self, state: dict[str, Any]) -> None:
         pass
+
+    def save_best(self) -> None:
+        pass
+
+    def repair_best(self, resumed: dict[str, Any]) -> bool:
+        return True
 
     def close(self, results: dict[str, float] | None = None) -> None:
         pass
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinity for a line that a killed process left incomplete."""
+def order_events(folder: Path) -> None:
+    """Rename event files of this second or later, so that the next one comes last.
+
+    TensorBoard reads them in the order of their names. A run that is resumed within a second of its last start, or on a
+    machine whose clock is behind, would else hide its own events, and show those that it drops.
+    """
+    limit = int(time.time()) - 1
+    for path in sorted(folder.glob(f"{EVENTS}*"), reverse=True):
+        second, _, rest = path.name.removeprefix(EVENTS).partition(".")
+        if not second.isdigit() or int(second) <= limit:
+            break
+        path.rename(path.with_name(f"{EVENTS}{limit:010d}.{rest}"))
+        limit -= 1
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of metrics.jsonl; None for a damaged line."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None

@@ -19,6 +19,10 @@ SHAPES = {
 }
 
 
+LARGEST = 3.4e38  # what a float32 can store
+MOST_STEPS = 2**31 - 1
+
+
 class Piece(NamedTuple):
     shape: str
     start: float
@@ -44,8 +48,8 @@ class Schedule(NamedTuple):
             except UserError as problem:
                 raise OptionError("", option, text, str(problem)) from None
             return cls(tuple(pieces))
-        if not math.isfinite(value):
-            raise OptionError("", option, text, "must be a finite number or a schedule")
+        if not abs(value) <= LARGEST:
+            raise OptionError("", option, text, f"must be a finite number of at most {LARGEST:g}, or a schedule")
         return cls((Piece("linear", value, value, None),))
 
     def __call__(self, step: int, total_steps: int) -> float:
@@ -75,9 +79,10 @@ class ScheduleText:
             values = Schedule.parse(text).values()
         except OptionError as problem:
             return problem.problem
+        throughout = "" if len(set(values)) == 1 else " at every step"
         if min(values) <= self.above:
-            return f"must stay above {self.above:g}"
-        return f"must stay at {self.low:g} or more" if min(values) < self.low else None
+            return f"must be above {self.above:g}{throughout}"
+        return f"must be at least {self.low:g}{throughout}" if min(values) < self.low else None
 
     def __str__(self) -> str:
         bounds = {"at least": self.low, "above": self.above}
@@ -92,12 +97,11 @@ def _piece(text: str) -> Piece:
     if shape not in SHAPES:
         raise UserError(f"no shape '{shape}'{near_misses(shape, SHAPES)}; known: {', '.join(SHAPES)}")
     try:
-        start, end = float(numbers[0]), float(numbers[1])
-        steps = int(float(numbers[2])) if len(numbers) == 3 else None
-    except (ValueError, OverflowError):
+        start, end, *steps = map(float, numbers)
+    except ValueError:
         raise UserError("start, end and steps must be numbers") from None
-    if not (math.isfinite(start) and math.isfinite(end)):
-        raise UserError("start and end must be finite")
-    if steps is not None and steps < 1:
-        raise UserError("steps must be at least 1")
-    return Piece(shape, start, end, steps)
+    if not all(abs(value) <= LARGEST for value in (start, end)):  # nan compares as false
+        raise UserError(f"start and end must be finite numbers of at most {LARGEST:g}")
+    if steps and not (1 <= steps[0] <= MOST_STEPS and steps[0] == int(steps[0])):
+        raise UserError(f"steps must be a whole number from 1 to {MOST_STEPS}")
+    return Piece(shape, start, end, int(steps[0]) if steps else None)

@@ -7,6 +7,7 @@ B batch, N images, h w code grid, K codes.
 """
 
 import contextlib
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vqvae import metrics
+from vqvae.archives import read_arrays
 from vqvae.autoencoder import Autoencoder
 from vqvae.checkpoint import weights_checksum
 from vqvae.contracts import Discrete, TrainOutput
+from vqvae.data.base import fingerprint
 from vqvae.evaluation import evaluate_prior, facts_of, log_prior_of_codes
-from vqvae.files import whole_file
+from vqvae.files import open_file, whole_file
 from vqvae.optimizer import decay_groups
 
 
@@ -69,20 +72,40 @@ class PriorTraining(nn.Module):
 
 
 def extract_codes(model: Autoencoder, images: Tensor, cache: Path, *, batch_size: int = 256) -> Tensor:
-    """The codes `[N, h, w]` (int32) of images `[N, C, H, W]`, computed once and cached with the weights' checksum.
+    """The codes `[N, h, w]` (int32) of images `[N, C, H, W]`, computed once and cached.
 
-    A cache made with other weights, or from another number of images, is replaced.
+    A cache that is damaged, or was made with other weights or from other images, is replaced.
     """
-    bottleneck, checksum = model.bottleneck, weights_checksum(model)
+    bottleneck = model.bottleneck
     if not isinstance(bottleneck, Discrete):
         raise ValueError("extract_codes needs discrete codes; this model's latent is continuous")
-    # a damaged cache is computed again
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError), np.load(cache, allow_pickle=False) as stored:
-        if str(stored["weights"]) == checksum and len(stored["codes"]) == len(images):
-            return torch.from_numpy(stored["codes"].astype(np.int32))
+    source = f"{weights_checksum(model)} {fingerprint(images)}"
+    with contextlib.suppress(Exception):  # a damaged archive raises anything
+        return _cached(cache, source, (len(images), *bottleneck.grid), bottleneck.num_codes)
     tiles = tqdm(images.split(batch_size), desc="codes", unit="batch", disable=None, leave=False)
     codes = torch.cat([model.encode(tile).to("cpu", torch.int32) for tile in tiles])
     smallest = np.min_scalar_type(bottleneck.num_codes - 1)
-    with whole_file(cache) as file:
-        np.savez_compressed(file, codes=codes.numpy().astype(smallest), weights=checksum)
+    store_codes(cache, codes.numpy().astype(smallest), source)
     return codes
+
+
+def store_codes(cache: Path, codes: np.ndarray, source: str) -> None:
+    """Write codes `[N, h, w]`, the checksums of the weights and images that they come from, and their own."""
+    with whole_file(cache) as file:
+        np.savez_compressed(file, codes=codes, source=source, sha256=_checksum(codes, source))
+
+
+def _cached(cache: Path, source: str, shape: tuple[int, ...], num_codes: int) -> Tensor:
+    """The codes (int32) in a cache. Raises any exception for one that is damaged or has another source."""
+    with open_file(cache) as file:
+        stored = read_arrays(file, ("codes", "source", "sha256"))
+    codes = stored["codes"]
+    if str(stored["source"]) != source or str(stored["sha256"]) != _checksum(codes, source):
+        raise ValueError("codes of something else, or damaged ones")
+    if codes.shape != shape or codes.dtype.kind != "u" or int(codes.max()) >= num_codes:
+        raise ValueError("not the codes of this bottleneck")
+    return torch.from_numpy(codes.astype(np.int32))
+
+
+def _checksum(codes: np.ndarray, source: str) -> str:
+    return hashlib.sha256(f"{codes.dtype} {codes.shape} {source}".encode() + codes.tobytes()).hexdigest()

@@ -3,6 +3,7 @@
 N images, B batch, C channels, S pixels per side; `grid` is the bottleneck's code grid, (h, w).
 """
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,17 +17,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqvae import checkpoint, data
+from vqvae.archives import read_arrays, size_of
 from vqvae.autoencoder import Autoencoder
 from vqvae.checkpoint import weights_checksum
 from vqvae.contracts import Discrete
 from vqvae.data import image_folder
 from vqvae.devices import choose_device
 from vqvae.errors import OptionError, UserError, one_line
-from vqvae.files import cannot_write, whole_file
+from vqvae.files import cannot_write, open_file, whole_file
 from vqvae.registry import Choice, resolve
 
 FIELDS = ("codes", "num_codes", "grid", "image_shape", "files", "model")
 COLORS = {1: "gray", 3: "RGB"}  # what an image file can store, by number of channels
+ALWAYS_DECODED = 1_000_000  # images that a file of any size may contain; larger files contain up to one per byte
 READERS = 4  # threads that read image files; decoding releases Python's lock
 
 
@@ -188,18 +191,22 @@ def write(file: BinaryIO, model: Autoencoder, codes: np.ndarray, columns: Mappin
 def read(path: Path, model: Autoencoder) -> tuple[np.ndarray, list[str]]:
     """The codes `[N, *grid]` in a file, and the file name of each decoded image.
 
-    The file is not trusted. Raises `UserError` if it is damaged, contains pickled objects, comes from another model, or
-    names an image outside the output folder.
+    The file is not trusted. Raises `UserError` if it is damaged, contains anything but arrays, comes from another
+    model, or names an image outside the output folder.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; `vqvae encode` writes one")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            content = {name: archive[name] for name in FIELDS}
+        with open_file(path) as file:
+            content, most = read_arrays(file, FIELDS), max(ALWAYS_DECODED, size_of(file))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; `vqvae encode` writes one") from None
     except Exception as problem:  # damaged archives raise anything
         reason = one_line(problem, 120)
-        raise UserError(f"{path}: truncated, or not a file that `vqvae encode` wrote ({reason})") from None
+        refusal = f"truncated, or not a file that `vqvae encode` wrote ({reason}); encode again"
+        raise UserError(f"{path}: {refusal}") from None
     bottleneck, checksum = discrete(model), weights_checksum(model)
+    for name in ("model", "num_codes", "grid", "image_shape"):
+        if content[name].size > 8:
+            raise UserError(f"{path}: its {name} has {content[name].size:,} values; encode again")
     if str(content["model"]) != checksum:
         raise UserError(
             f"{path}: encoded by model {str(content['model'])[:40]!r}, and this is model {checksum}; "
@@ -217,6 +224,8 @@ def read(path: Path, model: Autoencoder) -> tuple[np.ndarray, list[str]]:
     if codes.dtype.kind not in "iu" or codes.shape[1:] != grid or not len(codes):
         wanted = f"integers [N, {', '.join(map(str, grid))}]"
         raise UserError(f"{path}: codes must be {wanted}, not {codes.dtype} {list(codes.shape)}; encode again")
+    if len(codes) > most:
+        raise UserError(f"{path}: {len(codes):,} images are far more than a file of this size contains; encode again")
     if codes.min() < 0 or codes.max() >= num_codes:
         found = f"{codes.min()} to {codes.max()}"
         raise UserError(f"{path}: codes must be from 0 to {num_codes - 1}, not {found}; encode again")
@@ -236,10 +245,12 @@ def image_names(path: Path, files: np.ndarray, count: int) -> list[str]:
         # Path follows the rules of this system: drives and backslashes count on Windows only
         if not Path(name).name or Path(name).anchor or ".." in Path(name).parts or "\0" in name:
             raise UserError(f"{path}: the file name {name[:80]!r} leads out of the output folder; remove it from files")
+        if len(name) > 1024 or len(Path(name).parts) > 50:
+            raise UserError(f"{path}: the file name {name[:80]!r} is too long; change it in files")
     sources = [PurePosixPath(name) for name in files.tolist()]
     short = [str(source.with_suffix(".png")) for source in sources]
     sharing = Counter(short)
-    taken = {str(folder) for source in sources for folder in source.parents}
+    taken = {str(folder) for source in sources for folder in source.parents if folder.name.endswith(".png")}
     names = []
     for source, name in zip(sources, short, strict=True):
         if sharing[name] > 1 or name in taken:  # a.jpg next to a.png: a.jpg.png and a.png.png
@@ -247,9 +258,19 @@ def image_names(path: Path, files: np.ndarray, count: int) -> list[str]:
             while name in taken or name in sharing:
                 number += 1
                 name = f"{source}-{number}.png"
+        if not _possible(name):
+            raise UserError(f"{path}: no file can have the name {name[:80]!r}; change it in files")
         taken.add(name)
         names.append(name)
     return names
+
+
+def _possible(name: str) -> bool:
+    """Whether the parts of a path can be written as bytes, at most 255 each, as usual file systems demand."""
+    try:
+        return all(len(os.fsencode(part)) <= 255 for part in Path(name).parts)
+    except UnicodeEncodeError:  # halves of a surrogate pair
+        return False
 
 
 def decode(model: Autoencoder, codes: np.ndarray, names: list[str], folder: Path, batch_size: int) -> None:

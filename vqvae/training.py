@@ -6,13 +6,12 @@ of every batch, whose size does not depend on their number, and draws its own no
 """
 
 import math
-import signal
 import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from vqvae import distributed, metrics
@@ -20,9 +19,12 @@ from vqvae.contracts import TrainOutput
 from vqvae.data.batches import batch_indices
 from vqvae.devices import keep_memory
 from vqvae.errors import OptionError, UserError
+from vqvae.interrupts import Interrupt
 from vqvae.optimizer import adamw
 from vqvae.runs import NullRun, Run
 from vqvae.schedules import Schedule
+
+MOST_SKIPPED = 10  # updates in a row, with on_nan=skip
 
 
 class Plan(NamedTuple):
@@ -41,6 +43,7 @@ class Plan(NamedTuple):
     max_minutes: float | None = None  # of this process, evaluation included
     patience: int | None = None  # epochs without a better held-out metric before stopping
     augment: Callable[[Tensor], Tensor] | None = None  # applied to every training batch
+    on_nan: Literal["stop", "skip"] = "stop"  # what to do where the loss or the gradient is not finite
 
     def steps_per_epoch(self, examples: int) -> int:
         return examples // self.batch_size
@@ -52,9 +55,11 @@ class Plan(NamedTuple):
     def check(self, examples: int) -> None:
         """Raise `OptionError` for a batch that the examples or the processes cannot share."""
         if self.batch_size > examples:
-            raise OptionError("", "batch_size", self.batch_size, f"larger than the {examples} training examples")
+            raise OptionError(
+                "", "batch_size", self.batch_size, f"larger than the {examples} training examples; use a smaller one"
+            )
         if self.batch_size < distributed.world():
-            problem = f"smaller than the {distributed.world()} processes that share it"
+            problem = f"smaller than the {distributed.world()} processes that share it; use a larger one"
             raise OptionError("", "batch_size", self.batch_size, problem)
 
 
@@ -79,22 +84,28 @@ class Means:
         return {"sums": {name: total.cpu() for name, total in self.sums.items()}, "count": self.count}
 
 
-class Interrupt:
-    """Turns Ctrl-C and SIGTERM into a request that the loop obeys between two steps; a second one stops at once."""
+class Health:
+    """Remembers the first step whose loss or gradient was not finite, on the device: reading it synchronizes."""
 
-    def __enter__(self) -> "Interrupt":
-        self.wanted = False
-        self.previous = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
+    QUANTITIES = ("training loss", "gradient")
 
-    def _request(self, number: int, frame: object) -> None:
-        if self.wanted:
-            raise KeyboardInterrupt
-        self.wanted = True
+    def __init__(self) -> None:
+        self.first: Tensor | None = None  # [2] int64, the steps; GOOD where there is none
 
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+    GOOD = 2**62
+
+    def watch(self, loss: Tensor, gradient: Tensor, step: int) -> None:
+        """Note a step's loss and gradient norm, both scalars."""
+        bad = ~torch.stack([loss, gradient.to(loss)]).isfinite()
+        steps = torch.where(bad, step, self.GOOD)
+        self.first = steps if self.first is None else torch.minimum(self.first, steps)
+
+    def problem(self) -> str | None:
+        """`the gradient was not finite at step 7`, or None."""
+        if self.first is None:
+            return None
+        step, quantity = min(zip(self.first.tolist(), self.QUANTITIES, strict=True), key=lambda pair: pair[0])
+        return None if step == self.GOOD else f"the {quantity} was not finite at step {step}"
 
 
 def seed_step(seed: int, step: int, device: str = "cpu") -> None:
@@ -124,18 +135,24 @@ def fit(
     plan: Plan,
     run: Run | NullRun,
     *,
+    on_start: Callable[[], None] = lambda: None,
     after_epoch: Callable[[int, int], None] = lambda epoch, step: None,
     resume: dict[str, Any] | None = None,
 ) -> dict[str, float] | None:
     """Train to the end of the plan; returns the last held-out metrics, or None when interrupted.
 
-    `after_epoch(epoch, step)` draws. `resume` is the content of the checkpoint to resume from.
+    `resume` is the content of the checkpoint to resume from. `on_start()` is called after every check, when the run's
+    files are open. `after_epoch(epoch, step)` draws.
     """
     plan.check(len(stage.examples))
     loop = Loop(stage.module, *_resident(stage.examples, stage.labels, plan.device), plan, run, resume or {})
-    if loop.step >= loop.total:
+    if resume and loop.step >= loop.total:
+        distributed.on_first(lambda: run.repair_best(resume))  # it may have been killed just before its end
         problem = f"has taken all of its {loop.step} steps; raise epochs or max_steps"
         raise OptionError("", "resume", run.folder, problem)
+    if not distributed.on_first(lambda: run.start(resume)):
+        loop.best, loop.best_step, loop.best_epoch = math.inf, None, loop.epoch
+    on_start()
     results = None
     stage.module.train()
     if loop.step == 0:
@@ -171,8 +188,11 @@ class Loop:
         self.usage = state.get("usage")
         self.epoch_means, self.window = Means(state.get("epoch_means")), Means(state.get("window"))
         self.per_epoch, self.total = plan.steps_per_epoch(len(examples)), plan.total_steps(len(examples))
+        # checkpoints of an earlier version have no best_step
+        self.best_step = state.get("best_step", min(self.best_epoch * self.per_epoch, self.step) or None)
         self.deadline = time.perf_counter() + 60 * plan.max_minutes if plan.max_minutes else math.inf
         self.speed = 0.0  # images/s since the epoch began
+        self.health, self.skipped, self.saved_step = Health(), 0, self.step
         self.bar = tqdm(total=self.total, initial=self.step, unit="step", disable=distributed.rank() > 0 or None)
 
     def train_epoch(self, interrupt: Interrupt) -> bool:
@@ -183,7 +203,7 @@ class Loop:
         first, started = self.step, time.perf_counter()
         saved = started
         for index in order[self.step - epoch * self.per_epoch :]:
-            loss = self.train_step(index)
+            self.train_step(index)
             now = time.perf_counter()
             late, wanted = distributed.any_of(now > self.deadline, interrupt.wanted)
             if late:
@@ -195,7 +215,6 @@ class Loop:
             steps, seconds = plan.save_every
             due = self.step % steps == 0 if steps else seconds is not None and now - saved > seconds
             if (due or wanted) and self.step % self.per_epoch:
-                _need_finite(float(loss), self.step)
                 self.save()
                 saved = now
                 if wanted:
@@ -209,8 +228,8 @@ class Loop:
         """The epoch's batches `[steps, batch_size]`, copied once to the examples' device."""
         return batch_indices(len(self.examples), batch_size, seed=self.plan.seed, epoch=epoch).to(self.examples.device)
 
-    def train_step(self, index: Tensor) -> Tensor:
-        """One update on the examples of an index; returns its loss. Does not synchronize with a GPU."""
+    def train_step(self, index: Tensor) -> None:
+        """One update on the examples of an index. Does not synchronize with a GPU, except with on_nan=skip."""
         plan, device = self.plan, self.plan.device
         for group in self.optimizer.param_groups:
             group["lr"] = plan.lr(self.step, self.total) * group["lr_scale"]
@@ -218,24 +237,56 @@ class Loop:
         mine = distributed.share(index)
         batch, labels = take(self.examples, mine, device), take(self.labels, mine, device)
         batch = plan.augment(batch) if plan.augment else batch
+        skips = plan.on_nan == "skip"
+        before = [buffer.clone() for buffer in self.module.buffers()] if skips else []
         with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
             loss, monitored = TrainOutput(*self.module(batch, labels, self.step))
         loss.backward()
         monitored = {**monitored, "loss": loss.detach()}
         monitored = distributed.average(self.module.parameters(), monitored, len(mine) / len(index))
-        self.optimizer.step()
+        norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        if skips and not (monitored["loss"].isfinite() and norm.isfinite()):
+            self._skip(before)
+        else:
+            self.skipped = 0
+            self.health.watch(monitored["loss"], norm, self.step)
+            self.optimizer.step()
+            monitored["grad_norm"] = norm
+            self.epoch_means.add(monitored)
+            self.window.add(monitored)
         self.optimizer.zero_grad()
-        self.epoch_means.add(monitored)
-        self.window.add(monitored)
         self.step += 1
         self.bar.update()
-        return monitored["loss"]
+
+    def _skip(self, buffers: list[Tensor]) -> None:
+        """Undo what the forward pass did to the buffers (EMA codebooks, batch norm) and take no update."""
+        self.skipped += 1
+        if self.skipped > MOST_SKIPPED:
+            raise UserError(f"{MOST_SKIPPED} steps in a row up to step {self.step} were not finite; {self._kept()}")
+        for buffer, value in zip(self.module.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+        self.bar.write(f"step {self.step}: the loss or the gradient is not finite; the update is skipped")
+
+    def need_finite(self) -> None:
+        """Raise `UserError` if anything that a checkpoint would hold is not finite. Synchronizes with the device."""
+        problem = self.health.problem()
+        if problem is None:
+            state = {**self.module.saved_state(), "optimizer": self.optimizer.state_dict()}
+            if name := not_finite(state):
+                problem = f"{name} was not finite after step {self.step}"
+        if problem:
+            raise UserError(f"{problem}; {self._kept()}")
+
+    def _kept(self) -> str:
+        kept = f"checkpoint.pt of step {self.saved_step} is kept" if self.saved_step else "no checkpoint was saved yet"
+        return f"{kept}. Try a lower lr, or on_nan=skip"
 
     def log_window(self) -> None:
         """Log the metrics' means since the last time. Within an epoch, only this waits for the device."""
         if self.window.count:
+            if problem := self.health.problem():
+                raise UserError(f"{problem}; {self._kept()}")
             means = self.module.summary(self.window.values())
-            _need_finite(means["loss"], self.step)
             self.run.log("train", self.step, self.epoch, means)
             self.bar.set_postfix_str(metrics.line(self.module.headline, means), refresh=False)
             self.window = Means()
@@ -243,6 +294,7 @@ class Loop:
     def close_epoch(self, results: dict[str, Any], after_epoch: Callable[[int, int], None]) -> dict[str, float]:
         """Log the epoch's training and held-out metrics, draw, and save; returns the held-out metrics."""
         self.log_window()
+        self.need_finite()
         self.epoch = math.ceil(self.step / self.per_epoch)
         trained = self.module.summary(self.epoch_means.values())
         self.epoch_means = Means()
@@ -253,17 +305,21 @@ class Loop:
         if self.usage is not None:
             self.run.histogram("held_out_usage", self.usage, self.step)
         after_epoch(self.epoch, self.step)
-        if results[self.module.monitor] < self.best:
-            self.best, self.best_epoch = results[self.module.monitor], self.epoch
-            self.save("best.pt")
+        better = results[self.module.monitor] < self.best
+        if better:
+            self.best, self.best_epoch, self.best_step = results[self.module.monitor], self.epoch, self.step
         self.save()
+        if better:
+            self.run.save_best()  # last, so that it is never of steps that a resumed run takes again
         self.bar.write(
             f"epoch {self.epoch:3d} | train {metrics.line(self.module.headline, trained)} | "
             f"held-out {metrics.line(self.module.headline, results)} | {self.speed:,.0f} images/s"
         )
         return results
 
-    def save(self, name: str = "checkpoint.pt") -> None:
+    def save(self) -> None:
+        """Write a checkpoint; raises `UserError` instead of writing one that is not finite."""
+        self.need_finite()
         state = {
             **self.module.saved_state(),
             "optimizer": self.optimizer.state_dict(),
@@ -271,11 +327,13 @@ class Loop:
             "epoch": self.epoch,
             "best": self.best,
             "best_epoch": self.best_epoch,
+            "best_step": self.best_step,
             "usage": self.usage,
             "epoch_means": self.epoch_means.state(),
             "window": self.window.state(),
         }
-        self.run.save(state, name)
+        self.run.save(state)
+        self.saved_step = self.step
 
 
 def _resident(examples: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -292,6 +350,10 @@ def take(tensor: Tensor, index: Tensor, device: torch.device) -> Tensor:
     return batch.to(device, non_blocking=True)
 
 
-def _need_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise UserError(f"the training loss is {loss} at step {step}; the last checkpoint is kept. Try a lower lr")
+def not_finite(state: Any, name: str = "") -> str | None:
+    """The name of the first tensor of floats in a nested state that holds NaN or infinity, or None."""
+    if isinstance(state, Tensor):
+        return name if state.is_floating_point() and not state.isfinite().all() else None
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    found = (not_finite(value, f"{name}.{key}" if name else str(key)) for key, value in items)
+    return next(filter(None, found), None)

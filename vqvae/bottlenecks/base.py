@@ -38,8 +38,9 @@ class Projection(nn.Conv2d):
         Data-dependent initialization (1602.07868, section 3). The first features are small: without it, all vectors
         would get the fixed code nearest to the origin, which may pass no gradient to the encoder.
         """
-        std, mean = torch.std_mean(distributed.gather_rows(vectors_of(self(features))), dim=0)
-        std = std.clamp(min=1e-6)
+        vectors = distributed.gather_rows(vectors_of(self(features)))
+        std, mean = torch.std_mean(vectors, dim=0, correction=min(1, len(vectors) - 1))  # one vector varies by 0
+        std = torch.where(std > 1e-6, std, 1.0)  # a channel that does not vary is only shifted
         self.weight.div_(std.view(-1, 1, 1, 1))
         self.bias.sub_(mean).div_(std)
 

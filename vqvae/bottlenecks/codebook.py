@@ -4,6 +4,7 @@ B batch, h w code grid, N vectors, D code dimension, K codes.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -163,7 +164,7 @@ def kmeans_codebook(vectors: Tensor, num_codes: int) -> Tensor:
     """K centers `[K, D]` of vectors `[N, D]`: k-means++ and ten Lloyd iterations (scikit-learn), seeded by torch.
 
     The first process fits the vectors of all processes and sends them the centers. Fewer vectors than codes are
-    repeated with a jitter of 1% of their standard deviation.
+    repeated with a jitter of 1% of their standard deviation. Codes of equal vectors may be equal.
     """
     vectors = distributed.gather_rows(vectors)
     if distributed.rank() == 0:
@@ -173,12 +174,16 @@ def kmeans_codebook(vectors: Tensor, num_codes: int) -> Tensor:
 
 def _kmeans(vectors: Tensor, num_codes: int) -> Tensor:
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
     seed = int(torch.randint(2**31, ()))
     points = vectors.detach().float().cpu()
     if len(points) < num_codes:
         repeats = points[torch.randint(len(points), (num_codes - len(points),))]
-        points = torch.cat([points, repeats + 0.01 * points.std() * torch.randn_like(repeats)])
+        std = points.std(correction=min(1, points.numel() - 1))  # a single number varies by 0
+        points = torch.cat([points, repeats + 0.01 * std * torch.randn_like(repeats)])
     kmeans = KMeans(num_codes, init="k-means++", n_init=1, max_iter=10, random_state=seed, algorithm="lloyd")
-    kmeans.fit(points.numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of fewer distinct vectors than codes
+        kmeans.fit(points.numpy())
     return torch.from_numpy(kmeans.cluster_centers_).to(vectors)

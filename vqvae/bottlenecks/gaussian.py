@@ -28,8 +28,8 @@ class Gaussian(Continuous):
     def __init__(self, *, channels: int, grid: tuple[int, int], latents: Annotated[Count, "latent dimensions D"] = 16):
         super().__init__()
         if grid != (1, 1):
-            problem = "must be 1x1; choose nets that give one vector per image, such as conv-vae or mlp"
-            raise OptionError("gaussian", "grid", f"{grid[0]}x{grid[1]}", problem)
+            problem = f"takes one vector per image, and these nets give {grid[0]}x{grid[1]}; use conv-vae or mlp"
+            raise OptionError("", "bottleneck", "gaussian", problem)
         self.code_dim, self.grid = latents, grid
         self.head = nn.Conv2d(channels, 2 * latents, 1)
 

@@ -209,8 +209,8 @@ class Hierarchy(Discrete):
         super().__init__()
         h, w = grid
         if h % 2 or w % 2:
-            problem = "cannot be halved; choose an image size for which the nets' grid is even, such as 32"
-            raise OptionError("hierarchy", "grid", f"{h}x{w}", problem)
+            problem = f"halves the nets' grid, which is {h}x{w}; use sonnet nets, and an image size such as 32"
+            raise OptionError("", "bottleneck", "hierarchy", problem)
         hidden, code_dim = options.hidden, options.code_dim
         self.num_codes, self.code_dim = options.num_codes, 2 * code_dim
         self.fine, self.grid = grid, (h // 2 + 2 * h, w // 2)

@@ -187,8 +187,9 @@ class SimVQ(NearestCode):
             self.frozen.copy_(kmeans_codebook(vectors, self.num_codes) / scale)
             self.mapping.weight.copy_(scale * torch.eye(self.code_dim))
             return
-        covariance = torch.cov(distributed.gather_rows(vectors).T).double().cpu()
-        variances, axes = torch.linalg.eigh(covariance)
+        vectors = distributed.gather_rows(vectors)
+        covariance = torch.cov(vectors.T, correction=min(1, len(vectors) - 1)).double().cpu()
+        variances, axes = torch.linalg.eigh(covariance.view(self.code_dim, self.code_dim))
         self.mapping.weight.copy_(scale * axes * variances.clamp(min=0).sqrt() @ axes.T)
 
     def code_vectors(self) -> Tensor:

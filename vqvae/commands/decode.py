@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from vqvae import cli
-from vqvae.commands import add_batches, add_checkpoint
+from vqvae.commands import add_batch_size, add_checkpoint, add_device, path
+from vqvae.errors import naming
 
 EXAMPLES = """
 examples
@@ -18,10 +19,14 @@ sources. Codes of another model, and file names that lead out of the output fold
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.parser("Decode a file of codes to images.", EXAMPLES, prog="vqvae decode")
-    parser.add_argument("codes", metavar="FILE", help="a file that vqvae encode wrote, such as codes.npz")
+    help = "a file that vqvae encode wrote, such as codes.npz"
+    parser.add_argument("codes", metavar="FILE", type=path(""), help=help)
     add_checkpoint(parser)
-    parser.add_argument("--output", metavar="FOLDER", required=True, help="a new or empty folder for the images")
-    add_batches(parser)
+    output = path("output", "folder")
+    help = "a new or empty folder for the images"
+    parser.add_argument("--output", metavar="FOLDER", required=True, type=output, help=help)
+    add_batch_size(parser)
+    add_device(parser)
     return parser.parse_args(argv)
 
 
@@ -30,10 +35,13 @@ def main(argv: list[str]) -> int:
 
     from vqvae import files, tokens
 
-    model = tokens.load_model(options.checkpoint, options.device)
+    with naming("checkpoint", options.checkpoint):
+        model = tokens.load_model(options.checkpoint, options.device)
     tokens.need_images(model, "checkpoint", options.checkpoint)
     codes, names = tokens.read(Path(options.codes), model)
-    folder = files.claim_empty(Path(options.output))
-    tokens.decode(model, codes, names, folder, options.batch_size)
+    with naming("output", options.output):
+        folder = files.claim_empty(Path(options.output))
+    with files.emptied_if_not_written(folder):
+        tokens.decode(model, codes, names, folder, options.batch_size)
     print(f"{folder}: {len(codes):,} images")
     return 0

@@ -2,11 +2,12 @@
 
 import argparse
 from pathlib import Path
+from typing import Literal
 
 from vqvae import cli
-from vqvae.commands import add_batches, add_checkpoint
-from vqvae.errors import OptionError
-from vqvae.registry import Choice, Range
+from vqvae.commands import add_batch_size, add_checkpoint, add_device, path
+from vqvae.errors import OptionError, UserError, naming
+from vqvae.registry import Choice, Range, resolve
 
 EXAMPLES = """
 examples
@@ -31,15 +32,17 @@ codes.npz contains
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.parser("Encode images to a file of codes.", EXAMPLES, prog="vqvae encode")
     add_checkpoint(parser)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--dataset", nargs="+", metavar=("NAME", "key=value"), help="a data set, as in vqvae train")
-    source.add_argument("--input", metavar="FOLDER", help="a folder; all images below it are encoded")
-    parser.add_argument("--split", choices=("train", "test"), help="split of the data set (default: train)")
-    parser.add_argument("--data-dir", metavar="DIR", help="folder with the data set's files (default: data)")
-    count = cli.value("limit", Range(1), int)
-    parser.add_argument("--limit", metavar="N", type=count, help="encode only the first N images")
-    parser.add_argument("--output", metavar="FILE", required=True, help="the file to write, such as codes.npz")
-    add_batches(parser)
+    add = parser.add_argument
+    add("--dataset", nargs="+", metavar=("NAME", "key=value"), help="a data set, as in vqvae train")
+    add("--input", metavar="FOLDER", type=path("input"), help="a folder; all images below it are encoded")
+    split = cli.value("split", Literal["train", "test"])
+    add("--split", metavar="{train,test}", type=split, help="split of the data set (default: train)")
+    add("--data-dir", metavar="DIR", type=path("data_dir"), help="folder with the data set's files (default: data)")
+    add("--limit", metavar="N", type=cli.value("limit", int, Range(1)), help="encode only the first N images")
+    output = path("output", "file")
+    add("--output", metavar="FILE", required=True, type=output, help="the file to write, such as codes.npz")
+    add_batch_size(parser)
+    add_device(parser)
     return parser.parse_args(argv)
 
 
@@ -47,29 +50,39 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
     output = Path(options.output)
     if output.suffix != ".npz":
-        raise OptionError("", "output", output, f"must end in .npz, such as {output.with_suffix('.npz')}")
-    if output.is_dir():
-        raise OptionError("", "output", output, f"is a folder; name a file in it, such as {output / 'codes.npz'}")
+        example = output.with_name(f"{output.stem.strip('.') or 'codes'}.npz")
+        raise OptionError("", "output", output, f"must end in .npz, such as {example}")
+    if options.input and options.dataset:
+        problem = "cannot be encoded together with --dataset; leave one of them out"
+        raise OptionError("", "input", options.input, problem)
+    if not (options.input or options.dataset):
+        raise UserError("nothing to encode; name a folder with --input, or a data set with --dataset")
     for name in ("split", "data_dir"):
         if options.input and getattr(options, name) is not None:
             raise OptionError("", name, getattr(options, name), "needs --dataset; a folder of --input has none")
 
-    from vqvae import tokens
+    from vqvae import data, tokens
 
-    model = tokens.load_model(options.checkpoint, options.device)
+    choice = resolve(data.SLOT, Choice.parse("dataset", options.dataset)) if options.dataset else None
+    if choice and options.data_dir and choice.name in data.SLOT.built_in:
+        raise OptionError("", "data_dir", options.data_dir, f"the data set {choice.name} reads no files; leave it out")
+
+    with naming("checkpoint", options.checkpoint):
+        model = tokens.load_model(options.checkpoint, options.device)
     source: tokens.Source
-    if options.input:
-        source = tokens.ImageFolder(Path(options.input).expanduser(), model, options.batch_size, options.limit)
+    if choice is None:
+        source = tokens.ImageFolder(Path(options.input), model, options.batch_size, options.limit)
     else:
         source = tokens.DatasetSplit(
-            Choice.parse("dataset", options.dataset),
+            choice,
             model,
             options.batch_size,
             split=options.split or "train",
-            data_dir=Path(options.data_dir or "data").expanduser(),
+            data_dir=Path(options.data_dir or "data"),
             limit=options.limit,
         )
-    codes = tokens.encode_file(output, model, source)
+    with naming("output", options.output):
+        codes = tokens.encode_file(output, model, source)
     grid, size = "x".join(map(str, codes.shape[1:])), tokens.discrete(model).num_codes
     skipped = f"; {len(source) - len(codes):,} unreadable, skipped" if len(codes) < len(source) else ""
     print(f"{output}: {len(codes):,} image{'s' * (len(codes) != 1)}, {grid} codes each, codebook of {size:,}{skipped}")

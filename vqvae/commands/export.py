@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from vqvae import cli
-from vqvae.commands import add_checkpoint
+from vqvae.commands import add_checkpoint, path
+from vqvae.errors import naming
 
 EXAMPLES = """
 example
@@ -24,7 +25,9 @@ need only torch:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.parser("Write a trained model as files for other programs.", EXAMPLES, prog="vqvae export")
     add_checkpoint(parser)
-    parser.add_argument("--output", metavar="FOLDER", required=True, help="a new or empty folder for the files")
+    output = path("output", "folder")
+    help = "a new or empty folder for the files"
+    parser.add_argument("--output", metavar="FOLDER", required=True, type=output, help=help)
     return parser.parse_args(argv)
 
 
@@ -34,8 +37,12 @@ def main(argv: list[str]) -> int:
     from vqvae import checkpoint, files
     from vqvae.export import export
 
-    content = checkpoint.read_model(options.checkpoint)
-    model = checkpoint.restore(content, options.checkpoint)
-    for line in export(content, model, files.claim_empty(Path(options.output))):
-        print(line)
+    with naming("checkpoint", options.checkpoint):
+        content = checkpoint.read_model(options.checkpoint)
+        model = checkpoint.restore(content, options.checkpoint)
+    with naming("output", options.output):
+        folder = files.claim_empty(Path(options.output))
+    with files.emptied_if_not_written(folder):
+        for line in export(content, model, folder):
+            print(line)
     return 0

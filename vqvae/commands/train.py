@@ -1,7 +1,12 @@
 """Train a vector-quantized or variational autoencoder on images, or a prior on the codes of a trained one."""
 
+import argparse
+from collections.abc import Collection, Mapping
+from typing import Any
+
 from vqvae import cli, metrics, presets
-from vqvae.config import add_flags
+from vqvae.commands import path
+from vqvae.config import add_flags, typed
 from vqvae.errors import OptionError
 from vqvae.registry import Range
 
@@ -29,38 +34,57 @@ logs/<run>/checkpoint.pt`. Ctrl-C saves and prints the command that resumes.
 """
 
 
+EVALUATE_USES = ("checkpoint", "data_dir", "device", "iw_samples")
+
+
 def main(argv: list[str]) -> int:
     parser = cli.parser(__doc__, EXAMPLES, prog=cli.program("train"))
     add_flags(parser)
     other = parser.add_argument_group("other")
-    other.add_argument("--resume", metavar="RUN", help="resume logs/<run> exactly where it stopped")
-    other.add_argument(
-        "--list", metavar="WHAT", help="print data, nets, bottlenecks, priors, likelihoods, objectives or presets"
-    )
-    other.add_argument("--evaluate", action="store_true", help="print the held-out metrics of --checkpoint")
-    samples = cli.value("iw_samples", Range(1), int)
-    other.add_argument(
-        "--iw-samples",
-        metavar="S",
-        type=samples,
-        help="draws for --evaluate's importance-weighted bound (default: 100)",
-    )
-    given = vars(parser.parse_args(argv))
-    resume, what, iw_samples = (given.pop(key) for key in ("resume", "list", "iw_samples"))
-    evaluate = given.pop("evaluate")
-    if what == "presets":
-        print(presets.describe())
+
+    def add(flag: str, **keywords: Any) -> None:
+        other.add_argument(flag, default=argparse.SUPPRESS, **keywords)
+
+    add("--resume", metavar="RUN", type=path("resume"), help="resume logs/<run> exactly where it stopped")
+    add("--list", metavar="WHAT", help="print data, nets, bottlenecks, priors, likelihoods, objectives or presets")
+    add("--evaluate", action="store_true", help="print the held-out metrics of --checkpoint")
+    draws = cli.value("iw_samples", int, Range(1, 1_000_000))
+    help = "draws for --evaluate's importance-weighted bound (default: 100)"
+    add("--iw-samples", metavar="S", type=draws, help=help)
+    options = vars(parser.parse_args(argv))  # only what was typed
+    own: dict[str, Any] = {
+        key: options.pop(key) for key in ("resume", "list", "evaluate", "iw_samples") if key in options
+    }
+    given: dict[str, Any] = {**own, **typed(options)}
+    if "list" in given:
+        what = given.pop("list")
+        _refuse(given, (), f"has no effect, because --list {what} only prints")
+        if what == "presets":
+            print(presets.describe())
+            return 0
+
+        from vqvae import experiment
+
+        print(experiment.listing(what))
         return 0
-    if iw_samples and not evaluate:
-        raise OptionError("", "iw_samples", iw_samples, "goes with --evaluate")
-    if evaluate and "checkpoint" not in given:
-        raise OptionError("", "evaluate", None, "name the model with --checkpoint logs/<run>/checkpoint.pt")
+    if given.pop("evaluate", False):
+        if "checkpoint" not in given:
+            raise OptionError("", "evaluate", None, "name the model with --checkpoint logs/<run>/checkpoint.pt")
+        used = ", ".join(f"--{key.replace('_', '-')}" for key in EVALUATE_USES)
+        _refuse(given, EVALUATE_USES, f"has no effect, because --evaluate does not train; it uses only {used}")
+
+        from vqvae import experiment
+
+        return experiment.evaluate_checkpoint(given, given.pop("iw_samples", 100))
+    _refuse(given, given.keys() - {"iw_samples"}, "has no effect without --evaluate")
 
     from vqvae import experiment
 
-    if what is not None:
-        print(experiment.listing(what))
-        return 0
-    if evaluate:
-        return experiment.evaluate_checkpoint(given, iw_samples or 100)
-    return experiment.run(given, resume)
+    return experiment.run(given, given.pop("resume", None))
+
+
+def _refuse(given: Mapping[str, Any], used: Collection[str], problem: str) -> None:
+    """Raise `OptionError` for what was typed and is not used."""
+    for key, value in given.items():
+        if key not in used:
+            raise OptionError("", key, value, f"{problem}; leave it out")

@@ -3,7 +3,8 @@
 import argparse
 
 from vqvae import cli
-from vqvae.registry import Passes, Range
+from vqvae.commands import add_device, path
+from vqvae.registry import Range
 
 EXAMPLES = """
 examples
@@ -33,7 +34,8 @@ plots, each drawn if it applies to the model
     posterior_map.png       posterior means, if the latent has two dimensions
     scatter_2d.png          data and samples, if the data are points
 
-Images come from the checkpoint, so no data set is needed.
+Images come from the checkpoint, so no data set is needed. Plots without samples do not use --samples, --temperature,
+--top-k, --class and --seed.
 """
 
 
@@ -49,19 +51,22 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.parser(__doc__ or "", EXAMPLES, prog=cli.program("visualize"))
     add = parser.add_argument
-    add("--checkpoint", metavar="PATH", required=True, help="logs/<run>/checkpoint.pt, or the folder logs/<run>")
-    add("--plot-dir", metavar="DIR", help="draw into DIR/<run> (default: the folder that training drew into)")
+    checkpoint, folder = path("checkpoint"), path("plot_dir", "folder")
+    help = "logs/<run>/checkpoint.pt, or the folder logs/<run>"
+    add("--checkpoint", metavar="PATH", required=True, type=checkpoint, help=help)
+    help = "draw into DIR/<run> (default: the folder that training drew into)"
+    add("--plot-dir", metavar="DIR", type=folder, help=help)
     add("--only", metavar="PLOT", nargs="+", help="draw only these plots, such as codebook.png usage.png")
-    count = cli.value("samples", Range(1), int)
+    count = cli.value("samples", int, Range(1, 10_000))
     add("--samples", metavar="N", type=count, default=64, help="number of samples (default: 64)")
-    temperature = cli.value("temperature", Range(above=0, below=1000), float)
+    temperature = cli.value("temperature", float, Range(above=0, below=1000))
     add("--temperature", metavar="T", type=temperature, default=1.0,
         help="temperature of sampling; below 1, samples are likelier and less varied (default: 1)")  # fmt: skip
-    top_k = cli.value("top_k", Range(0), int)
+    top_k = cli.value("top_k", int, Range(0))
     add("--top-k", metavar="K", type=top_k, default=0, help="sample among the K likeliest codes (default: 0, all)")
-    label = cli.value("class", Range(0), int)
+    label = cli.value("class", int, Range(0))
     add("--class", dest="label", metavar="LABEL", type=label, help="class of the samples, for a conditional prior")
-    seed = cli.value("seed", Passes(lambda seed: 0 <= seed < 2**63, "from 0 to below 2^63"), int)
+    seed = cli.value("seed", int, Range(0, 2**63 - 1))
     add("--seed", metavar="N", type=seed, default=0, help="seed of the samples (default: 0)")
-    add("--device", choices=cli.DEVICES, default="auto", help="where to compute (default: auto)")
+    add_device(parser)
     return parser.parse_args(argv)

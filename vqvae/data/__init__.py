@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from vqvae.data.base import Dataset, Images, scale
+from vqvae.data.base import Dataset, Images, fingerprint, scale
 from vqvae.data.builtin import digits, gauss2d, photos
 from vqvae.data.image_folder import folder
 from vqvae.data.published import cifar10, fashion_mnist, mnist, mnist_binary, svhn
+from vqvae.errors import OptionError, one_line
 from vqvae.registry import Choice, Range, Slot, checked, resolve
 
-__all__ = ["DATASETS", "SLOT", "Dataset", "Images", "load"]
+__all__ = ["DATASETS", "SLOT", "Dataset", "Images", "fingerprint", "load"]
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "digits": digits,
@@ -26,7 +27,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "folder": folder,
     "gauss2d": gauss2d,
 }
-SLOT = Slot("dataset", DATASETS)
+SLOT = Slot("dataset", DATASETS, built_in=("digits", "photos", "gauss2d"))
 
 
 @checked
@@ -34,18 +35,29 @@ def load(
     name: str,
     *,
     data_dir: str | Path = "data",
-    image_size: Annotated[int, Range(1)] | None = None,
+    image_size: Annotated[int, Range(1, 4096)] | None = None,
     limit: Annotated[int, Range(1)] | None = None,
     **options: Any,
 ) -> Dataset:
     """Load a data set by name, scaled to `image_size` pixels a side, with the first `limit` images of each split.
 
-    Raises `UserError` for an unknown name or option, a value out of range, and files that are absent, damaged or
-    cannot be downloaded.
+    Raises `UserError` for an unknown name or option, a value out of range, files that are absent, damaged or cannot be
+    downloaded, and images that do not fit into memory.
     """
     choice = resolve(SLOT, Choice(name, options))
-    data = DATASETS[name](data_dir=Path(data_dir).expanduser(), image_size=image_size, **choice.options)
-    train, test = (
-        Images(scale(split.images[:limit], image_size), split.labels[:limit]) for split in (data.train, data.test)
-    )
+    try:
+        folder = Path(data_dir).expanduser()
+    except RuntimeError as problem:
+        raise OptionError("", "data_dir", data_dir, f"{one_line(problem)}; name the folder in full") from None
+    if not str(data_dir):
+        raise OptionError("", "data_dir", "''", "names no folder; . is the current one")
+    try:
+        data = DATASETS[name](data_dir=folder, image_size=image_size, **choice.options)
+        train, test = (
+            Images(scale(split.images[:limit], image_size), split.labels[:limit]) for split in (data.train, data.test)
+        )
+    except (MemoryError, RuntimeError) as problem:
+        if isinstance(problem, RuntimeError) and "alloc" not in str(problem):
+            raise
+        raise OptionError("", "dataset", name, "does not fit into memory; use smaller or fewer images") from None
     return data._replace(train=train, test=test)

@@ -4,7 +4,6 @@ N images, C channels, H W pixels.
 """
 
 import hashlib
-import http.client
 import socket
 import warnings
 from collections.abc import Callable, Iterable
@@ -151,9 +150,9 @@ def cifar10(*, data_dir: Path, image_size: int | None) -> Dataset:
     _download_absent(CIFAR10, data_dir, CIFAR10.md5)
 
     def parse(raw: bytes, path: Path) -> Images:
-        batch = formats.unpickle(raw)
-        images = torch.from_numpy(np.array(batch["data"])).reshape(-1, 3, 32, 32)
-        return _labeled(CIFAR10, images, torch.tensor(batch["labels"]), path)
+        pixels, labels = formats.cifar_batch(raw)
+        images = torch.from_numpy(np.array(pixels)).reshape(-1, 3, 32, 32)
+        return _labeled(CIFAR10, images, torch.from_numpy(labels), path)
 
     batches, note = _read(CIFAR10, data_dir, parse)
     test = batches.pop("test_batch")
@@ -184,9 +183,9 @@ def svhn(*, data_dir: Path, image_size: int | None) -> Dataset:
         _download_absent(SVHN, data_dir, [f"{split}_32x32.mat"], split=split)
 
     def parse(raw: bytes, path: Path) -> Images:
-        content = formats.mat(raw)
+        content = formats.mat(raw, ("X", "y"))
         images = torch.from_numpy(np.ascontiguousarray(content["X"].transpose(3, 2, 0, 1)))  # from [H, W, C, N]
-        labels = torch.from_numpy(content["y"].astype(np.int64).flatten())
+        labels = torch.from_numpy(content["y"].astype(np.float64).flatten())
         return _labeled(SVHN, images, labels.where(labels != 10, 0), path)  # the digit 0 has the label 10
 
     splits, note = _read(SVHN, data_dir, parse)
@@ -202,15 +201,22 @@ def _stored(source: Published, data_dir: Path, name: str) -> Path:
 
 def _download_absent(source: Published, data_dir: Path, names: Iterable[str], **options: Any) -> None:
     """Let torchvision download the data set, unless all the named files exist. `options` go to its class."""
-    if all(_stored(source, data_dir, name).is_file() for name in names):
-        return
+    try:
+        paths = [_stored(source, data_dir, name) for name in names]
+        if all(path.is_file() for path in paths):
+            return
+        for path in paths:  # torchvision would write into a named pipe, and wait for a reader
+            if path.exists() and not path.is_file():
+                raise _damaged(source, path, "not a regular file")
+    except OSError as problem:
+        raise OptionError("", "data_dir", data_dir, f"cannot be entered ({one_line(problem)})") from None
     import torchvision
 
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # torchvision sets none and would wait minutes for a silent network
     try:
         getattr(torchvision.datasets, source.downloader)(data_dir, download=True, **options)
-    except (OSError, http.client.HTTPException, RuntimeError) as problem:  # RuntimeError: wrong checksum
+    except Exception as problem:  # of the network, a wrong checksum, or a damaged file next to the absent one
         raise OptionError(
             "", "dataset", source.name,
             f"not in {data_dir}, and the download failed ({one_line(problem)}); set data_dir to a folder that has the "
@@ -229,12 +235,12 @@ def _read(source: Published, data_dir: Path, parse: Callable[[bytes, Path], T]) 
     for name, md5 in source.md5.items():
         path = _stored(source, data_dir, name)
         raw = formats.contents(path)
-        exact &= hashlib.md5(raw).hexdigest() == md5
+        exact &= hashlib.md5(raw, usedforsecurity=False).hexdigest() == md5
         try:
             parsed[name] = parse(raw, path)
         except UserError:
             raise
-        except Exception as problem:  # damaged pickles and MATLAB files raise anything
+        except Exception as problem:  # damaged files raise anything
             raise _damaged(source, path, one_line(problem)) from None
     if exact:
         return parsed, ""
@@ -252,7 +258,7 @@ def _labeled(source: Published, images: Tensor, labels: Tensor, path: Path, labe
         kind = str(images.dtype).removeprefix("torch.")
         shape = ", ".join(map(str, source.shape))
         raise _damaged(source, path, f"images must be uint8 [N, {shape}], found {kind} {list(images.shape)}")
-    whole = labels.long()
+    whole = labels.long()  # MATLAB stores float64
     last = len(source.classes) - 1
     if whole.shape != images.shape[:1] or not (whole == labels).all() or whole.min() < 0 or whole.max() > last:
         raise _damaged(source, labels_path or path, f"expected {len(images)} labels from 0 to {last}")

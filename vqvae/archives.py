@@ -1,0 +1,249 @@
+"""Readers of what torch.save and numpy.savez write, for files from strangers.
+
+Nothing in a file is executed, every size in it is checked before it is used, and time and memory are proportional to
+the length of the file. The functions raise any exception for damaged or hostile files.
+"""
+
+import io
+import math
+import os
+import pickletools
+import struct
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MOST_INSTRUCTIONS = 2_000_000  # of a pickle; a model with 1,000 weights and its optimizer needs 100,000
+STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+ALWAYS_FITS, RATIO = 2**26, 300  # bytes that arrays may have whatever the file's size, and per byte of a larger file
+
+
+def size_of(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
+def read_torch(file: BinaryIO) -> Any:
+    """What torch.save wrote: plain values, dictionaries, lists, tuples and tensors, which come to the CPU.
+
+    torch.load is not used: it reads past the end of a tensor whose size the file exaggerates, and hashes keys and
+    allocates byte arrays as the file tells it to.
+    """
+    members = _members(file)
+    if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
+        raise ValueError("compressed members")
+    if sum(info.file_size for info in members.values()) > size_of(file):
+        raise ValueError("members that share bytes")
+    (pickled,) = (name for name in members if name.endswith("/data.pkl"))
+    root = pickled.removesuffix("data.pkl")
+    order = members.get(f"{root}byteorder")
+    if order and bytes(_record(file, order).numpy()) != sys.byteorder.encode():
+        raise ValueError("written on a machine with another byte order")
+    records: dict[str, Tensor] = {}
+
+    def storage(reference: Any) -> Tensor:
+        """The values `[n]` that a tensor views: `("storage", dtype, name of the record, device, n)`."""
+        _, dtype, name, _, count = _expect(reference, tuple)
+        if not isinstance(dtype, torch.dtype) or _expect(count, int) < 0:
+            raise ValueError("a storage without type and size")
+        info = members[f"{root}data/{_expect(name, str)}"]
+        if info.file_size != count * dtype.itemsize:
+            raise ValueError(f"a tensor of {count:,} values in {info.file_size:,} bytes")
+        if name not in records:
+            records[name] = _record(file, info)
+        return records[name].view(dtype)
+
+    names = {f"torch {name}": dtype for name, dtype in STORAGES.items()}
+    known = {**names, "torch._utils _rebuild_tensor_v2": _tensor, "collections OrderedDict": _ordered}
+    return unpickle(_record(file, members[pickled]).numpy().tobytes(), known, storage)
+
+
+def _tensor(values: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
+    """A view of a storage. The arguments after these say whether it needs a gradient."""
+    numbers = [offset, *_expect(size, tuple), *_expect(stride, tuple)]
+    if not isinstance(values, Tensor) or any(_expect(number, int) < 0 for number in numbers):
+        raise ValueError("a tensor without values or shape")
+    if math.prod(size) > len(values):
+        raise ValueError("a tensor larger than its storage")
+    return torch.as_strided(values, size, stride, offset)  # which checks that it ends within the storage
+
+
+def _ordered(*nothing: Any) -> dict[str, Any]:
+    if nothing:
+        raise ValueError("an ordered dictionary made of something")
+    return {}
+
+
+def _members(file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
+    """The members of a ZIP archive by name."""
+    with zipfile.ZipFile(file) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        if len(members) < len(archive.infolist()):
+            raise ValueError("several members of one name")
+    return members
+
+
+def _record(file: BinaryIO, info: zipfile.ZipInfo) -> Tensor:
+    """The bytes of a member that is not compressed, uint8."""
+    if info.file_size > size_of(file):
+        raise ValueError("a member longer than the file")
+    file.seek(info.header_offset)
+    signature, *lengths = struct.unpack("<4s22x2H", file.read(30))
+    if signature != b"PK\x03\x04":
+        raise ValueError("a member without its header")
+    file.seek(sum(lengths), os.SEEK_CUR)
+    values = torch.empty(info.file_size, dtype=torch.uint8)
+    view, done = memoryview(values.numpy().data), 0
+    while done < len(view):
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError("cut short")
+        done += count
+    return values
+
+
+VALUES = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "BINFLOAT"),
+    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def unpickle(raw: bytes, known: Mapping[str, Any], persistent: Callable[[Any], Any]) -> Any:
+    """The value of a pickle, which is interpreted here: `pickle` would execute it.
+
+    `known` are the names that it may use, `"module name"`, and what stands for them; it may call the functions among
+    them. `persistent` gives the value of a persistent id. Attributes of dictionaries are ignored. No instruction copies
+    what is on the stack, and keys are hashed in constant time.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def since_mark() -> list[Any]:
+        start = marks.pop()
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    value: Any
+    for count, (opcode, value, _) in enumerate(pickletools.genops(raw)):
+        if count == MOST_INSTRUCTIONS:
+            raise ValueError(f"more than {MOST_INSTRUCTIONS:,} instructions")
+        name = opcode.name
+        if name in VALUES:
+            if isinstance(value, int) and value.bit_length() > 64:
+                raise ValueError("a number of more than 64 bits")
+            stack.append(value)
+        elif name in CONSTANTS:
+            stack.append(CONSTANTS[name])
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else value] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo[value])
+        elif name in ("EMPTY_DICT", "EMPTY_LIST"):
+            stack.append({} if name == "EMPTY_DICT" else [])
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in ("APPEND", "APPENDS"):
+            items = [stack.pop()] if name == "APPEND" else since_mark()
+            _expect(stack[-1], list).extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else since_mark()
+            keys = [key if type(key) is int else _expect(key, str) for key in items[::2]]
+            _expect(stack[-1], dict).update(zip(keys, items[1::2], strict=True))
+        elif name == "TUPLE":
+            stack.append(tuple(since_mark()))
+        elif name in TUPLES:
+            stack[-TUPLES[name] :] = [tuple(stack[-TUPLES[name] :])]
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            asked = value if name == "GLOBAL" else f"{_expect(stack.pop(-2), str)} {_expect(stack.pop(), str)}"
+            if asked not in known:
+                raise Forbidden(asked)
+            stack.append(known[asked])
+        elif name == "BINPERSID":
+            stack.append(persistent(stack.pop()))
+        elif name == "REDUCE":
+            arguments = _expect(stack.pop(), tuple)
+            stack.append(stack.pop()(*arguments))
+        elif name == "BUILD":
+            stack.pop()
+            _expect(stack[-1], dict)
+        elif name == "STOP":
+            return stack.pop()
+        elif name not in ("PROTO", "FRAME"):
+            raise Forbidden(name)
+    raise EOFError("cut short")
+
+
+class Forbidden(ValueError):
+    """A pickle asks for a class, a function or an instruction that it does not get."""
+
+
+def _expect(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"a {kind.__name__} expected, found a {type(value).__name__}")
+    return value
+
+
+def read_arrays(file: BinaryIO, names: Collection[str]) -> dict[str, np.ndarray]:
+    """The arrays of these names, of numbers or text, in an npz file. The others are not read."""
+    left = max(ALWAYS_FITS, RATIO * size_of(file))
+    members, arrays = _members(file), {}
+    with zipfile.ZipFile(file) as archive:
+        for name in names:
+            if f"{name}.npy" not in members:
+                raise ValueError(f"it has no array {name}")
+            info = members[f"{name}.npy"]
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the others expand without bound
+                raise ValueError(f"{name} is compressed in an unknown way")
+            with archive.open(info) as member:
+                arrays[name] = _array(member, name, left)
+            left -= arrays[name].nbytes
+    return arrays
+
+
+def _array(member: Any, name: str, most: int) -> np.ndarray:
+    """The array in a member, of at most so many bytes."""
+    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(member)
+    if version not in header:
+        raise ValueError(f"{name} has an unknown format")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python warns of odd text in the header
+        shape, fortran, dtype = header[version](member)
+    if dtype.kind not in "biufU":
+        raise ValueError(f"{name} has objects, not numbers or text")
+    count = math.prod(shape)
+    if min(shape, default=0) < 0 or not dtype.itemsize or count * dtype.itemsize > most:
+        raise ValueError(f"{name} has {count * dtype.itemsize:,} bytes, far more than the file")
+    raw = member.read(count * dtype.itemsize + 1)  # a byte too many, so that zipfile gets to its checksum
+    if len(raw) != count * dtype.itemsize:
+        raise ValueError(f"{name} is not as long as its header says")
+    if dtype.kind == "U" and count and np.frombuffer(raw, f"{dtype.str[0]}u4").max() > sys.maxunicode:
+        raise ValueError(f"{name} has characters that do not exist")
+    return np.ndarray(shape, dtype, raw, order="F" if fortran else "C")
+
+
+def to_npz(**arrays: Any) -> bytes:
+    """Arrays as the bytes of a compressed npz file."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()

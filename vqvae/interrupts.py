@@ -1,0 +1,153 @@
+"""Ctrl-C and SIGTERM end a command with one line and the exit code 130 or 143, wherever they arrive.
+
+A script calls `install` before it imports anything slow, `cli.run` calls the command within `raising`, and the training
+loop within `Interrupt`. A signal that a process was started to ignore stays ignored.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+Handler = Callable[[int, FrameType | None], Any]
+
+LINE = "interrupted"
+AGAIN = 0.2  # seconds after which `Stopped` is raised again where a library swallowed it
+COPIES = 2.0  # seconds in which torchrun sends its processes the Ctrl-C that the terminal sent them already
+
+received: int | None = None  # the first signal since `raising` or `Interrupt` began
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the command to stop."""
+
+
+def exit_code() -> int:
+    """130 after Ctrl-C, 143 after SIGTERM."""
+    return 128 + (received or signal.SIGINT)
+
+
+def install() -> None:
+    """From now on both signals print one line and end the process at once."""
+    _handle(_exit_at_once)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process as `sys.exit` does. An interrupted process does not wait for threads and exit handlers."""
+    _handle(signal.SIG_DFL)
+    if received is None:
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def raising() -> Iterator[None]:
+    """Within the block the first signal raises `Stopped`, and a second one ends the process at once.
+
+    Libraries may swallow the exception, or raise another one in its place. `Stopped` is therefore raised again until
+    the block ends, and replaces any exception that leaves the block after it.
+    """
+    global received
+    received = None
+    raiser, hook = _Raiser(), sys.unraisablehook
+    sys.unraisablehook = lambda lost: None if isinstance(lost.exc_value, Stopped) else hook(lost)
+    before = _handle(raiser.first)
+    try:
+        try:
+            yield
+        except Stopped:
+            raise
+        except BaseException as problem:
+            if raiser.raised:
+                raise Stopped from problem
+            raise
+        finally:
+            raiser.ended = True
+    finally:
+        raiser.end()
+        _restore(before)
+        sys.unraisablehook = hook
+
+
+class _Raiser:
+    """The handlers within `raising`."""
+
+    def __init__(self) -> None:
+        self.raised = self.ended = False
+        self.alarm: Any = None  # the handler of SIGALRM before
+
+    def first(self, number: int, frame: FrameType | None) -> None:
+        global received
+        received = received or number
+        if self.raised or self.ended:
+            _exit_at_once(number, frame)
+        self.raised = True
+        if sys.platform != "win32":
+            self.alarm = signal.signal(signal.SIGALRM, self.again)
+            signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
+        raise Stopped
+
+    def again(self, number: int, frame: FrameType | None) -> None:
+        problem: BaseException | None = sys.exc_info()[1]
+        while problem is not None and not isinstance(problem, Stopped):
+            problem = problem.__context__
+        if problem is None and not self.ended:  # else it is on its way: `finally` blocks clean up
+            raise Stopped
+
+    def end(self) -> None:
+        if self.raised and sys.platform != "win32":
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self.alarm)
+
+
+class Interrupt:
+    """Turns the first signal into a request that a loop obeys; the next does what it did before: it stops at once."""
+
+    def __enter__(self) -> "Interrupt":
+        global received
+        received = None
+        self.wanted, self.since = False, 0.0
+        self.previous = _handle(self._request)
+        return self
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        global received
+        if not self.wanted:
+            received, self.wanted, self.since = number, True, time.monotonic()
+        elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self.since > COPIES:
+            signal.signal(number, self.previous[number])
+            signal.raise_signal(number)
+
+    def __exit__(self, *error: object) -> None:
+        _restore(self.previous)
+
+
+def _handle(handler: Handler | signal.Handlers) -> dict[int, Any]:
+    """Set the handler of both signals, except where one is ignored; returns the handlers before.
+
+    Only the main thread may do so; in another thread the signals stay with the program that started it.
+    """
+    before: dict[int, Any] = {}
+    with contextlib.suppress(ValueError):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
+    return before
+
+
+def _restore(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def _exit_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    with contextlib.suppress(OSError):
+        os.write(2, f"{LINE}\n".encode())
+    os._exit(128 + number)
