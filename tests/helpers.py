@@ -1,8 +1,11 @@
 """Small models, images and runs that tests share."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from vqvae import cli
@@ -73,3 +76,15 @@ def images(n: int, shape: tuple[int, int, int] = (3, 8, 8)) -> torch.Tensor:
 def run_train(*words: str, small: bool = True) -> int:
     """Call the train command as a person would; returns its exit code."""
     return cli.run(train.main, [*(SMALL if small else ()), *words])
+
+
+@contextlib.contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a size in bytes: a full disk. pytest's own log is such a file too."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,6 +1,5 @@
 """An output is whole or absent, and nothing that exists is lost."""
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, files_up_to
 from vqvae import cli
 from vqvae.errors import OptionError, UserError
 from vqvae.files import (
@@ -111,18 +110,6 @@ def test_the_reason_why_nothing_is_written_is_one_line(tmp_path):
 
 
 FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-
-
-@contextlib.contextmanager
-def files_up_to(size):
-    """Let no file of this process grow beyond a size in bytes."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [0, 1000, 9000])

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import socket
 import struct
 import warnings
@@ -14,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers import files_up_to
 from vqvae.data import decoding, load
 from vqvae.data.image_folder import cached_images, image_files, read_image
 from vqvae.errors import OptionError, UserError
@@ -383,35 +383,28 @@ def test_an_index_of_something_else_is_made_again(tree, tmp_path, content):
     assert len(cached_images(tree, 8, 3)[0]) == 1
 
 
-@pytest.fixture
-def full_disk():
-    """Let no file grow beyond a number of bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.parametrize("size", [0, 100, 3000])  # no byte; the header of the array; most of the array
-def test_a_disk_that_is_full_leaves_no_cache_behind(tree, tmp_path, full_disk, size):
+def test_a_disk_that_is_full_leaves_no_cache_behind(tree, tmp_path, size):
     for i in range(20):
         write_flat(tree / f"{i}.png")
-    full_disk(size)
-    with pytest.raises(UserError, match="npy: cannot be written .File too large.*XDG_CACHE_HOME") as caught:
+    with (
+        files_up_to(size),
+        pytest.raises(UserError, match="npy: cannot be written .File too large.*XDG_CACHE_HOME") as caught,
+    ):
         cached_images(tree, 8, 3)
     assert "\n" not in str(caught.value)
     assert cache_files(tmp_path) == []
 
 
-def test_an_index_that_cannot_be_written_leaves_no_array_behind(tree, tmp_path, full_disk):
+def test_an_index_that_cannot_be_written_leaves_no_array_behind(tree, tmp_path):
     (tree / f"{'long' * 50}.png").write_bytes(b"x")
     write_flat(tree / "a.png", side=2)
-    full_disk(160)  # enough for the array of 2 pixels
-    with pytest.raises(UserError, match="json: cannot be written .File too large"):
+    with files_up_to(160), pytest.raises(UserError, match="json: cannot be written .File too large"):
         cached_images(tree, 1, 3)
     assert cache_files(tmp_path) == []
 
 
-def test_a_cache_that_cannot_be_replaced_stays(tree, tmp_path, full_disk):
+def test_a_cache_that_cannot_be_replaced_stays(tree, tmp_path):
     for name in ("a.png", "b.png"):
         write_flat(tree / name)
     (tree / "bad.png").write_bytes(b"x")
@@ -419,8 +412,7 @@ def test_a_cache_that_cannot_be_replaced_stays(tree, tmp_path, full_disk):
         cached_images(tree, 8, 3)
     before = {file: file.read_bytes() for file in cache_files(tmp_path)}
     (tree / "bad.png").chmod(0o600)
-    full_disk(0)
-    with pytest.raises(UserError, match="cannot be written"):
+    with files_up_to(0), pytest.raises(UserError, match="cannot be written"):
         cached_images(tree, 8, 3)
     assert {file: file.read_bytes() for file in cache_files(tmp_path)} == before
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, autocast, nn
 from tqdm import tqdm
 
 from vqvae import distributed, metrics
@@ -239,7 +239,7 @@ class Loop:
         batch = plan.augment(batch) if plan.augment else batch
         skips = plan.on_nan == "skip"
         before = [buffer.clone() for buffer in self.module.buffers()] if skips else []
-        with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
+        with autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
             loss, monitored = TrainOutput(*self.module(batch, labels, self.step))
         loss.backward()
         monitored = {**monitored, "loss": loss.detach()}
