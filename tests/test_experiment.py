@@ -289,8 +289,8 @@ def test_only_the_first_batches_of_a_limited_set_are_used(capsys):
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Every file and folder below a folder except locks; files with their content and time of modification."""
-    found = sorted(path for path in folder.rglob("*") if path.name != ".lock")
+    """Every file and folder below a folder; files with their content and time of modification."""
+    found = sorted(folder.rglob("*"))
     return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) if p.is_file() else None for p in found}
 
 
@@ -400,6 +400,7 @@ def test_a_second_process_may_not_resume_a_run_that_is_being_written(there, caps
     capsys.readouterr()
     with Lock() as lock:
         lock.take(Path("logs/run"))
+        lock.keep()
         before = contents(there)
         assert resume("logs/run --epochs 2") == 2
         assert re.fullmatch(

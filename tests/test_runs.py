@@ -226,7 +226,9 @@ def test_a_lock_dies_with_its_process(tmp_path):
     ready, go = os.pipe()
     child = os.fork()
     if child == 0:
-        Lock().take(tmp_path)
+        lock = Lock()
+        lock.take(tmp_path)
+        lock.keep()
         os.write(go, b".")
         time.sleep(60)
         os._exit(1)

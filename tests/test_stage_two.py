@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,7 @@ import torch
 
 from tests.helpers import images, make, run_train
 from vqvae import cli, load
-from vqvae.checkpoint import weights_checksum
 from vqvae.commands import visualize
-from vqvae.data.base import fingerprint
 from vqvae.evaluation import evaluate, evaluate_prior
 from vqvae.presets import PRESETS
 from vqvae.stage_two import PriorTraining, extract_codes, store_codes
@@ -94,28 +94,73 @@ def test_labels_reach_a_conditional_prior():
         PriorTraining(model, conditional=False)(codes, LABELS, 0)
 
 
-def test_codes_are_cached_with_the_weights_they_come_from(tmp_path):
+def test_codes_are_cached_with_what_they_come_from(tmp_path):
     model, batch, cache = make().eval(), images(12), tmp_path / "codes.npz"
     codes = extract_codes(model, batch, cache, batch_size=5)
     assert codes.dtype == torch.int32
-    assert np.load(cache)["codes"].dtype == np.uint8
+    stored = np.load(cache)
+    assert stored["codes"].dtype == np.uint8
+    source = str(stored["source"])
     changed = codes.clone()
     changed[0, 0, 0] = 6 - changed[0, 0, 0]
 
-    def store(stored: torch.Tensor) -> None:
-        source = f"{weights_checksum(model)} {fingerprint(batch)}"
-        store_codes(cache, stored.numpy().astype(np.uint8), source)
+    def store() -> None:
+        store_codes(cache, changed.numpy().astype(np.uint8), source)
 
-    store(changed)
+    store()
     assert torch.equal(extract_codes(model, batch, cache, batch_size=5), changed)  # from the cache
-    assert torch.equal(extract_codes(model, batch[:10], cache, batch_size=5), codes[:10])  # of another data set
-    store(changed)
+    assert torch.equal(extract_codes(model, batch[:10], cache, batch_size=5), codes[:10])  # fewer images
+    store()
+    other = batch.clone()
+    other[-1] = 255 - other[-1]
+    found = extract_codes(model, other, cache, batch_size=5)  # as many other images
+    assert torch.equal(found[:-1], codes[:-1])
+    assert torch.equal(found[-1:], model.encode(other[-1:]))
+    store()
     with torch.no_grad():
         model.bottleneck.codebook.vectors.copy_(model.bottleneck.codebook.vectors.flip(0))
     assert torch.equal(extract_codes(model, batch, cache, batch_size=5), 6 - codes)  # of other weights
-    cache.write_bytes(b"damaged")
-    assert torch.equal(extract_codes(model, batch, cache, batch_size=5), 6 - codes)
     assert np.array_equal(np.load(cache)["codes"], 6 - codes)
+
+
+def test_a_cache_with_a_flipped_bit_is_made_again(tmp_path):
+    model, batch, cache = make().eval(), images(12), tmp_path / "codes.npz"
+    codes = extract_codes(model, batch, cache)
+    raw, draw = cache.read_bytes(), random.Random(0)
+    for _ in range(60):
+        at = draw.randrange(len(raw))
+        cache.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << draw.randrange(8)]) + raw[at + 1 :])
+        assert torch.equal(extract_codes(model, batch, cache), codes)
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(b"damaged"),
+        lambda path: path.write_bytes(path.read_bytes()[:-30]),
+        lambda path: path.write_bytes(b""),
+        lambda path: np.savez(path, codes=np.zeros((12, 2, 2), np.uint8)),
+        lambda path: np.savez(path, **dict(np.load(path)) | {"codes": np.zeros((12, 2, 2), np.uint8)}),
+        lambda path: store_codes(path, np.full((12, 2, 2), 7, np.uint8), str(np.load(path)["source"])),
+        lambda path: store_codes(path, np.zeros((12, 4, 1), np.uint8), str(np.load(path)["source"])),
+        lambda path: store_codes(path, np.full((12, 2, 2), -1), str(np.load(path)["source"])),
+        lambda path: store_codes(path, np.zeros((12, 2, 2)), str(np.load(path)["source"])),
+        _pipe,
+    ],
+)
+def test_a_damaged_or_hostile_cache_is_made_again(tmp_path, spoil):
+    model, batch, cache = make().eval(), images(12), tmp_path / "codes.npz"
+    codes = extract_codes(model, batch, cache)
+    whole = dict(np.load(cache))
+    spoil(cache)
+    assert torch.equal(extract_codes(model, batch, cache), codes)
+    assert dict(np.load(cache)).keys() == whole.keys()
+    assert np.array_equal(np.load(cache)["codes"], codes)
 
 
 def test_continuous_latents_have_no_codes_to_extract(tmp_path):

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,8 +149,12 @@ def test_no_two_images_share_a_name():
 SPOILT = {
     "another model": ({"model": "0123456789abcdef"}, "encoded by model '0123456789abcdef'"),
     "no grid": ({"grid": None}, "it has no array grid"),
-    "a pickle": ({"files": np.array([Payload()] * 3)}, "files has objects"),
-    "a pickled model": ({"model": np.array(Payload(), dtype=object)}, "model has objects"),
+    "a pickle": ({"files": np.array([Payload()] * 3)}, "files has objects, not numbers or text"),
+    "a pickled model": ({"model": np.array(Payload(), dtype=object)}, "model has objects, not numbers or text"),
+    "records": ({"grid": np.zeros(2, [("h", "i4"), ("w", "i4")])}, "grid has objects, not numbers or text"),
+    "a long grid": ({"grid": np.zeros(2**20, int)}, "its grid has 1,048,576 values"),
+    "a grid of text": ({"grid": np.array(["2", "2"])}, "its grid is ['2', '2'], and the model's is [2, 2]"),
+    "many models": ({"model": np.array(["x"] * 100)}, "its model has 100 values"),
     "too many codes": ({"num_codes": 8}, "its num_codes is 8, and the model's is 7"),
     "a code too large": ({"codes": np.full((3, 2, 2), 7)}, "codes must be from 0 to 6, not 7 to 7"),
     "a negative code": ({"codes": np.full((3, 2, 2), -1)}, "codes must be from 0 to 6, not -1 to -1"),
@@ -166,6 +171,10 @@ SPOILT = {
     "a name with a line break": ({"files": np.array(["a", "b", "..\n/../x"])}, "leads out of the output folder"),
     "one name twice": ({"files": np.array(["a", "a", "c"])}, "files must be 3 different names"),
     "too few names": ({"files": np.array(["a", "b"])}, "files must be 3 different names"),
+    "half a character": ({"files": np.array(["a", "\ud800", "c"])}, "no file can have the name '\\ud800.png'"),
+    "a name too long": ({"files": np.array(["a", "b" * 256, "c"])}, "no file can have the name 'bbb"),
+    "a path too long": ({"files": np.array(["a", "b/" * 600 + "x", "c"])}, "is too long; change it in files"),
+    "a path too deep": ({"files": np.array(["a", "b/" * 60 + "x", "c"])}, "is too long; change it in files"),
     "numbers for names": ({"files": np.arange(3)}, "files must be 3 different names"),
 }
 
@@ -219,6 +228,74 @@ def test_files_without_codes_are_refused(workdir, capsys, spoil):
     assert re.match("error: codes.npz: (truncated, or not a file that `vqvae encode` wrote|no such file)", err)
     assert err.count("\n") == 1
     assert not Path("back").exists()
+
+
+def header(shape: str, kind: str = "|u1") -> bytes:
+    """The start of an array in an npz file that claims a shape."""
+    words = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}}}".encode()
+    return b"\x93NUMPY\1\0" + len(words).to_bytes(2, "little") + words
+
+
+HOSTILE = {
+    "no array": ("codes", b"no array", "the magic string is not correct"),
+    "an empty member": ("files", b"", "EOF: reading magic string"),
+    "a later version": ("codes", b"\x93NUMPY\x09\0", "codes has an unknown format"),
+    "a huge shape": ("codes", header(f"({2**40}, 2, 2)"), "codes has 4,398,046,511,104 bytes, far more than the file"),
+    "a shape that overflows": ("codes", header(f"({2**62}, {2**62})"), "far more than the file"),
+    "a negative shape": ("codes", header("(-1, 2, 2)"), "far more than the file"),
+    "less than claimed": ("codes", header("(9, 2, 2)") + bytes(35), "codes is not as long as its header says"),
+    "more than claimed": ("codes", header("(9, 2, 2)") + bytes(37), "codes is not as long as its header says"),
+    "an expanding array": ("codes", header(f"({2**25}, 2, 2)") + bytes(2**27), "far more than the file"),
+    "many images": ("codes", header(f"({2**22}, 2, 2)") + bytes(2**24), "4,194,304 images are far more than a file"),
+    "nothing, often": ("files", header(f"({2**40},)", "<U0"), "far more than the file"),
+    "no characters": ("files", header("(3,)", "<U1") + b"\xff" * 12, "files has characters that do not exist"),
+    "a call": ("codes", header("(print(3),)"), "malformed node"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_member_that_lies_is_refused_in_one_line(workdir, capsys, what):
+    name, member, message = HOSTILE[what]
+    content = encoded(workdir)
+    del content[name]
+    np.savez("codes.npz", **content)
+    with zipfile.ZipFile("codes.npz", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{name}.npy", member)
+    capsys.readouterr()
+    assert run("decode codes.npz --checkpoint run --output back --device cpu") == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert err.startswith("error: codes.npz: ")
+    assert err.count("\n") == 1
+    assert not out
+    assert not Path("back").exists()
+
+
+def test_a_member_that_stands_twice_is_refused(workdir, capsys):
+    content = encoded(workdir)
+    np.savez("codes.npz", **content, filez=content["files"])
+    Path("codes.npz").write_bytes(Path("codes.npz").read_bytes().replace(b"filez.npy", b"files.npy"))
+    assert run("decode codes.npz --checkpoint run --output back --device cpu") == 2
+    assert "several members of one name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_compression_without_a_bound_is_refused(workdir, capsys, method):
+    encoded(workdir)
+    with zipfile.ZipFile("codes.npz") as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile("codes.npz", "w", method) as archive:
+        for name, member in members.items():
+            archive.writestr(name, member)
+    assert run("decode codes.npz --checkpoint run --output back --device cpu") == 2
+    assert "codes is compressed in an unknown way" in capsys.readouterr().err
+
+
+def test_a_pipe_is_not_opened(workdir, capsys):
+    stored(workdir / "run")
+    os.mkfifo("codes.npz")
+    assert run("decode codes.npz --checkpoint run --output back --device cpu") == 2
+    assert "(not a regular file)" in capsys.readouterr().err
 
 
 def test_codes_of_one_model_are_refused_by_another(workdir, capsys):

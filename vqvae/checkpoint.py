@@ -127,8 +127,8 @@ def _check_format(found: Any, path: Path) -> None:
             f"install vqvae {version} to read it, or train the model again"
         )
     if type(found) is int and found > FORMAT:
-        problem = f"written by a later version of vqvae (format {found:.6g}), and this version reads format {FORMAT}"
-        raise UserError(f"{path}: {problem}; update vqvae to read it")
+        later = f"written by a later version of vqvae (format {shown(found, 20)})"
+        raise UserError(f"{path}: {later}, and this version reads format {FORMAT}; update vqvae to read it")
     words = repr(found)[:40] if isinstance(found, str | int) else f"a {type(found).__name__}"
     raise UserError(f"{path}: {words} is not a format of vqvae; this version reads format {FORMAT}")
 
@@ -399,7 +399,7 @@ def restore(content: dict[str, Any], name: str = "checkpoint", *, new_prior: Con
             model = _build(content, config)
     except UserError as problem:
         raise UserError(f"{name}: {problem}") from None
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, MemoryError):
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError, MemoryError):
         raise UserError(f"{name}: its settings do not describe a model of vqvae") from None
     _check_fit(model, content["model"], name)
     usage = content.get("usage")

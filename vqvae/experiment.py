@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqvae import autoencoder, checkpoint, cli, data, distributed, interrupts, metrics, objectives, plots
 from vqvae.autoencoder import Autoencoder, build_autoencoder
-from vqvae.config import Config, Fresh, Resumed, StageTwo, Start, configure, default_name, interval
+from vqvae.config import FIELDS, Config, Fresh, Resumed, StageTwo, Start, configure, default_name, interval
 from vqvae.data import Dataset
 from vqvae.data.batches import augmentation, pixel_variance
 from vqvae.devices import choose_compile, choose_device, choose_precision
@@ -100,6 +100,7 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
     config.name = Path(os.path.abspath(folder)).name
     if "plot_dir" not in given:
         config.plot_dir = Config.plot_dir
+        FIELDS["plot_dir"].check(config.plot_dir)
     plot_folder = Path(config.plot_dir).resolve() / config.name
     kept = EXAMPLES_KEPT if model.shows_images else POINTS_KEPT
     examples = dataset.test.images[:kept].clone()

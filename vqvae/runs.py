@@ -62,9 +62,10 @@ class Lock:
             except OSError as problem:
                 raise cannot_write(folder, problem) from None
             if not self._lock(file):
-                holder = os.read(file, 100).decode(errors="replace") or "no name"
+                holder = os.read(file, 100).decode(errors="replace")
                 os.close(file)
-                raise Busy(f"{folder}: another process ({holder}) writes this run; wait until it ends, or stop it")
+                other = f"another process ({holder})" if holder else "another process"
+                raise Busy(f"{folder}: {other} writes this run; wait until it ends, or stop it")
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(file), os.stat(self.path)):  # else its holder removed it in between
                     break
@@ -72,9 +73,6 @@ class Lock:
         self._file = file
         if new:
             self._made = [self.path, *self._made]
-        with contextlib.suppress(OSError):  # only for the message above
-            os.ftruncate(file, 0)
-            os.pwrite(file, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
 
     def _lock(self, file: int) -> bool:
         """Whether the file could be locked; also true where nothing can be locked."""
@@ -91,8 +89,11 @@ class Lock:
         return True
 
     def keep(self) -> None:
-        """The run begins: what was made stays."""
+        """The run begins: what was made stays, and the file says which process writes."""
         self.kept = True
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
 
     def __exit__(self, *error: object) -> None:
         self.release()

@@ -308,6 +308,8 @@ def trial(case: dict[str, Any], folder: Path) -> str:
         if not refused(said, "second stage", logs / "second"):
             strict_json(logs / "second" / "metrics.jsonl")
             look("logs/second", case, "visualize the second stage")
+            line = ["--evaluate", "--checkpoint", "logs/second", "--iw-samples", "1", "--device", "cpu"]
+            need(call(train.main, line, where="evaluate the second stage"), "evaluate the second stage")
             said = call(
                 train.main, ["--resume", "logs/second", "--max-steps", "3", "--device", "cpu"], where="resume 2"
             )

@@ -77,6 +77,7 @@ class Child:
     def __init__(self, words: list[str], cwd: Path, *, fork: bool, script: str = "train.py"):
         self.log = cwd / "output.txt"
         self.started = time.perf_counter()
+        self.code: int | None = None
         if not fork:
             command = [sys.executable, str(ROOT / script)] if script.endswith(".py") else [sys.executable, "-m", script]
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -112,17 +113,22 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
-    def wait(self, seconds: float = 120) -> int:
-        """The exit code; 128 + n if signal n killed it. A process that does not end is killed."""
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
+    def alive(self) -> bool:
+        if self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code is None
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit code; -n if signal n killed it. A process that does not end is killed, and its code is 999."""
+        end = time.perf_counter() + seconds
+        while self.alive():
+            if time.perf_counter() > end:
+                self.signal(signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                self.code = 999
             time.sleep(0.005)
-        self.signal(signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        return 999
+        return self.code or 0
 
     def catches_sigterm(self, seconds: float = 2) -> None:
         """Wait until the process handles SIGTERM. Before that it is Python that starts."""
