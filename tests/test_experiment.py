@@ -377,6 +377,14 @@ def test_an_interrupt_at_any_moment_is_one_line_and_leaves_no_part_of_a_file(the
     assert Path("logs/run").exists() == (moment in ("evaluate", "plots.image_grid"))
 
 
+def test_a_resumed_run_removes_what_a_killed_process_left(there):
+    assert run_train("--epochs", "1", "--name", "run") == 0
+    for folder in ("logs/run/best.pt", "plots/run/generated_samples/epoch_002.png"):
+        Path(f"{folder}.1234.partial").touch()
+    assert resume("logs/run --epochs 2") == 0
+    assert not list(there.rglob("*.partial"))
+
+
 def test_a_refused_resume_changes_nothing_on_disk(there, capsys):
     assert run_train("--epochs", "1", "--name", "run", "--dataset", "photos", "crops=60", "test_crops=60") == 0
     shutil.copytree("logs/run", "copied")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.io
 
+from vqvae import archives
 from vqvae.data import formats
 from vqvae.errors import UserError
 
@@ -152,7 +153,7 @@ DOUBLED = b")" + b"\x94h\x00\x86" + b"".join(b"\x94h" + bytes([i]) + b"\x86" for
     ],
 )
 def test_a_hostile_pickle_takes_neither_memory_nor_time(content, bounded, monkeypatch):
-    monkeypatch.setattr(formats, "MOST_INSTRUCTIONS", 30_000)
+    monkeypatch.setattr(archives, "MOST_INSTRUCTIONS", 30_000)
     with pytest.raises((ValueError, IndexError, KeyError, EOFError, OverflowError)):
         formats.cifar_batch(content)
 

@@ -1,4 +1,4 @@
-"""Readers of what torch.save and numpy.savez write, for files from strangers.
+"""Readers of pickles and of what torch.save and numpy.savez write, for files from strangers.
 
 Nothing in a file is executed, every size in it is checked before it is used, and time and memory are proportional to
 the length of the file. The functions raise any exception for damaged or hostile files.
@@ -59,10 +59,10 @@ def read_torch(file: BinaryIO) -> Any:
 
     def storage(reference: Any) -> Tensor:
         """The values `[n]` that a tensor views: `("storage", dtype, name of the record, device, n)`."""
-        _, dtype, name, _, count = _expect(reference, tuple)
-        if not isinstance(dtype, torch.dtype) or _expect(count, int) < 0:
+        _, dtype, name, _, count = expect(reference, tuple)
+        if not isinstance(dtype, torch.dtype) or expect(count, int) < 0:
             raise ValueError("a storage without type and size")
-        info = members[f"{root}data/{_expect(name, str)}"]
+        info = members[f"{root}data/{expect(name, str)}"]
         if info.file_size != count * dtype.itemsize:
             raise ValueError(f"a tensor of {count:,} values in {info.file_size:,} bytes")
         if name not in records:
@@ -76,8 +76,8 @@ def read_torch(file: BinaryIO) -> Any:
 
 def _tensor(values: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
     """A view of a storage. The arguments after these say whether it needs a gradient."""
-    numbers = [offset, *_expect(size, tuple), *_expect(stride, tuple)]
-    if not isinstance(values, Tensor) or any(_expect(number, int) < 0 for number in numbers):
+    numbers = [offset, *expect(size, tuple), *expect(stride, tuple)]
+    if not isinstance(values, Tensor) or any(expect(number, int) < 0 for number in numbers):
         raise ValueError("a tensor without values or shape")
     if math.prod(size) > len(values):
         raise ValueError("a tensor larger than its storage")
@@ -120,18 +120,26 @@ def _record(file: BinaryIO, info: zipfile.ZipInfo) -> Tensor:
 
 VALUES = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "BINFLOAT"),
-    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
 }
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def unpickle(raw: bytes, known: Mapping[str, Any], persistent: Callable[[Any], Any]) -> Any:
+class Built:
+    """A value whose state a pickle sets after it is made."""
+
+    def build(self, state: Any) -> None:
+        """Take any value as the state."""
+
+
+def unpickle(raw: bytes, known: Mapping[str, Any], persistent: Callable[[Any], Any] | None = None) -> Any:
     """The value of a pickle, which is interpreted here: `pickle` would execute it.
 
     `known` are the names that it may use, `"module name"`, and what stands for them; it may call the functions among
-    them. `persistent` gives the value of a persistent id. Attributes of dictionaries are ignored. No instruction copies
-    what is on the stack, and keys are hashed in constant time.
+    them. `persistent` gives the value of a persistent id. Strings of Python 2 are read as Latin-1. Attributes of
+    dictionaries are ignored. No instruction copies what is on the stack, and keys are hashed in constant time.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -164,28 +172,37 @@ def unpickle(raw: bytes, known: Mapping[str, Any], persistent: Callable[[Any], A
             marks.append(len(stack))
         elif name in ("APPEND", "APPENDS"):
             items = [stack.pop()] if name == "APPEND" else since_mark()
-            _expect(stack[-1], list).extend(items)
-        elif name in ("SETITEM", "SETITEMS"):
+            expect(stack[-1], list).extend(items)
+        elif name in ("SETITEM", "SETITEMS", "DICT"):
             items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else since_mark()
-            keys = [key if type(key) is int else _expect(key, str) for key in items[::2]]
-            _expect(stack[-1], dict).update(zip(keys, items[1::2], strict=True))
-        elif name == "TUPLE":
-            stack.append(tuple(since_mark()))
+            if name == "DICT":
+                stack.append({})
+            # hashing nested tuples would take exponential time
+            keys = [key if type(key) is int else expect(key, str) for key in items[::2]]
+            expect(stack[-1], dict).update(zip(keys, items[1::2], strict=True))
+        elif name in ("TUPLE", "LIST"):
+            items = since_mark()
+            stack.append(tuple(items) if name == "TUPLE" else items)
         elif name in TUPLES:
             stack[-TUPLES[name] :] = [tuple(stack[-TUPLES[name] :])]
         elif name in ("GLOBAL", "STACK_GLOBAL"):
-            asked = value if name == "GLOBAL" else f"{_expect(stack.pop(-2), str)} {_expect(stack.pop(), str)}"
+            asked = value if name == "GLOBAL" else f"{expect(stack.pop(-2), str)} {expect(stack.pop(), str)}"
             if asked not in known:
                 raise Forbidden(asked)
             stack.append(known[asked])
-        elif name == "BINPERSID":
+        elif name == "BINPERSID" and persistent:
             stack.append(persistent(stack.pop()))
         elif name == "REDUCE":
-            arguments = _expect(stack.pop(), tuple)
-            stack.append(stack.pop()(*arguments))
+            function, arguments = stack.pop(-2), expect(stack.pop(), tuple)
+            if not callable(function):
+                raise ValueError("it calls what is no function")
+            stack.append(function(*arguments))
         elif name == "BUILD":
-            stack.pop()
-            _expect(stack[-1], dict)
+            state = stack.pop()
+            if isinstance(stack[-1], Built):
+                stack[-1].build(state)
+            else:
+                expect(stack[-1], dict)
         elif name == "STOP":
             return stack.pop()
         elif name not in ("PROTO", "FRAME"):
@@ -196,8 +213,11 @@ def unpickle(raw: bytes, known: Mapping[str, Any], persistent: Callable[[Any], A
 class Forbidden(ValueError):
     """A pickle asks for a class, a function or an instruction that it does not get."""
 
+    def __init__(self, asked: str):
+        super().__init__(f"it asks for {asked}, which such a file never needs")
 
-def _expect(value: Any, kind: type) -> Any:
+
+def expect(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise ValueError(f"a {kind.__name__} expected, found a {type(value).__name__}")
     return value

@@ -19,7 +19,7 @@ from vqvae.data.batches import augmentation, pixel_variance
 from vqvae.devices import choose_compile, choose_device, choose_precision
 from vqvae.errors import OptionError, UserError, naming, near_misses
 from vqvae.evaluation import evaluate
-from vqvae.files import make_folder, write_json
+from vqvae.files import make_folder, remove_parts, write_json
 from vqvae.presets import PRESETS
 from vqvae.registry import build
 from vqvae.runs import Lock, NullRun, Run, claim, claim_free, refuse_saved
@@ -84,49 +84,26 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
     torch.manual_seed(config.seed)
     build_stage = stage_two if config.checkpoint else stage_one
     stage, model = build_stage(config, dataset, plan, start)
-    about = {
-        "name": dataset.name,
-        "shape": list(model.image_shape),
-        "variance": model.data_variance,
-        "classes": list(dataset.classes),
-        "note": dataset.note,
-        **identity(dataset),
-    }
+    about = describe_data(dataset, model)
     if resumed:
         compare_data(resumed["data"], about, config)
-    folder = start.folder if isinstance(start, Resumed) else distributed.on_first(lambda: name_run(config, lock))
+    folder, plot_folder = choose_folders(given, config, start, lock)
     distributed.on_loss(lambda: how_to_go_on(folder))
-    # names and places inside a checkpoint do not choose where anything is written: it may come from anywhere
-    config.name = Path(os.path.abspath(folder)).name
-    if "plot_dir" not in given:
-        config.plot_dir = Config.plot_dir
-        FIELDS["plot_dir"].check(config.plot_dir)
-    plot_folder = Path(config.plot_dir).resolve() / config.name
-    kept = EXAMPLES_KEPT if model.shows_images else POINTS_KEPT
-    examples = dataset.test.images[:kept].clone()
-    facts: dict[str, Any] = {
-        "kind": "prior" if config.checkpoint else "autoencoder",
-        "run": config.name,
-        "config": config.to_dict(),
-        "data": about,
-        "examples": {
-            "images": examples,
-            "labels": dataset.test.labels[:kept].clone(),
-        },
-        "plots": str(plot_folder),
-    }
+    facts = describe_run(config, about, dataset, model, plot_folder)
     run = Run(folder, facts, lock) if distributed.rank() == 0 else NullRun(folder)
-    log_images = image_logger(stage, run, plot_folder / "generated_samples")
+    images_folder = plot_folder / "generated_samples"
 
     def on_start() -> None:
         print(summary(config, plan, dataset, stage, folder, resumed))
         if distributed.rank() == 0:
             make_folder(Path(config.plot_dir), "plot_dir")  # first, so that an error shows the folder as it was typed
             make_folder(plot_folder, "plot_dir")
-            draw_originals(stage, run, examples, plot_folder / "generated_samples", new=not resumed)
+            remove_parts(images_folder)
+            draw_originals(stage, run, facts["examples"]["images"], images_folder, new=not resumed)
 
     with contextlib.closing(run):
         try:
+            log_images = image_logger(stage, run, images_folder)
             results = fit(stage, plan, run, on_start=on_start, after_epoch=log_images, resume=resumed)
         except KeyboardInterrupt as stopped:  # before the first step, or the second one
             stopped.args = (how_to_go_on(folder),)
@@ -138,6 +115,49 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
         return None
     print(f"done. Look at it: {cli.program('visualize')} --checkpoint {shlex.quote(str(folder / 'checkpoint.pt'))}")
     return folder
+
+
+def choose_folders(given: Mapping[str, Any], config: Config, start: Start, lock: Lock) -> tuple[Path, Path]:
+    """The run's folder, taken for this process, and its folder of plots.
+
+    Names and places inside a checkpoint choose neither: it may come from anywhere.
+    """
+    folder = start.folder if isinstance(start, Resumed) else distributed.on_first(lambda: name_run(config, lock))
+    config.name = Path(os.path.abspath(folder)).name
+    if "plot_dir" not in given:
+        config.plot_dir = Config.plot_dir
+        FIELDS["plot_dir"].check(config.plot_dir)
+    return folder, Path(config.plot_dir).resolve() / config.name
+
+
+def describe_data(dataset: Dataset, model: Autoencoder) -> dict[str, Any]:
+    """What a checkpoint says of the data."""
+    return {
+        "name": dataset.name,
+        "shape": list(model.image_shape),
+        "variance": model.data_variance,
+        "classes": list(dataset.classes),
+        "note": dataset.note,
+        **identity(dataset),
+    }
+
+
+def describe_run(
+    config: Config, about: dict[str, Any], dataset: Dataset, model: Autoencoder, plots: Path
+) -> dict[str, Any]:
+    """What every checkpoint of a run says of it."""
+    kept = EXAMPLES_KEPT if model.shows_images else POINTS_KEPT
+    return {
+        "kind": "prior" if config.checkpoint else "autoencoder",
+        "run": config.name,
+        "config": config.to_dict(),
+        "data": about,
+        "examples": {
+            "images": dataset.test.images[:kept].clone(),
+            "labels": dataset.test.labels[:kept].clone(),
+        },
+        "plots": str(plots),
+    }
 
 
 def how_to_go_on(folder: Path) -> str:

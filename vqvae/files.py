@@ -53,6 +53,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             partial.unlink()
 
 
+def remove_parts(folder: Path, name: str = "*") -> None:
+    """Remove what a killed process left of files with this name (a pattern) that `whole_file` wrote."""
+    for path in folder.glob(f"{name}.*.partial"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 class _Raw(io.FileIO):
     """A file that remembers the first error of writing it."""
 

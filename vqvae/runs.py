@@ -18,7 +18,16 @@ from torch import Tensor
 
 from vqvae import checkpoint
 from vqvae.errors import OptionError, UserError, naming
-from vqvae.files import append, cannot_write, make_folder, whole_file, write_json, write_text, writing
+from vqvae.files import (
+    append,
+    cannot_write,
+    make_folder,
+    remove_parts,
+    whole_file,
+    write_json,
+    write_text,
+    writing,
+)
 from vqvae.metrics import for_json
 
 try:
@@ -278,10 +287,10 @@ class Run:
 
     def _clean(self, *, new: bool) -> None:
         """Remove parts of files that a killed process left, and all files of a run that never saved."""
-        patterns = [f"{name}.*.partial" for name in (LAST, BEST, "config.json", "metrics.jsonl")]
-        if new:
-            patterns += ["metrics.jsonl", BEST, f"{EVENTS}*"]
-        for path in itertools.chain.from_iterable(map(self.folder.glob, patterns)):
+        for name in (LAST, BEST, "config.json", "metrics.jsonl"):
+            remove_parts(self.folder, name)
+        old = ["metrics.jsonl", BEST, f"{EVENTS}*"] if new else []
+        for path in itertools.chain.from_iterable(map(self.folder.glob, old)):
             with contextlib.suppress(OSError):
                 path.unlink()
 

@@ -36,20 +36,7 @@ import vqvae
 from vqvae import experiment, report  # noqa: F401 (children are forks that need not import them again)
 
 ROOT = Path(vqvae.__file__).parent.parent
-MODEL = [
-    "--hidden",
-    "8",
-    "--codes",
-    "16",
-    "--code-dim",
-    "4",
-    "--image-size",
-    "16",
-    "--device",
-    "cpu",
-    "--log-every",
-    "1",
-]
+MODEL = "--hidden 8 --codes 16 --code-dim 4 --image-size 16 --device cpu --log-every 1".split()
 SMALL = ["--limit", "60", "--batch-size", "20", *MODEL]
 SECONDS = 60
 KINDS = ("size of a file", "size of a file", "full disk", "full disk", "read-only", "output")

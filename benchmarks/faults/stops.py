@@ -37,24 +37,10 @@ import vqvae
 from vqvae import checkpoint, experiment, report, tokens  # noqa: F401
 
 ROOT = Path(vqvae.__file__).parent.parent
-SMALL = [
-    "--limit",
-    "60",
-    "--batch-size",
-    "20",
-    "--hidden",
-    "8",
-    "--codes",
-    "16",
-    "--code-dim",
-    "4",
-    "--image-size",
-    "16",
-    "--device",
-    "cpu",
-    "--log-every",
-    "2",
-]
+SMALL = (
+    "--limit 60 --batch-size 20 --hidden 8 --codes 16 --code-dim 4 --image-size 16 --device cpu --log-every 2"
+).split()
+PRIOR = "--prior pixelcnn channels=8 blocks=1 --batch-size 20".split()
 KILLED = [*SMALL, "--epochs", "4", "--name", "run"]
 STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
@@ -200,20 +186,7 @@ class Fresh:
         folder.mkdir(parents=True)
         for words in (
             [*SMALL, "--epochs", "2", "--name", "run"],
-            [
-                "--prior",
-                "pixelcnn",
-                "channels=8",
-                "blocks=1",
-                "--batch-size",
-                "20",
-                "--checkpoint",
-                "logs/run",
-                "--epochs",
-                "1",
-                "--name",
-                "prior",
-            ],
+            [*PRIOR, "--checkpoint", "logs/run", "--epochs", "1", "--name", "prior"],
         ):
             self.finish(Child(words, folder, fork=True))
         for i in range(40):
@@ -230,22 +203,7 @@ class Fresh:
             "train": ("train.py", [*train, "--checkpoint-every", "1"]),
             "k-means": ("train.py", [*train, "--bottleneck", "vq", "codebook=ema", "init=kmeans"]),
             "folder": ("train.py", [*train, "--dataset", "folder", "--data-dir", images]),
-            "stage two": (
-                "train.py",
-                [
-                    "--prior",
-                    "pixelcnn",
-                    "channels=8",
-                    "blocks=1",
-                    "--batch-size",
-                    "20",
-                    *model,
-                    "--epochs",
-                    "2",
-                    "--name",
-                    "prior",
-                ],
-            ),
+            "stage two": ("train.py", [*PRIOR, *model, "--epochs", "2", "--name", "prior"]),
             "evaluate": ("train.py", ["--evaluate", *model, "--iw-samples", "20"]),
             "visualize": ("visualize_codes.py", [*model, "--plot-dir", "plots"]),
             "sample": ("visualize_codes.py", [*prior, "--only", "samples.png", "completions.png"]),

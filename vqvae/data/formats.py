@@ -6,7 +6,6 @@ parsers take bytes and raise any exception for damaged ones.
 
 import gzip
 import math
-import pickletools
 import struct
 import zlib
 from collections.abc import Collection
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vqvae.archives import Built, expect, unpickle
 from vqvae.errors import UserError, one_line
 from vqvae.files import open_file
 
@@ -54,24 +54,21 @@ def idx(raw: bytes) -> Tensor:
     return torch.from_numpy(values.reshape(shape).copy())
 
 
-class Name(NamedTuple):
-    """Stands for a class or function that a pickle names. Nothing is imported."""
+class PickledArray(Built):
+    """Stands for a NumPy array of uint8. Its state is any value until `array` checks it."""
 
-    module: str
-    name: str
+    def __init__(self, *_: Any):
+        self.state: Any = None
 
-
-class PickledArray:
-    """Stands for a NumPy array. Its state is any value until `array` checks it."""
-
-    state: Any = None
+    def build(self, state: Any) -> None:
+        self.state = state
 
     def array(self) -> np.ndarray:
         """The array, of uint8."""
         if not (isinstance(self.state, tuple) and len(self.state) == 5):
             raise ValueError("an array without its state")
         _, shape, dtype, fortran, content = self.state
-        if dtype is not UINT8:
+        if not isinstance(dtype, Uint8):
             raise ValueError("an array of another type than uint8")
         if not (
             isinstance(shape, tuple) and len(shape) <= 4 and all(type(size) is int and size >= 0 for size in shape)
@@ -83,27 +80,34 @@ class PickledArray:
         return np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
 
 
-UINT8 = object()  # stands for numpy.dtype("uint8")
-KNOWN = {
-    *(Name(module, "_reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
-    Name("numpy", "ndarray"),
-    Name("numpy", "dtype"),
-    Name("_codecs", "encode"),
-}
+class Uint8(Built):
+    """Stands for numpy.dtype("uint8"), whose state is its byte order."""
 
-MOST_INSTRUCTIONS = 500_000  # the published batches have 50,000
-VALUES = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "BINFLOAT"),
-    *("BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    def __init__(self, name: Any, *_: Any):
+        if name not in ("u1", "|u1"):
+            raise ValueError("an array of another type than uint8")
+
+
+def _text(text: Any, *_: Any) -> str:
+    """Python 3 writes bytes for Python 2 as text, and a call that encodes it; `PickledArray.array` does that."""
+    return expect(text, str)
+
+
+KNOWN = {
+    "numpy.core.multiarray _reconstruct": PickledArray,
+    "numpy._core.multiarray _reconstruct": PickledArray,
+    "numpy ndarray": None,  # an argument of the function above
+    "numpy dtype": Uint8,
+    "_codecs encode": _text,
 }
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def cifar_batch(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """The pixels (uint8) and labels (int64) of a pickled batch, a dictionary with the keys `data` and `labels`."""
-    batch = unpickle(raw)
+    """The pixels (uint8) and labels (int64) of a pickled batch, a dictionary with the keys `data` and `labels`.
+
+    `pickle` would build arrays from sizes and types that the file chooses.
+    """
+    batch = unpickle(raw, KNOWN)
     if not isinstance(batch, dict) or not {"data", "labels"} <= batch.keys():
         raise ValueError("no dictionary with data and labels")
     data, labels = batch["data"], batch["labels"]
@@ -114,95 +118,6 @@ def cifar_batch(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(labels, list) or not all(isinstance(label, int) for label in labels):
         raise ValueError("its labels are not integers")
     return data.array(), np.array(labels, dtype=np.int64)
-
-
-def unpickle(raw: bytes) -> Any:
-    """A pickle of dictionaries, lists, tuples, plain values and uint8 arrays, which become `PickledArray`.
-
-    The pickle is interpreted here, because `pickle` builds objects from sizes and types that the file chooses. Time and
-    memory are proportional to the length of the file: no instruction copies what is on the stack. Strings of Python 2
-    are read as Latin-1.
-    """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-
-    def since_mark() -> list[Any]:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
-
-    value: Any
-    for count, (opcode, value, _) in enumerate(pickletools.genops(raw)):
-        if count == MOST_INSTRUCTIONS:
-            raise ValueError(f"more than {MOST_INSTRUCTIONS:,} instructions")
-        name = opcode.name
-        if name in VALUES:
-            stack.append(value)
-        elif name in CONSTANTS:
-            stack.append(CONSTANTS[name])
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
-            memo[len(memo) if name == "MEMOIZE" else value] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(memo[value])
-        elif name in ("EMPTY_DICT", "EMPTY_LIST"):
-            stack.append({} if name == "EMPTY_DICT" else [])
-        elif name == "MARK":
-            marks.append(len(stack))
-        elif name in ("APPEND", "APPENDS"):
-            items = [stack.pop()] if name == "APPEND" else since_mark()
-            _expect(stack[-1], list).extend(items)
-        elif name in ("SETITEM", "SETITEMS", "DICT"):
-            items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else since_mark()
-            if name == "DICT":
-                stack.append({})
-            keys = [_expect(key, str) for key in items[::2]]  # hashing nested tuples takes exponential time
-            _expect(stack[-1], dict).update(zip(keys, items[1::2], strict=True))
-        elif name in ("TUPLE", "LIST"):
-            items = since_mark()
-            stack.append(tuple(items) if name == "TUPLE" else items)
-        elif name in TUPLES:
-            stack[-TUPLES[name] :] = [tuple(stack[-TUPLES[name] :])]
-        elif name in ("GLOBAL", "STACK_GLOBAL"):
-            words = value.split(" ", 1) if name == "GLOBAL" else [stack.pop(-2), stack.pop()]
-            known = Name(*(_expect(word, str) for word in words))
-            if known not in KNOWN:
-                raise ValueError(f"it asks for {known.module}.{known.name}, which an array never needs")
-            stack.append(known)
-        elif name == "REDUCE":
-            stack[-2:] = [_call(stack[-2], _expect(stack[-1], tuple))]
-        elif name == "BUILD":
-            state = stack.pop()
-            if isinstance(stack[-1], PickledArray):
-                stack[-1].state = state
-            elif stack[-1] is not UINT8:  # whose state is its byte order
-                raise ValueError("it sets the state of something else than an array")
-        elif name == "STOP":
-            return stack.pop()
-        elif name not in ("PROTO", "FRAME"):
-            raise ValueError(f"it has the instruction {name}, which an array never needs")
-    raise EOFError("cut short")
-
-
-def _call(function: Any, arguments: tuple) -> Any:
-    """The result of a function that a pickle calls."""
-    match function:
-        case Name(name="_reconstruct"):
-            return PickledArray()
-        case Name(name="dtype"):
-            if arguments[0] not in ("u1", "|u1"):
-                raise ValueError("an array of another type than uint8")
-            return UINT8
-        case Name(name="encode"):  # Python 3 writes bytes for Python 2 as text; `PickledArray.array` encodes it
-            return _expect(arguments[0], str)
-    raise ValueError("it calls something that an array never calls")
-
-
-def _expect(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        raise ValueError(f"a {kind.__name__} expected, found a {type(value).__name__}")
-    return value
 
 
 Order = Literal["<", ">"]  # of the bytes of a number
