@@ -7,9 +7,10 @@ Both columns are means over the last 100 training steps, at batch 32: MSE / data
   python benchmarks/anchor.py logs/sonnet-cifar10
 """
 
-import json
 import sys
 from pathlib import Path
+
+from vqvae.runs import LOG, read_metrics
 
 # step: (MSE / variance, perplexity), github.com/google-deepmind/sonnet, VQ-VAE example, EMA codebook
 SONNET = {
@@ -26,7 +27,7 @@ SONNET = {
 def main() -> None:
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
-    rows = [json.loads(line) for line in (Path(sys.argv[1]) / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(Path(sys.argv[1]) / LOG)
     ours = {row["step"]: row for row in rows if row["kind"] == "train"}
     print("| step | Sonnet: MSE / variance | ours | Sonnet: perplexity | ours |\n|---|---|---|---|---|")
     for step, (error, perplexity) in SONNET.items():

@@ -29,6 +29,7 @@ import torch
 from vqvae import cli, load
 from vqvae.commands import train
 from vqvae.presets import PRESETS
+from vqvae.runs import LOG, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = "--limit 64 --batch-size 16 --max-steps 6 --epochs 2 --image-size 16 --log-every 1 --device cpu"
@@ -125,7 +126,7 @@ def of_tensor(value: torch.Tensor) -> bytes:
 def fingerprint(run: Path) -> str:
     """The four hashes of a finished run."""
     content = torch.load(run / "checkpoint.pt", weights_only=True)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(run / LOG)
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
     last = [row for row in rows if row["kind"] == "epoch"][-1]
     names = ("prior_nats",) if content["kind"] == "prior" else ("neg_elbo", "mse")

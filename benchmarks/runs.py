@@ -11,6 +11,7 @@ from hardware import commit
 
 from vqvae import cli
 from vqvae.commands import train, visualize
+from vqvae.runs import LOG, read_metrics
 
 
 def command_line(
@@ -44,7 +45,7 @@ def row_of(folder: Path, flags: list[str], *, plot_dir: str, iw_samples: int = 1
         _call(train.main, ["--evaluate", "--checkpoint", checkpoint, "--iw-samples", str(iw_samples)])
         if plots:
             _call(visualize.main, ["--checkpoint", checkpoint])
-        log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        log = read_metrics(folder / LOG)
         speeds = [entry["images_per_s"] for entry in log if entry["kind"] == "epoch"]
         row = json.loads((folder / "evaluation.json").read_text())
         row |= {"images_per_s": sum(speeds) / len(speeds), "seconds": seconds, "commit": commit()}

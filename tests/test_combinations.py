@@ -93,7 +93,16 @@ def test_metrics_are_printed_where_they_cannot_be_stored(capsys):
     out, err = capsys.readouterr()
     assert "neg_elbo " in out
     assert out.splitlines()[-1].startswith("not stored: logs/run/evaluation.json: cannot be written (")
+    assert out.splitlines()[-1].endswith("choose a file with --output")
     assert err == ""
+    line = ["--evaluate", "--checkpoint", "logs/run", "--iw-samples", "2", "--output"]
+    assert run_train(*line, "metrics/run.json", small=False) == 0
+    assert json.loads(Path("metrics/run.json").read_text())["run"] == "run"
+    capsys.readouterr()
+    assert run_train(*line, "logs", small=False) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: --output logs: ")
+    assert not out
 
 
 @pytest.mark.parametrize(

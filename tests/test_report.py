@@ -164,28 +164,6 @@ def test_a_plot_that_was_asked_for_and_does_not_apply_says_why(there, capsys):
     assert "1 plot of vqvae" in out
 
 
-ODD_LINES = (
-    b'{"kind": "train", "step": 7, "los', b"5", b"[]", b"null", b"\xff\x00", b'{"step": 7}', b'{"kind": "train"}',
-    b'{"kind": "epoch", "step": "x"}', b'{"kind": "epoch", "step": 1, "loss": [1]}', b"[" * 100_000,
-    b'{"kind": "epoch", "step": NaN}',
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("odd", ODD_LINES, ids=range(len(ODD_LINES)))
-def test_curves_skip_an_odd_line_with_a_warning(there, folder, odd):
-    log = (there / "logs/vqvae/metrics.jsonl").read_bytes()
-    Path("metrics.jsonl").write_bytes(odd + b"\n" + log)
-    with pytest.warns(UserWarning, match=r"^metrics.jsonl: line 1 cannot be read and is skipped$"):
-        rows = report.logged(Path("metrics.jsonl"))
-    Path("metrics.jsonl").write_bytes(log)
-    assert rows == report.logged(Path("metrics.jsonl"))
-
-
-def test_values_that_are_not_finite_have_no_point_on_a_curve(folder):
-    Path("metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": NaN, "mse": null, "nmse": 2, "x": 1e999}\n')
-    assert report.logged(Path("metrics.jsonl")) == [{"kind": "train", "step": 1, "nmse": 2}]
-
-
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_few_held_out_images_suffice_for_every_plot_that_shows_them(folder, recwarn, count):
     line = f"--dataset photos crops=20 test_crops={count} --image-size 8 --batch-size 10 --hidden 4 --epochs 2"

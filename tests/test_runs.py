@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.checkpoints import content
 from vqvae import checkpoint, runs
 from vqvae.errors import OptionError
-from vqvae.runs import Busy, Lock, NullRun, Run, claim, claim_free
+from vqvae.runs import Busy, Lock, NullRun, Run, claim, claim_free, read_metrics
 
 ENTRIES = content(step=2, best=0.5, best_step=2, best_epoch=1)
 FACTS = {key: ENTRIES[key] for key in ("kind", "run", "config", "data", "examples", "plots")}
@@ -132,12 +132,40 @@ def test_a_null_run_takes_every_call_of_a_run_and_writes_nothing(tmp_path):
 def test_a_resumed_run_leaves_out_damaged_lines_with_a_warning(tmp_path):
     start(tmp_path / "run").close()
     log = tmp_path / "run" / "metrics.jsonl"
-    log.write_text("\n".join(["[[[", '{"step": "2"}', *log.read_text().splitlines(), '{"step": 2', ""]))
+    log.write_text("\n".join(["[[[", '{"step": "2"}', *log.read_text().splitlines(), '{"step": 2']))
     run = Run(tmp_path / "run", FACTS)
-    with pytest.warns(UserWarning, match="metrics.jsonl: 2 damaged lines left out"):
+    with pytest.warns(UserWarning, match="metrics.jsonl: 3 lines, the first of them line 1, are damaged, and left out"):
         run.start(checkpoint.read(tmp_path / "run"))
     run.close()
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+
+
+ODD_LINES = (
+    b'{"kind": "train", "step": 7, "los', b"5", b"[]", b"null", b"\xff\x00", b'{"step": 7}', b'{"kind": "train"}',
+    b'{"kind": "epoch", "step": "x"}', b'{"kind": "epoch", "step": 1, "loss": [1]}', b"[" * 100_000,
+    b'{"kind": "epoch", "step": NaN}', b'{"kind": "epoch", "step": 1, "loss": 1' + b"0" * 400 + b"}", b"",
+)  # fmt: skip
+LINE = b'{"kind": "train", "step": 1, "epoch": 0, "loss": 0.5}'
+
+
+@pytest.mark.parametrize("odd", ODD_LINES, ids=range(len(ODD_LINES)))
+def test_a_damaged_line_is_left_out_with_a_warning(tmp_path, odd):
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(odd + b"\n" + LINE + b"\n")
+    with pytest.warns(UserWarning, match=r"metrics.jsonl: line 1 is damaged, and left out$"):
+        assert read_metrics(log) == [json.loads(LINE)]
+
+
+def test_an_unfinished_last_line_is_left_out_in_silence(tmp_path, recwarn):
+    (tmp_path / "metrics.jsonl").write_bytes(LINE + b"\n" + LINE[:20])
+    assert read_metrics(tmp_path / "metrics.jsonl") == [json.loads(LINE)]
+    assert not recwarn
+
+
+def test_values_that_are_not_finite_are_left_out(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"kind": "train", "step": 1, "loss": NaN, "mse": null, "nmse": 2, "x": 1e999}\n')
+    assert read_metrics(log) == [{"kind": "train", "step": 1, "nmse": 2}]
 
 
 def snapshot(folder: Path) -> dict[str, Any]:

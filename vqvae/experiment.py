@@ -385,8 +385,8 @@ def summary(
     ])  # fmt: skip
 
 
-def evaluate_checkpoint(given: dict[str, Any], iw_samples: int) -> int:
-    """Print the held-out metrics of a checkpoint, and store them next to it as JSON if possible.
+def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | None) -> int:
+    """Print the held-out metrics of a checkpoint, and store them as JSON in `output`, or next to it if possible.
 
     Returns the exit code.
     """
@@ -416,12 +416,14 @@ def evaluate_checkpoint(given: dict[str, Any], iw_samples: int) -> int:
     width = max(map(len, table))
     for key, value in table.items():
         print(f"{key:{width}}  {value:,.6g}" if isinstance(value, float) else f"{key:{width}}  {value}")
-    out = path.with_name("evaluation.json")
+    out = path.with_name("evaluation.json") if output is None else Path(output)
     try:
         write_json(out, metrics.for_json(table))
         print(f"stored in {out}")
-    except UserError as problem:  # a folder that may only be read
-        print(f"not stored: {problem}")
+    except UserError as problem:
+        if output is not None:
+            raise
+        print(f"not stored: {problem}; choose a file with --output")  # a folder that may only be read
     return 0
 
 

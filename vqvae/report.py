@@ -6,11 +6,9 @@ B examples, C channels, H W pixels, h w code grid.
 """
 
 import argparse
-import json
 import math
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from vqvae.contracts import Discrete
 from vqvae.devices import choose_device
 from vqvae.errors import OptionError, naming, near_misses
 from vqvae.files import make_folder
+from vqvae.runs import LOG, read_metrics
 
 MOST_CODES = 16_384  # that the plot of the codebook shows; t-SNE of more takes many minutes
 
@@ -176,28 +175,11 @@ def usage(report: Report, path: Path) -> None:
 
 def curves(report: Report, path: Path) -> None:
     """Metrics over the training steps."""
-    log = report.logs / "metrics.jsonl"
-    rows = logged(log)
+    log = report.logs / LOG
+    rows = read_metrics(log)
     if not plots.curve_names(rows):
         raise NotApplicable(f"{log} has too few evaluations")
     plots.curves(rows, path, title=report.title("training"))
-
-
-def logged(log: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, each with its finite numbers; warns of lines that are damaged or incomplete."""
-    rows, odd = [], []
-    for number, line in enumerate(log.read_bytes().splitlines() if log.is_file() else (), 1):
-        try:
-            row = json.loads(line)
-            numbers = {key: float(value) for key, value in row.items() if key != "kind" and value is not None}
-            kept = {key: value for key, value in numbers.items() if math.isfinite(value)}
-            rows.append({**kept, "kind": str(row["kind"]), "step": kept["step"]})
-        except (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError):
-            odd.append(number)
-    if odd:
-        count = f"line {odd[0]}" if len(odd) == 1 else f"{len(odd)} lines, the first of them line {odd[0]},"
-        warnings.warn(f"{log}: {count} cannot be read and {'is' if len(odd) == 1 else 'are'} skipped", stacklevel=2)
-    return rows
 
 
 def training_animation(report: Report, path: Path) -> None:

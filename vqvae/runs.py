@@ -6,6 +6,7 @@ One process at a time writes in it (`Lock`). Nothing on disk changes before `Run
 import contextlib
 import itertools
 import json
+import math
 import os
 import shutil
 import socket
@@ -36,6 +37,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK, LAST, BEST = ".lock", "checkpoint.pt", "best.pt"
+LOG = "metrics.jsonl"
 EVENTS = "events.out.tfevents."  # and the second at which the file was begun, the host, the process, a number
 
 
@@ -212,7 +214,7 @@ class Run:
         """Append a line to metrics.jsonl, and log each metric as TensorBoard scalar `kind/name`."""
         self.step = step
         row = {"kind": kind, "step": step, "epoch": epoch, **for_json(metrics)}
-        append(self.folder / "metrics.jsonl", json.dumps(row) + "\n")
+        append(self.folder / LOG, json.dumps(row) + "\n")
         with self._events():
             for name, value in metrics.items():
                 self.board.add_scalar(f"{kind}/{name}", value, step)
@@ -287,22 +289,18 @@ class Run:
 
     def _clean(self, *, new: bool) -> None:
         """Remove parts of files that a killed process left, and all files of a run that never saved."""
-        for name in (LAST, BEST, "config.json", "metrics.jsonl"):
+        for name in (LAST, BEST, "config.json", LOG):
             remove_parts(self.folder, name)
-        old = ["metrics.jsonl", BEST, f"{EVENTS}*"] if new else []
+        old = [LOG, BEST, f"{EVENTS}*"] if new else []
         for path in itertools.chain.from_iterable(map(self.folder.glob, old)):
             with contextlib.suppress(OSError):
                 path.unlink()
 
     def _drop_metrics_after(self, step: int) -> None:
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / LOG
         if path.exists():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            steps = [_step_of(line) for line in lines]
-            if odd := steps[:-1].count(None):  # the last may be what a killed process left
-                warnings.warn(f"{path}: {odd} damaged line{'s' * (odd > 1)} left out", stacklevel=2)
-            kept = (line for line, at in zip(lines, steps, strict=True) if at is not None and at <= step)
-            write_text(path, "".join(f"{line}\n" for line in kept))
+            kept = (row for row in read_metrics(path) if row["step"] <= step)
+            write_text(path, "".join(f"{json.dumps(row)}\n" for row in kept))
 
 
 class NullRun(Run):
@@ -351,10 +349,29 @@ def order_events(folder: Path) -> None:
         limit -= 1
 
 
-def _step_of(line: str) -> int | None:
-    """The step of a line of metrics.jsonl; None for a damaged line."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return None
-    return step if type(step) is int else None
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl: `kind`, `step`, and numbers by name, without those that are not finite.
+
+    Warns of damaged lines, which are left out; not of an unfinished last one, which a killed process may leave.
+    """
+    if not path.is_file():
+        return []
+    *lines, unfinished = path.read_bytes().split(b"\n")
+    rows, odd = [], []
+    for number, line in enumerate([*lines, unfinished] if unfinished else lines, 1):
+        try:
+            row = json.loads(line)
+            if type(row["kind"]) is not str or type(row["step"]) is not int:
+                raise ValueError("no row of metrics")
+            rows.append({key: value for key, value in row.items() if key == "kind" or _is_finite(value)})
+        except (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError):
+            odd.append(number)
+    if odd and odd != [len(lines) + 1]:
+        count = f"line {odd[0]} is" if len(odd) == 1 else f"{len(odd)} lines, the first of them line {odd[0]}, are"
+        warnings.warn(f"{path}: {count} damaged, and left out", stacklevel=2)
+    return rows
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is a finite number; raises TypeError or OverflowError for what is no number of a metric."""
+    return value is not None and math.isfinite(float(value) if isinstance(value, int) else value)

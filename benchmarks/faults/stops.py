@@ -35,6 +35,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import vqvae
 from vqvae import checkpoint, experiment, report, tokens  # noqa: F401
+from vqvae.runs import LOG, read_metrics
 
 ROOT = Path(vqvae.__file__).parent.parent
 SMALL = (
@@ -265,7 +266,7 @@ class Fresh:
 
 def content(folder: Path) -> dict[str, Any]:
     """All that a run's folder says about the run, except times."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(folder / LOG)
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0, "tensors": 0})
     events.Reload()
     tags = events.Tags()

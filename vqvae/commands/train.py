@@ -34,7 +34,7 @@ logs/<run>/checkpoint.pt`. Ctrl-C saves and prints the command that resumes.
 """
 
 
-EVALUATE_USES = ("checkpoint", "data_dir", "device", "iw_samples")
+EVALUATE_USES = ("checkpoint", "data_dir", "device", "iw_samples", "output")
 
 
 def main(argv: list[str]) -> int:
@@ -51,9 +51,11 @@ def main(argv: list[str]) -> int:
     draws = cli.value("iw_samples", int, Range(1, 1_000_000))
     help = "draws for --evaluate's importance-weighted bound (default: 100)"
     add("--iw-samples", metavar="S", type=draws, help=help)
+    help = "file for --evaluate's metrics (default: evaluation.json beside the checkpoint)"
+    add("--output", metavar="FILE", type=path("output", "file"), help=help)
     options = vars(parser.parse_args(argv))  # only what was typed
     own: dict[str, Any] = {
-        key: options.pop(key) for key in ("resume", "list", "evaluate", "iw_samples") if key in options
+        key: options.pop(key) for key in ("resume", "list", "evaluate", "iw_samples", "output") if key in options
     }
     given: dict[str, Any] = {**own, **typed(options)}
     if "list" in given:
@@ -75,8 +77,8 @@ def main(argv: list[str]) -> int:
 
         from vqvae import experiment
 
-        return experiment.evaluate_checkpoint(given, given.pop("iw_samples", 100))
-    _refuse(given, given.keys() - {"iw_samples"}, "has no effect without --evaluate")
+        return experiment.evaluate_checkpoint(given, given.pop("iw_samples", 100), given.pop("output", None))
+    _refuse(given, given.keys() - {"iw_samples", "output"}, "has no effect without --evaluate")
 
     from vqvae import experiment
 

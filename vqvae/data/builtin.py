@@ -11,6 +11,8 @@ from vqvae.data.base import DIGITS, Dataset, Images, interpolate, to_bytes
 from vqvae.errors import OptionError
 from vqvae.registry import Passes, Range, checked
 
+MOST_CROPS, MOST_POINTS = 1_000_000, 100_000_000  # 3 GB, 800 MB
+
 
 @checked
 def digits(*, data_dir: Path, image_size: int | None) -> Dataset:
@@ -31,8 +33,8 @@ def photos(
     *,
     data_dir: Path,
     image_size: int | None,
-    crops: Annotated[int, Range(1), "number of training images"] = 10_000,
-    test_crops: Annotated[int, Range(1), "number of test images"] = 2_000,
+    crops: Annotated[int, Range(1, MOST_CROPS), "number of training images"] = 10_000,
+    test_crops: Annotated[int, Range(1, MOST_CROPS), "number of test images"] = 2_000,
 ) -> Dataset:
     """Random crops of two photographs of scikit-learn, 32x32 RGB.
 
@@ -66,8 +68,8 @@ def gauss2d(
     data_dir: Path,
     image_size: int | None,
     set: Annotated[int, Passes(lambda k: k in GAUSSIANS, "1 or 2"), "mean and scales, see below"] = 1,
-    train_points: Annotated[int, Range(1), "number of training points"] = 10_000,
-    test_points: Annotated[int, Range(1), "number of test points"] = 2_500,
+    train_points: Annotated[int, Range(1, MOST_POINTS), "number of training points"] = 10_000,
+    test_points: Annotated[int, Range(1, MOST_POINTS), "number of test points"] = 2_500,
 ) -> Dataset:
     """Points of a tilted Gaussian in the plane, `[N, 2, 1, 1]` float32.
 
