@@ -184,8 +184,8 @@ train --evaluate --checkpoint logs/run --iw-samples 1e12 | --iw-samples 1e12: mu
 visualize --checkpoint logs/run --samples 1000000000000000 | --samples 1000000000000000: must be from 1 to 10000
 visualize --checkpoint logs/run --samples 0 | --samples 0: must be from 1 to 10000
 visualize --checkpoint logs/run --samples many | --samples many: must be a whole number
-visualize --checkpoint logs/run --temperature nan | --temperature nan: must be a finite number, above 0
-visualize --checkpoint logs/run --temperature 0 | --temperature 0: must be above 0 and below 1000
+visualize --checkpoint logs/run --temperature nan | --temperature nan: must be a finite number, from 0 to below 1000
+visualize --checkpoint logs/run --temperature -1 | --temperature -1: must be from 0 to below 1000
 visualize --checkpoint logs/run --top-k -1 | --top-k -1: must be at least 0
 visualize --checkpoint logs/run --top-k DIGITS | --top-k DIGITS: must be at most 2147483647
 visualize --checkpoint logs/run --class -1 | --class -1: must be at least 0
