@@ -16,7 +16,8 @@ ALLOWED: dict[str, set[str]] = {
     # what everything else may know
     "errors": set(),
     "contracts": set(),
-    "metrics": set(),
+    "metrics": {"ssim"},
+    "ssim": set(),
     "optimizer": set(),
     "flows": set(),
     "registry": {"errors"},
