@@ -55,6 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "export": {"autoencoder", "checkpoint", "errors", "files"},
     "plots": {"files", "metrics"},
+    "compare": {"checkpoint", "errors", "files", "metrics", "runs"},
     # the program
     "cli": {"errors", "files", "interrupts", "registry"},
     "report": {"autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "plots"},
@@ -64,8 +65,8 @@ ALLOWED: dict[str, set[str]] = {
         "stage_two", "training",
     },
     "commands": {
-        "checkpoint", "cli", "config", "data", "errors", "experiment", "export", "files", "metrics", "presets",
-        "registry", "report", "tokens",
+        "checkpoint", "cli", "compare", "config", "data", "errors", "experiment", "export", "files", "metrics",
+        "presets", "registry", "report", "tokens",
     },
     "__main__": {"__init__", "cli", "errors", "interrupts"},
     "__init__": {"checkpoint"},

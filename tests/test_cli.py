@@ -13,7 +13,7 @@ from vqvae import cli, experiment
 from vqvae.errors import OptionError, UserError
 from vqvae.registry import Passes, Range, Slot
 
-COMMANDS = ("train", "visualize", "encode", "decode", "export")
+COMMANDS = ("train", "visualize", "compare", "encode", "decode", "export")
 HEAVY = {"torch", "numpy", "matplotlib", "sklearn", "scipy", "tensorboard", "torchvision", "PIL", "imageio"}
 
 
