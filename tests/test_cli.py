@@ -245,7 +245,7 @@ def test_the_program_lists_its_commands(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no command; known: train, visualize, encode, decode, export"),
+        ([], "no command; known: train, visualize, compare, encode, decode, export"),
         (["expor"], "expor: no such command (did you mean 'export'?)"),
     ],
 )
