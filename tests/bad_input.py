@@ -80,7 +80,7 @@ PATH = "cannot be used"
 
 LINES = f"""
 # vqvae
- | no command; known: train, visualize, encode, decode, export; see vqvae --help
+ | no command; known: train, visualize, compare, encode, decode, export; see vqvae --help
 EMPTY | '': no such command; known: train
 trian --epochs 3 | trian: no such command (did you mean 'train'?)
 NEWLINE | a\\nb: no such command
