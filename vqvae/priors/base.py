@@ -69,7 +69,7 @@ class CodePrior(BasePrior):
         """The same for sampling. Raises ValueError for labels that the prior would ignore."""
         if labels is not None and not self.num_classes:
             raise ValueError("this prior is not conditional and takes no labels")
-        return self.check_labels(n, labels)
+        return self.check_labels(n, labels.cpu() if isinstance(labels, Tensor) else labels)
 
 
 def number(name: str, kind: type, value: Any, rule: Range) -> Any:
