@@ -1,7 +1,9 @@
 """Runs in one table: where the numbers come from, which data compare, and the table's formats."""
 
+import io
 import json
 import math
+import sys
 import warnings
 from pathlib import Path
 
@@ -273,6 +275,15 @@ def test_the_command_writes_a_file_and_takes_flags_anywhere(capsys):
     assert main(["compare", a, "--sort", "size"]) == 2
     assert "--sort size: must be one of run, data, tokens" in capsys.readouterr().err
     assert main(["compare"]) == 2
+
+
+def test_a_terminal_without_unicode_gets_ascii(monkeypatch):
+    name = save("logs/größe", evaluation=METRICS)
+    for encoding, shown in (("ascii", "+-0.00010"), ("utf-8", "±0.00010")):
+        out = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding))
+        assert main(["compare", name]) == 0
+        assert shown in out.getvalue().decode(encoding)
 
 
 def test_a_trained_run_has_its_metrics_and_its_time(capsys):

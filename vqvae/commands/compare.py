@@ -1,6 +1,7 @@
 """`vqvae compare`: several runs in one table."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -51,8 +52,17 @@ def main(argv: list[str]) -> int:
         rows = compare.sort(rows, options.sort)
     text = compare.table(rows, options.format)
     if options.output is None:
-        print(text)
+        print(_encodable(text, sys.stdout.encoding or "utf-8"))
     else:
         files.write_text(Path(options.output), text + "\n")
         print(f"{options.output}: {len(rows)} run{'s' * (len(rows) != 1)}")
     return 0
+
+
+def _encodable(text: str, encoding: str) -> str:
+    """The text, in ASCII if the terminal's encoding lacks any of it."""
+    try:
+        text.encode(encoding)
+        return text
+    except UnicodeEncodeError:
+        return text.replace("±", "+-").encode("ascii", "backslashreplace").decode()
