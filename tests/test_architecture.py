@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "interrupts": set(),
     "distributed": {"errors", "interrupts"},
     # the slots
-    "data": {"errors", "files", "registry"},
+    "data": {"archives", "errors", "files", "registry"},
     "nets": {"errors", "registry"},
     "bottlenecks": {"contracts", "distributed", "errors", "flows", "registry", "schedules"},
     "priors": {"contracts", "errors", "flows", "registry"},
