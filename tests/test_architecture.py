@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "plots": {"files", "metrics"},
     # the program
     "cli": {"errors", "files", "interrupts", "registry"},
-    "report": {"autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "plots"},
+    "report": {"autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "plots", "runs"},
     "experiment": {
         "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors", "evaluation", "files",
         "interrupts", "metrics", "objectives", "plots", "presets", "registry", "runs", "schedules", "stage_one",
