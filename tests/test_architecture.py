@@ -67,7 +67,8 @@ ALLOWED: dict[str, set[str]] = {
         "registry", "report", "tokens",
     },
     "__main__": {"__init__", "cli", "errors", "interrupts"},
-    "__init__": {"checkpoint"},
+    "layers": {"bottlenecks", "contracts", "errors", "registry"},
+    "__init__": {"checkpoint", "layers"},
 }  # fmt: skip
 HEAVY = {"matplotlib", "sklearn", "scipy", "tensorboard", "torchvision", "imageio", "PIL", "triton"}
 # these print or parse flags; all other modules serve Python users too
