@@ -4,7 +4,7 @@ import contextlib
 import os
 import shlex
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from vqvae.evaluation import evaluate
 from vqvae.files import make_folder, remove_parts, write_json
 from vqvae.presets import PRESETS
 from vqvae.registry import build
-from vqvae.runs import Lock, NullRun, Run, claim, claim_free, refuse_saved
+from vqvae.runs import Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
 from vqvae.schedules import Schedule
 from vqvae.stage_one import AutoencoderTraining
 from vqvae.stage_two import PriorTraining, extract_codes
@@ -96,6 +96,7 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
     def on_start() -> None:
         print(summary(config, plan, dataset, stage, folder, resumed))
         if distributed.rank() == 0:
+            list_unreadable(folder, dataset.unreadable)
             make_folder(Path(config.plot_dir), "plot_dir")  # first, so that an error shows the folder as it was typed
             make_folder(plot_folder, "plot_dir")
             remove_parts(images_folder)
@@ -370,7 +371,7 @@ def image_logger(stage: Stage, run: Run | NullRun, folder: Path) -> Callable[[in
 def summary(
     config: Config, plan: Plan, dataset: Dataset, stage: Stage, folder: Path, resumed: dict[str, Any] | None
 ) -> str:
-    """The run in five lines."""
+    """The run in a few lines."""
     shape = "x".join(map(str, dataset.train.images.shape[1:]))
     parameters = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
     processes = f" over {distributed.world()} processes" if distributed.world() > 1 else ""
@@ -378,11 +379,18 @@ def summary(
         f"run    {folder}" + (f", resumed at step {resumed['step']}" if resumed else ""),
         f"data   {dataset.name}: {len(dataset.train.images):,} train, {len(dataset.test.images):,} held out, {shape}"
         + (f" ({dataset.note})" if dataset.note else ""),
+        *([f"       {len(dataset.classes):,} classes: {_listed(dataset.classes)}"] if dataset.classes else []),
         f"model  {config.nets.name} nets, {config.bottleneck}",
         f"       {config.likelihood.name} likelihood, {config.prior} prior; {parameters:,} parameters to train",
         f"on     {plan.device}, {plan.precision}{', compiled' if stage.compiled else ''}, "
         f"batch {config.batch_size}{processes}, seed {config.seed}",
     ])  # fmt: skip
+
+
+def _listed(names: Sequence[str], width: int = 60) -> str:
+    """Names, separated by commas; those that exceed the width are left out."""
+    text = ", ".join(names)
+    return text if len(text) <= width else f"{text[: width - 5].rpartition(', ')[0] or text[: width - 5]}, ..."
 
 
 def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | None) -> int:

@@ -12,6 +12,7 @@ import shutil
 import socket
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ except ImportError:  # Windows
 
 LOCK, LAST, BEST = ".lock", "checkpoint.pt", "best.pt"
 LOG = "metrics.jsonl"
+UNREADABLE = "unreadable.txt"
 EVENTS = "events.out.tfevents."  # and the second at which the file was begun, the host, the process, a number
 
 
@@ -332,6 +334,17 @@ class NullRun(Run):
 
     def close(self, results: dict[str, float] | None = None) -> None:
         pass
+
+
+def list_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
+    """Name the files of the data that cannot be read, with the reasons, in a file of the run, and warn of them."""
+    path = folder / UNREADABLE
+    if unreadable:
+        write_text(path, "".join(f"{name}: {reason}\n" for name, reason in unreadable.items()))
+        count = "1 file of the data" if len(unreadable) == 1 else f"{len(unreadable):,} files of the data"
+        warnings.warn(f"{count} cannot be read and left out; {path} says why", stacklevel=2)
+    else:
+        path.unlink(missing_ok=True)  # of an earlier start
 
 
 def order_events(folder: Path) -> None:

@@ -21,9 +21,10 @@ from vqvae.archives import read_arrays, size_of
 from vqvae.autoencoder import Autoencoder
 from vqvae.checkpoint import weights_checksum
 from vqvae.contracts import Discrete
-from vqvae.data import image_folder
+from vqvae.data.decoding import read_image
+from vqvae.data.listing import list_images
 from vqvae.devices import choose_device
-from vqvae.errors import OptionError, UserError, one_line
+from vqvae.errors import OptionError, UserError, one_line, printable
 from vqvae.files import cannot_write, open_file, whole_file
 from vqvae.registry import Choice, resolve
 
@@ -57,7 +58,8 @@ class ImageFolder:
         need_images(model, "input", folder)
         self.folder, self.batch_size = folder, batch_size
         self.channels, self.size, _ = model.image_shape
-        self.files = image_folder.image_files(folder, "input")[:limit]
+        files, self.unlisted = list_images(folder, "input")
+        self.files = files[:limit]
         self.names: list[str] = []
 
     def __len__(self) -> int:
@@ -65,6 +67,8 @@ class ImageFolder:
 
     def __iter__(self) -> Iterator[Tensor]:
         parts = [self.files[i : i + self.batch_size] for i in range(0, len(self.files), self.batch_size)]
+        for name, reason in self.unlisted.items():
+            _skip(name, reason)
         with ThreadPoolExecutor(READERS) as pool:
             ahead: list[tuple[Path, Future]] = []
             for part in [*parts, []]:  # the threads read the next batch while the model encodes this one
@@ -78,7 +82,7 @@ class ImageFolder:
         return {"files": np.array(self.names, dtype=str)}
 
     def _read(self, path: Path) -> np.ndarray:
-        return image_folder.read_image(path, self.size, self.channels)
+        return read_image(path, self.size, self.channels)
 
     def _readable(self, jobs: list[tuple[Path, Future]]) -> list[np.ndarray]:
         images = []
@@ -88,7 +92,7 @@ class ImageFolder:
                 images.append(job.result())
                 self.names.append(name)
             except Exception as problem:  # decoders raise anything on a damaged file
-                tqdm.write(f"{name!r}: skipped, cannot be read ({one_line(problem, 120)})", file=sys.stderr)
+                _skip(name, one_line(problem, 120))
         return images
 
 
@@ -108,6 +112,8 @@ class DatasetSplit:
         choice = resolve(data.SLOT, choice)
         size = model.image_shape[1] if model.shows_images and choice.name != "gauss2d" else None  # points have no size
         dataset = data.load(choice.name, data_dir=Path(data_dir), image_size=size, limit=limit, **choice.options)
+        for name, reason in dataset.unreadable.items():
+            _skip(name, reason)
         self.images, self.labels = getattr(dataset, split)
         self.batch_size = batch_size
         if tuple(self.images.shape[1:]) != model.image_shape:
@@ -123,6 +129,10 @@ class DatasetSplit:
 
     def columns(self) -> dict[str, np.ndarray]:
         return {"files": np.array([], dtype=str), "labels": self.labels.numpy()}
+
+
+def _skip(name: str, reason: str) -> None:
+    tqdm.write(f"{name!r}: skipped, cannot be read ({printable(reason)})", file=sys.stderr)
 
 
 def load_model(path: str, device: str) -> Autoencoder:
