@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -503,3 +504,41 @@ def test_a_resumed_run_refuses_images_of_another_shape(capsys, monkeypatch):
     assert resume("logs/run --epochs 2") == 2
     assert "--data-dir data: the images are 1x8x8, and those of this run were 1x16x16" in capsys.readouterr().err
     assert contents(Path("logs")) == before
+
+
+def write_images(*names: str) -> None:
+    for number, name in enumerate(names):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (number, 9, 9)).save(name, "PNG")
+
+
+def test_a_run_on_own_images_prints_the_classes_and_lists_unreadable_files(there, capsys):
+    write_images(*(f"my images/{name}/{i}.png" for name in ("10", "9") for i in range(30)))
+    Path("my images/9/bad\nname.png").write_bytes(b"x")
+    Path("my images/9/phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(12))
+    words = ["--dataset", "folder", "--data-dir", "my images", "--epochs", "1", "--name", "own"]
+    with pytest.warns(
+        UserWarning, match="unreadable files left out of the data: 2; logs.own.unreadable.txt names them"
+    ):
+        assert run_train(*words) == 0
+    out = capsys.readouterr().out
+    assert "(unreadable files left out: 2)" in out
+    assert "       2 classes: 9, 10\n" in out
+    assert Path("logs/own/unreadable.txt").read_text().splitlines() == [
+        "'9/bad\\nname.png': no image in PNG, JPEG, WEBP, BMP, GIF, TIFF",
+        "9/phone.heic: HEIC, which needs a package: pip install pillow-heif",
+    ]
+    for bad in Path("my images/9").glob("[bp]*"):
+        bad.unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resume("logs/own --epochs 2") == 0
+    assert not Path("logs/own/unreadable.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(3, "class 0, class 1, class 2"), (99, "class 0, class 1, class 2, class 3, class 4, class 5, ...")],
+)
+def test_many_classes_are_cut_to_a_line(count, text):
+    assert experiment._listed([f"class {i}" for i in range(count)]) == text

@@ -187,6 +187,10 @@ def compare_data(before: Mapping[str, Any], now: Mapping[str, Any], config: Conf
     if config.conditional and len(before["classes"]) != len(now["classes"]):
         problem = f"the data have {len(now['classes'])} classes, and those of this run had {len(before['classes'])}"
         raise OptionError("", "data_dir", config.data_dir, f"{problem}; name the folder with its data")
+    if config.conditional and before["classes"] != now["classes"]:
+        names = [_listed(about["classes"]) for about in (now, before)]
+        problem = f"the classes are {names[0]}, and those of this run were {names[1]}; name the folder with its data"
+        raise OptionError("", "data_dir", config.data_dir, problem)
     changes = [
         f"{old:,} {split} images then, {now['examples'][split]:,} now"
         for split, old in before.get("examples", now["examples"]).items()

@@ -4,6 +4,7 @@ N images, B batch, C channels, S pixels per side; `grid` is the bottleneck's cod
 """
 
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,12 +26,15 @@ from vqvae.data.decoding import read_image
 from vqvae.data.listing import list_images
 from vqvae.devices import choose_device
 from vqvae.errors import OptionError, UserError, one_line, printable
-from vqvae.files import cannot_write, open_file, whole_file
+from vqvae.files import WINDOWS, cannot_write, open_file, whole_file
 from vqvae.registry import Choice, resolve
 
 FIELDS = ("codes", "num_codes", "grid", "image_shape", "files", "model")
 COLORS = {1: "gray", 3: "RGB"}  # what an image file can store, by number of channels
 ALWAYS_DECODED = 1_000_000  # images that a file of any size may contain; larger files contain up to one per byte
+NOT_ON_WINDOWS = re.compile(
+    r'[<>:"|?*\x00-\x1f]|[ .]$|^(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)', re.IGNORECASE
+)  # in a part of a path
 READERS = 4  # threads that read image files; decoding releases Python's lock
 
 
@@ -275,8 +279,13 @@ def image_names(path: Path, files: np.ndarray, count: int) -> list[str]:
     return names
 
 
-def _possible(name: str) -> bool:
-    """Whether the parts of a path can be written as bytes, at most 255 each, as usual file systems demand."""
+def _possible(name: str, windows: bool = WINDOWS) -> bool:
+    """Whether the parts of a path can be written as bytes, at most 255 each, as usual file systems demand.
+
+    Windows takes some names for devices, writes others to where no program finds them, and changes some endings.
+    """
+    if windows and any(map(NOT_ON_WINDOWS.search, Path(name).parts)):
+        return False
     try:
         return all(len(os.fsencode(part)) <= 255 for part in Path(name).parts)
     except UnicodeEncodeError:  # halves of a surrogate pair
