@@ -135,7 +135,7 @@ class Lock:
 
 
 def _lock_file(file: int) -> None:
-    """Lock an open file. Raises `BlockingIOError` if another process has locked it, `OSError` where there are no locks."""
+    """Lock an open file. Raises `BlockingIOError` if another process has it, `OSError` where there are no locks."""
     if fcntl:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     elif msvcrt:
