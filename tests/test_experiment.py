@@ -21,8 +21,10 @@ from torch import Tensor
 
 from tests.helpers import ROOT, SMALL, images, run_train
 from vqvae import checkpoint, cli, experiment, load
-from vqvae.commands import train
+from vqvae.commands import train, visualize
+from vqvae.config import Config
 from vqvae.data import Dataset, Images
+from vqvae.errors import OptionError
 from vqvae.runs import Lock
 from vqvae.stage_one import AutoencoderTraining
 
@@ -512,7 +514,8 @@ def write_images(*names: str) -> None:
         Image.new("RGB", (16, 16), (number, 9, 9)).save(name, "PNG")
 
 
-def test_a_run_on_own_images_prints_the_classes_and_lists_unreadable_files(there, capsys):
+def test_a_run_on_own_images_prints_the_classes_and_lists_unreadable_files(there, capsys, monkeypatch):
+    monkeypatch.setattr("vqvae.data.decoding.optional_formats", list)  # no package is installed
     write_images(*(f"my images/{name}/{i}.png" for name in ("10", "9") for i in range(30)))
     Path("my images/9/bad\nname.png").write_bytes(b"x")
     Path("my images/9/phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(12))
@@ -525,7 +528,7 @@ def test_a_run_on_own_images_prints_the_classes_and_lists_unreadable_files(there
     assert "(unreadable files left out: 2)" in out
     assert "       2 classes: 9, 10\n" in out
     assert Path("logs/own/unreadable.txt").read_text().splitlines() == [
-        "'9/bad\\nname.png': no image in PNG, JPEG, WEBP, BMP, GIF, TIFF",
+        "9/bad\\nname.png: no image in PNG, JPEG, WEBP, BMP, GIF, TIFF",
         "9/phone.heic: HEIC, which needs a package: pip install pillow-heif",
     ]
     for bad in Path("my images/9").glob("[bp]*"):
@@ -542,3 +545,23 @@ def test_a_run_on_own_images_prints_the_classes_and_lists_unreadable_files(there
 )
 def test_many_classes_are_cut_to_a_line(count, text):
     assert experiment._listed([f"class {i}" for i in range(count)]) == text
+
+
+def test_a_resumed_conditional_run_refuses_classes_in_another_order():
+    before = {"shape": [1, 2, 2], "classes": ["10", "9"]}
+    config = Config(conditional=True)
+    with pytest.raises(OptionError, match="the classes are 9, 10, and those of this run were 10, 9"):
+        experiment.compare_data(before, before | {"classes": ["9", "10"]}, config)
+
+
+def test_a_run_whose_folder_has_any_name_is_resumed_and_drawn_from_within(there, monkeypatch):
+    assert run_train("--epochs", "1", "--name", "run") == 0
+    odd = os.path.join(b"logs", b"a \xff\n'$x$")
+    try:
+        os.rename("logs/run", odd)
+    except OSError:
+        pytest.skip("this file system allows UTF-8 names only")
+    monkeypatch.chdir(os.fsdecode(odd))
+    assert resume(". --epochs 2") == 0
+    assert cli.run(visualize.main, ["--checkpoint", ".", "--only", "usage.png"]) == 0
+    assert [path.name for path in Path("plots").iterdir()] == [r"a \udcff\n'$x$"]

@@ -17,7 +17,7 @@ from vqvae.config import FIELDS, Config, Fresh, Resumed, StageTwo, Start, config
 from vqvae.data import Dataset
 from vqvae.data.batches import augmentation, pixel_variance
 from vqvae.devices import choose_compile, choose_device, choose_precision
-from vqvae.errors import OptionError, UserError, naming, near_misses
+from vqvae.errors import OptionError, UserError, naming, near_misses, printable
 from vqvae.evaluation import evaluate
 from vqvae.files import make_folder, remove_parts, write_json
 from vqvae.presets import PRESETS
@@ -124,7 +124,7 @@ def choose_folders(given: Mapping[str, Any], config: Config, start: Start, lock:
     Names and places inside a checkpoint choose neither: it may come from anywhere.
     """
     folder = start.folder if isinstance(start, Resumed) else distributed.on_first(lambda: name_run(config, lock))
-    config.name = Path(os.path.abspath(folder)).name
+    config.name = printable(Path(os.path.abspath(folder)).name)  # of a folder that was renamed to anything
     if "plot_dir" not in given:
         config.plot_dir = Config.plot_dir
         FIELDS["plot_dir"].check(config.plot_dir)
@@ -349,7 +349,7 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
 def draw_originals(stage: Stage, run: Run | NullRun, originals: Tensor, folder: Path, *, new: bool) -> None:
     """Draw the held-out images that a stage's images are compared with; a new run logs them too."""
     if stage.draw is not None:
-        plots.image_grid(originals, folder / "original.png", title=f"{run.folder.name}: held-out originals")
+        plots.image_grid(originals, folder / "original.png", title=f"{printable(run.folder.name)}: held-out originals")
         if new:
             run.log_images("originals", plots.montage(originals), 0)
 
@@ -366,7 +366,7 @@ def image_logger(stage: Stage, run: Run | NullRun, folder: Path) -> Callable[[in
             images = draw().cpu()
         stage.module.train()
         path = folder / f"epoch_{epoch:03d}.png"
-        plots.image_grid(images, path, title=f"{run.folder.name}: {stage.caption}, epoch {epoch}")
+        plots.image_grid(images, path, title=f"{printable(run.folder.name)}: {stage.caption}, epoch {epoch}")
         run.log_images(stage.caption, plots.montage(images), step)
 
     return log_images

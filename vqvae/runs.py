@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from vqvae import checkpoint
-from vqvae.errors import OptionError, UserError, naming
+from vqvae.errors import OptionError, UserError, naming, printable
 from vqvae.files import (
     append,
     cannot_write,
@@ -369,7 +369,7 @@ def list_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
     """Name the files of the data that cannot be read, with the reasons, in a file of the run, and warn of them."""
     path = folder / UNREADABLE
     if unreadable:
-        write_text(path, "".join(f"{name}: {reason}\n" for name, reason in unreadable.items()))
+        write_text(path, "".join(f"{printable(f'{name}: {reason}')}\n" for name, reason in unreadable.items()))
         warnings.warn(f"unreadable files left out of the data: {len(unreadable):,}; {path} names them", stacklevel=2)
     else:
         path.unlink(missing_ok=True)  # of an earlier start

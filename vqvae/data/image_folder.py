@@ -73,7 +73,7 @@ def folder(
         Images(images[train:], indices[train:]),
         tuple(map(_shown, classes)),
         "; ".join(notes),
-        unreadable={_shown(name): reason for name, reason in sorted(unreadable.items())},
+        unreadable=dict(sorted(unreadable.items())),
     )
 
 
