@@ -115,7 +115,7 @@ def _open(file: BinaryIO) -> "ImageFile.ImageFile":
     """The image of a file, not yet decoded, if it can be decoded within bounds.
 
     The bytes per pixel are the peaks of `read_image`, measured for every format and mode: 4 in memory, the rest for
-    copies, for coefficients of progressive JPEG (6), for float64 (8), and for the canvases of WebP and the like (12).
+    copies, for coefficients of progressive JPEG (6), for float64 (8), and for the canvases of WebP and AVIF (12).
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -126,12 +126,12 @@ def _open(file: BinaryIO) -> "ImageFile.ImageFile":
         file.seek(0)
         if file.read(4) in (b"II*\0", b"MM\0*"):
             raise ValueError("a TIFF of a kind that Pillow does not read, or damaged; save it as PNG") from None
-        raise ValueError(f"no image in {', '.join(FORMATS)}") from None
+        raise ValueError(f"no image in {optional or ', '.join(FORMATS)}") from None
     tags = getattr(image, "tag_v2", {})
     plain = image.mode in ("1", "L", "P", "RGB") and "transparency" not in image.info
     shallow = max(tags.get(BITS_PER_SAMPLE, (8,))) <= 8
     pixels = max(image.width * image.height, tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0))
-    large = image.format in ("WEBP", *PACKAGES) or image.mode in ("I", "F")
+    large = image.format in ("WEBP", "AVIF") or image.mode in ("I", "F")
     memory = pixels * (21 if large else 10 if plain and shallow else 14)
     if memory > MOST_MEMORY:
         raise ValueError(
