@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "interrupts": set(),
     "distributed": {"errors", "interrupts"},
     # the slots
-    "data": {"errors", "files", "registry"},
+    "data": {"archives", "errors", "files", "registry"},
     "nets": {"errors", "registry"},
     "bottlenecks": {"contracts", "distributed", "errors", "flows", "registry", "schedules"},
     "priors": {"contracts", "errors", "flows", "registry"},
@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "plots": {"files", "metrics"},
     # the program
     "cli": {"errors", "files", "interrupts", "registry"},
-    "report": {"autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "plots"},
+    "report": {"autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "plots", "runs"},
     "experiment": {
         "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors", "evaluation", "files",
         "interrupts", "metrics", "objectives", "plots", "presets", "registry", "runs", "schedules", "stage_one",
@@ -67,7 +67,8 @@ ALLOWED: dict[str, set[str]] = {
         "registry", "report", "tokens",
     },
     "__main__": {"__init__", "cli", "errors", "interrupts"},
-    "__init__": {"checkpoint"},
+    "layers": {"bottlenecks", "contracts", "errors", "registry"},
+    "__init__": {"checkpoint", "layers"},
 }  # fmt: skip
 HEAVY = {"matplotlib", "sklearn", "scipy", "tensorboard", "torchvision", "imageio", "PIL", "triton"}
 # these print or parse flags; all other modules serve Python users too

@@ -264,7 +264,7 @@ def test_an_unknown_command_is_answered_with_the_known_ones(words, message, caps
         ("--dataset mnits", "--dataset mnits: no such name (did you mean 'mnist'"),
         ("--dataset folder holdout=1", "--dataset folder holdout=1: must be above 0 and below 1"),
         ("--dataset folder channels=2", "--dataset folder channels=2: must be 1 (gray) or 3 (color)"),
-        ("--dataset photos crops=0", "--dataset photos crops=0: must be at least 1"),
+        ("--dataset photos crops=0", "--dataset photos crops=0: must be from 1 to 1000000"),
         ("--dataset mnist-binary binarization=x", "--dataset mnist-binary binarization=x: must be one of threshold"),
         ("--nets sonet", "--nets sonet: no such name (did you mean 'sonnet'"),
         ("--nets sonnet hidden=1", "--nets sonnet hidden=1: must be at least 2"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vqvae import distributed
 from vqvae.bottlenecks.base import CodeOptions, Projection, entropy, vectors_of
-from vqvae.bottlenecks.codebook import Codebook, CodebookOptions, kmeans_codebook
+from vqvae.bottlenecks.codebook import Codebook, CodebookOptions, enough_vectors, kmeans_codebook
 from vqvae.bottlenecks.gradients import GRADIENTS, Gradient
 from vqvae.bottlenecks.nearest import nearest_code
 from vqvae.contracts import Discrete, Latent
@@ -35,6 +35,7 @@ class NearestCode(Discrete):
         super().__init__()
         self.options, self.gradient_estimator = options, GRADIENTS[options.gradient]
         self.num_codes, self.code_dim, self.grid = options.num_codes, options.code_dim, grid
+        self.start_vectors = enough_vectors(options.num_codes)
         self.projection: nn.Module = Projection(channels, self.code_dim) if projection else nn.Identity()
 
     def project(self, features: Tensor) -> Tensor:
