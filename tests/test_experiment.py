@@ -22,9 +22,7 @@ from torch import Tensor
 from tests.helpers import ROOT, SMALL, images, run_train
 from vqvae import checkpoint, cli, experiment, load
 from vqvae.commands import train, visualize
-from vqvae.config import Config
 from vqvae.data import Dataset, Images
-from vqvae.errors import OptionError
 from vqvae.runs import Lock
 from vqvae.stage_one import AutoencoderTraining
 
@@ -547,11 +545,17 @@ def test_many_classes_are_cut_to_a_line(count, text):
     assert experiment._listed([f"class {i}" for i in range(count)]) == text
 
 
-def test_a_resumed_conditional_run_refuses_classes_in_another_order():
-    before = {"shape": [1, 2, 2], "classes": ["10", "9"]}
-    config = Config(conditional=True)
-    with pytest.raises(OptionError, match="the classes are 9, 10, and those of this run were 10, 9"):
-        experiment.compare_data(before, before | {"classes": ["9", "10"]}, config)
+def test_a_conditional_prior_refuses_classes_in_another_order(there, capsys):
+    write_images(*(f"images/{name}/{i}.png" for name in ("cats", "dogs") for i in range(30)))
+    assert run_train(*"--dataset folder --data-dir images --epochs 1 --name one".split()) == 0
+    prior = "--checkpoint logs/one --prior unigram --conditional --epochs 1 --name two --batch-size 20 --device cpu"
+    assert run_train(*prior.split(), small=False) == 0
+    Path("images/cats").rename("images/zebras")
+    capsys.readouterr()
+    for words in ("--resume logs/two --epochs 2", "--evaluate --checkpoint logs/two"):
+        assert run_train(*words.split(), small=False) == 2
+        expected = "error: --data-dir images: the classes are dogs, zebras, and those of this run were cats, dogs; "
+        assert capsys.readouterr().err.startswith(expected)
 
 
 def test_a_run_whose_folder_has_any_name_is_resumed_and_drawn_from_within(there, monkeypatch):

@@ -184,13 +184,7 @@ def compare_data(before: Mapping[str, Any], now: Mapping[str, Any], config: Conf
         sizes = ["x".join(map(str, about["shape"])) for about in (now, before)]
         problem = f"the images are {sizes[0]}, and those of this run were {sizes[1]}; name the folder with its data"
         raise OptionError("", "data_dir", config.data_dir, problem)
-    if config.conditional and len(before["classes"]) != len(now["classes"]):
-        problem = f"the data have {len(now['classes'])} classes, and those of this run had {len(before['classes'])}"
-        raise OptionError("", "data_dir", config.data_dir, f"{problem}; name the folder with its data")
-    if config.conditional and before["classes"] != now["classes"]:
-        names = [_listed(about["classes"]) for about in (now, before)]
-        problem = f"the classes are {names[0]}, and those of this run were {names[1]}; name the folder with its data"
-        raise OptionError("", "data_dir", config.data_dir, problem)
+    compare_classes(before["classes"], now["classes"], config)
     changes = [
         f"{old:,} {split} images then, {now['examples'][split]:,} now"
         for split, old in before.get("examples", now["examples"]).items()
@@ -205,6 +199,13 @@ def compare_data(before: Mapping[str, Any], now: Mapping[str, Any], config: Conf
             "would have taken",
             stacklevel=2,
         )
+
+
+def compare_classes(before: Sequence[str], now: Sequence[str], config: Config) -> None:
+    """Raise `OptionError` if a conditional prior would take the data's labels for those of other classes."""
+    if config.conditional and list(before) != list(now):
+        problem = f"the classes are {_listed(now) or 'unknown'}, and those of this run were {_listed(before)}"
+        raise OptionError("", "data_dir", config.data_dir, f"{problem}; name the folder with its data")
 
 
 def how_it_starts(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Start:
@@ -408,6 +409,7 @@ def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | No
         content = checkpoint.read(path)
     config = configure(given, Resumed(path.parent, content), SLOTS)
     dataset = load_data(config)
+    compare_classes(content["data"]["classes"], dataset.classes, config)
     model = checkpoint.restore(content, str(path)).to(choose_device(config.device))
     results = evaluate(model, dataset.test.images, dataset.test.labels, iw_samples=iw_samples, seed=config.seed)
     results.pop("usage", None)

@@ -109,8 +109,8 @@ def cached_images(folder: Path, size: int, channels: int) -> FolderImages:
     except RuntimeError as problem:
         raise UserError(f"no place for the cache of images ({one_line(problem)}); set XDG_CACHE_HOME") from None
     array, index = cache / f"{key}.npy", cache / f"{key}.json"
-    content = _stored(array, index)
-    if content is None or any(_access(folder / name) != file["access"] for name, file in content["unreadable"].items()):
+    content = _stored(array, index, folder)
+    if content is None:
         try:
             content = _convert(names, folder, size, channels, array)
             try:
@@ -119,7 +119,10 @@ def cached_images(folder: Path, size: int, channels: int) -> FolderImages:
                 array.unlink()  # without its index it would only fill the disk
                 raise
         except UserError as problem:
-            raise UserError(f"{problem} (this is the cache of images; XDG_CACHE_HOME sets its folder)") from None
+            content = _stored(array, index, folder)  # on Windows, where nobody replaces one that a faster process uses
+            if content is None:
+                where = "this is the cache of images; XDG_CACHE_HOME sets its folder"
+                raise UserError(f"{problem} ({where})") from None
     paths = content["paths"]
     unreadable |= {name: file["reason"] for name, file in content["unreadable"].items()}
     if not paths:
@@ -179,8 +182,8 @@ def _convert(names: list[str], folder: Path, size: int, channels: int, array: Pa
     return {"paths": paths, "unreadable": unreadable, "checksum": _with_names(checksum, paths, unreadable)}
 
 
-def _stored(array: Path, index: Path) -> dict[str, Any] | None:
-    """The content of the index of a cache, None if the cache is absent or damaged."""
+def _stored(array: Path, index: Path, folder: Path) -> dict[str, Any] | None:
+    """The content of the index of a cache, None if the cache is absent, damaged, or lacks what can be read by now."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         checksum = 0
@@ -188,6 +191,7 @@ def _stored(array: Path, index: Path) -> dict[str, Any] | None:
             while block := file.read(2**22):
                 checksum = zlib.crc32(block, checksum)
         whole = content["checksum"] == _with_names(checksum, content["paths"], content["unreadable"])
+        whole = whole and all(_access(folder / name) == file["access"] for name, file in content["unreadable"].items())
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return content if whole else None
