@@ -1,5 +1,6 @@
 """Every command explains itself, and every error is one line with an exit code."""
 
+import io
 import subprocess
 import sys
 import warnings
@@ -298,3 +299,23 @@ def test_a_bad_option_is_refused_before_data_are_read(tmp_path, monkeypatch, no_
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_terminal_without_unicode_shows_escapes(monkeypatch):
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="ascii") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+
+    def main(argv):
+        print("猫 ± \udcff")
+        warnings.warn("é", stacklevel=2)
+        raise UserError("ü: no such file")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        monkeypatch.setattr(warnings, "showwarning", lambda message, *_: sys.stderr.write(f"{message}\n"))
+        assert cli.run(main, []) == 2
+    for stream in streams.values():
+        stream.flush()
+    assert streams["stdout"].buffer.getvalue() == b"\\u732b \\xb1 \\udcff\n"
+    assert streams["stderr"].buffer.getvalue() == b"\\xe9\nerror: \\xfc: no such file\n"

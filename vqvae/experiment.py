@@ -5,7 +5,7 @@ import math
 import os
 import shlex
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from vqvae.config import FIELDS, Config, Fresh, Resumed, StageTwo, Start, config
 from vqvae.data import Dataset
 from vqvae.data.batches import augmentation, pixel_variance
 from vqvae.devices import choose_compile, choose_device, choose_precision
-from vqvae.errors import OptionError, UserError, naming, near_misses
+from vqvae.errors import OptionError, UserError, naming, near_misses, printable
 from vqvae.evaluation import evaluate
 from vqvae.files import make_folder, remove_parts, write_json
 from vqvae.presets import PRESETS
 from vqvae.registry import brief, build
-from vqvae.runs import Lock, NullRun, Run, claim, claim_free, refuse_saved
+from vqvae.runs import Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
 from vqvae.schedules import Schedule
 from vqvae.stage_one import AutoencoderTraining
 from vqvae.stage_two import PriorTraining, extract_codes
@@ -99,6 +99,7 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
         if distributed.rank() == 0:
             if not resumed:
                 warn_of_few_updates(config, plan, len(stage.examples))
+            list_unreadable(folder, dataset.unreadable)
             make_folder(Path(config.plot_dir), "plot_dir")  # first, so that an error shows the folder as it was typed
             make_folder(plot_folder, "plot_dir")
             remove_parts(images_folder)
@@ -128,7 +129,7 @@ def choose_folders(given: Mapping[str, Any], config: Config, start: Start, lock:
     Names and places inside a checkpoint choose neither: it may come from anywhere.
     """
     folder = start.folder if isinstance(start, Resumed) else distributed.on_first(lambda: name_run(config, lock))
-    config.name = Path(os.path.abspath(folder)).name
+    config.name = printable(Path(os.path.abspath(folder)).name)  # of a folder that was renamed to anything
     if "plot_dir" not in given:
         config.plot_dir = Config.plot_dir
         FIELDS["plot_dir"].check(config.plot_dir)
@@ -188,9 +189,7 @@ def compare_data(before: Mapping[str, Any], now: Mapping[str, Any], config: Conf
         sizes = ["x".join(map(str, about["shape"])) for about in (now, before)]
         problem = f"the images are {sizes[0]}, and those of this run were {sizes[1]}; name the folder with its data"
         raise OptionError("", "data_dir", config.data_dir, problem)
-    if config.conditional and len(before["classes"]) != len(now["classes"]):
-        problem = f"the data have {len(now['classes'])} classes, and those of this run had {len(before['classes'])}"
-        raise OptionError("", "data_dir", config.data_dir, f"{problem}; name the folder with its data")
+    compare_classes(before["classes"], now["classes"], config)
     changes = [
         f"{old:,} {split} images then, {now['examples'][split]:,} now"
         for split, old in before.get("examples", now["examples"]).items()
@@ -205,6 +204,13 @@ def compare_data(before: Mapping[str, Any], now: Mapping[str, Any], config: Conf
             "would have taken",
             stacklevel=2,
         )
+
+
+def compare_classes(before: Sequence[str], now: Sequence[str], config: Config) -> None:
+    """Raise `OptionError` if a conditional prior would take the data's labels for those of other classes."""
+    if config.conditional and list(before) != list(now):
+        problem = f"the classes are {_listed(now) or 'unknown'}, and those of this run were {_listed(before)}"
+        raise OptionError("", "data_dir", config.data_dir, f"{problem}; name the folder with its data")
 
 
 def how_it_starts(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Start:
@@ -350,7 +356,7 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
 def draw_originals(stage: Stage, run: Run | NullRun, originals: Tensor, folder: Path) -> None:
     """Draw the held-out images that a stage's images are compared with."""
     if stage.draw is not None:
-        plots.image_grid(originals, folder / "original.png", title=f"{run.folder.name}: held-out originals")
+        plots.image_grid(originals, folder / "original.png", title=f"{printable(run.folder.name)}: held-out originals")
 
 
 def image_logger(stage: Stage, run: Run | NullRun, folder: Path) -> Callable[[int, int], None]:
@@ -365,7 +371,7 @@ def image_logger(stage: Stage, run: Run | NullRun, folder: Path) -> Callable[[in
             images = draw().cpu()
         stage.module.train()
         path = folder / f"epoch_{epoch:03d}.png"
-        plots.image_grid(images, path, title=f"{run.folder.name}: {stage.caption}, epoch {epoch}")
+        plots.image_grid(images, path, title=f"{printable(run.folder.name)}: {stage.caption}, epoch {epoch}")
         if stage.originals is not None:  # next to each other, in TensorBoard
             images = torch.stack([stage.originals, images], dim=1).flatten(0, 1)
         run.log_images(stage.caption, plots.montage(images), step)
@@ -376,7 +382,7 @@ def image_logger(stage: Stage, run: Run | NullRun, folder: Path) -> Callable[[in
 def summary(
     config: Config, plan: Plan, dataset: Dataset, stage: Stage, model: Autoencoder, folder: Path, step: int
 ) -> str:
-    """The run in six lines; `step` is that of the checkpoint from which it is resumed, or 0."""
+    """The run in a few lines; `step` is that of the checkpoint from which it is resumed, or 0."""
     shape = "x".join(map(str, dataset.train.images.shape[1:]))
     parameters = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
     processes = f" over {distributed.world()} processes" if distributed.world() > 1 else ""
@@ -386,6 +392,7 @@ def summary(
         f"run    {folder}" + (f", resumed at step {step:,}" if step else ""),
         f"data   {dataset.name}: {len(dataset.train.images):,} train, {len(dataset.test.images):,} held out, {shape}"
         + (f" ({dataset.note})" if dataset.note else ""),
+        *([f"       {len(dataset.classes):,} classes: {_listed(dataset.classes)}"] if dataset.classes else []),
         f"model  {chosen['nets']} nets, {chosen['bottleneck']}; {parameters:,} parameters to train",
         f"       {chosen['likelihood']} likelihood, {chosen['prior']} prior",
         f"latent {describe_latent(model)}",
@@ -417,6 +424,12 @@ def warn_of_few_updates(config: Config, plan: Plan, examples: int) -> None:
         )
 
 
+def _listed(names: Sequence[str], width: int = 60) -> str:
+    """Names, separated by commas; those that exceed the width are left out."""
+    text = ", ".join(names)
+    return text if len(text) <= width else f"{text[: width - 5].rpartition(', ')[0] or text[: width - 5]}, ..."
+
+
 def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | None) -> int:
     """Print the held-out metrics of a checkpoint, and store them as JSON in `output`, or next to it if possible.
 
@@ -428,6 +441,7 @@ def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | No
         content = checkpoint.read(path)
     config = configure(given, Resumed(path.parent, content), SLOTS)
     dataset = load_data(config)
+    compare_classes(content["data"]["classes"], dataset.classes, config)
     model = checkpoint.restore(content, str(path)).to(choose_device(config.device))
     results = evaluate(model, dataset.test.images, dataset.test.labels, iw_samples=iw_samples, seed=config.seed)
     results.pop("usage", None)

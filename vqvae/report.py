@@ -22,7 +22,7 @@ from vqvae import checkpoint, plots
 from vqvae.autoencoder import Autoencoder
 from vqvae.contracts import Discrete
 from vqvae.devices import choose_device
-from vqvae.errors import OptionError, naming, near_misses
+from vqvae.errors import OptionError, naming, near_misses, printable
 from vqvae.files import make_folder
 from vqvae.runs import LOG, read_metrics
 
@@ -65,7 +65,7 @@ class Report:
     @property
     def name(self) -> str:
         """The run's name, that of its folder."""
-        return Path(os.path.abspath(self.logs)).name or "run"
+        return printable(Path(os.path.abspath(self.logs)).name) or "run"
 
     def title(self, text: str) -> str:
         return f"{self.name}: {text}"
@@ -343,7 +343,7 @@ def draw(options: argparse.Namespace) -> None:
         raise OptionError("", "top_k", options.top_k, "the model's latent is continuous and has no codes; leave it out")
     _check_label(options.label, len(content["data"]["classes"]) if content["config"]["conditional"] else 0)
     # names and places inside a checkpoint do not choose where anything is written: it may come from anywhere
-    run = Path(os.path.abspath(path)).parent.name or "run"
+    run = printable(Path(os.path.abspath(path)).parent.name) or "run"
     folder = make_folder(Path(options.plot_dir or "plots") / run, "plot_dir")
     with tqdm(desc="sampling", unit="code", disable=None, leave=False) as bar:
 

@@ -17,7 +17,7 @@ from torch import Tensor, autocast, nn
 from vqvae import distributed
 from vqvae.contracts import TrainOutput
 from vqvae.data.batches import batch_indices
-from vqvae.devices import keep_memory
+from vqvae.devices import keep_memory, widest_float
 from vqvae.errors import OptionError, UserError
 from vqvae.interrupts import Interrupt
 from vqvae.optimizer import adamw
@@ -73,9 +73,9 @@ class Means:
 
     def add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
-            total = self.sums.get(name)
-            precise = torch.float32 if value.device.type == "mps" else torch.float64  # MPS has no float64
-            self.sums[name] = value.to(precise) if total is None else total.to(value.device) + value
+            total, precise = self.sums.get(name), widest_float(value.device)
+            # sums of a checkpoint are on the CPU, and may be more precise than this device allows
+            self.sums[name] = value.to(precise) if total is None else total.to(precise).to(value.device) + value
         self.count += 1
 
     def values(self) -> dict[str, Tensor]:

@@ -191,9 +191,9 @@ class SimVQ(NearestCode):
             self.mapping.weight.copy_(scale * torch.eye(self.code_dim))
             return
         vectors = distributed.gather_rows(vectors)
-        covariance = torch.cov(vectors.T, correction=min(1, len(vectors) - 1)).double().cpu()
+        covariance = torch.cov(vectors.T, correction=min(1, len(vectors) - 1)).cpu().double()  # MPS has no float64
         variances, axes = torch.linalg.eigh(covariance.view(self.code_dim, self.code_dim))
-        self.mapping.weight.copy_(scale * axes * variances.clamp(min=0).sqrt() @ axes.T)
+        self.mapping.weight.copy_((scale * axes * variances.clamp(min=0).sqrt() @ axes.T).float())
 
     def code_vectors(self) -> Tensor:
         return self.mapping(self.frozen)
