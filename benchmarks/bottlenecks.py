@@ -2,18 +2,18 @@
 """Compare all bottlenecks with codes: the same nets, batches, steps and bits per image.
 
   python benchmarks/bottlenecks.py --dataset cifar10 --data-dir data --steps 2000
+  python benchmarks/bottlenecks.py --dataset folder --data-dir ~/Pictures --only "vq, EMA" fsq
 
 Sizes are chosen so that an image of 32x32 pixels (8x8 features) costs the same number of bits. A second table grows the
-codebook and shows which bottlenecks collapse. Writes results/bottlenecks.md after every run. Finished runs are not
-repeated; delete the folder of an interrupted run before you start again.
+codebook and shows which bottlenecks collapse. Finished runs with the same settings, data and version of the package are
+not repeated, and interrupted ones are resumed. The tables are printed; --output also writes them after every run.
 """
 
 import argparse
 import math
 from pathlib import Path
 
-from hardware import describe
-from runs import command_line, row_of, table, write
+from runs import command_line, hardware_of, row_of, table, write
 
 SAME_RATE = {  # row: bottleneck with 64 codes x 9 bits per image, or nearly as many bits
     "vq, EMA": "vq",
@@ -61,22 +61,27 @@ COLUMNS = (
 def main() -> None:
     parser = command_line(
         __doc__,
+        rows=(*SAME_RATE, *LARGE),
         steps=2000,
         batch_size=32,
         seeds=(2, "seeds of the first table (default: 2); the second table has one"),
         output="results/bottlenecks.md",
     )
-    parser.add_argument("--dataset", default="cifar10", help="data set (default: cifar10)")
+    words = ("NAME", "key=value")
+    help = "data set, as in train.py (default: cifar10)"
+    parser.add_argument("--dataset", nargs="+", default=["cifar10"], metavar=words, help=help)
     options = parser.parse_args()
     found: dict[str, list[dict]] = {}
     for seed in range(options.seeds):
         for name, bottleneck in (SAME_RATE | (LARGE if seed == 0 else {})).items():
-            found.setdefault(name, []).append(run(bottleneck, seed, options))
-            write(options.output, report(found, options))
+            if name in options.only:
+                found.setdefault(name, []).append(run(bottleneck, seed, options))
+                write(options.output, report(found, options))
+    print("\n".join(report(found, options)))
 
 
 def run(bottleneck: str, seed: int, options: argparse.Namespace) -> dict:
-    flags = ["--dataset", options.dataset, "--data-dir", options.data_dir, "--bottleneck", *bottleneck.split()]
+    flags = ["--dataset", *options.dataset, "--data-dir", options.data_dir, "--bottleneck", *bottleneck.split()]
     flags += ["--max-steps", str(options.steps), "--epochs", "10000", "--batch-size", str(options.batch_size)]
     flags += ["--precision", options.precision, "--seed", str(seed)]
     if bottleneck.startswith(("gumbel", "categorical")):
@@ -88,17 +93,17 @@ def run(bottleneck: str, seed: int, options: argparse.Namespace) -> dict:
 
 def report(found: dict[str, list[dict]], options: argparse.Namespace) -> list[str]:
     """The lines of the report on the runs finished so far."""
-    data = next(iter(found.values()))[0]["note"] or "as published"
-    return [
-        INTRODUCTION.format(data=data, hardware=describe(), **vars(options)),
-        "## The same rate",
-        "",
-        *table(COLUMNS, [cells(name, found[name]) for name in SAME_RATE if name in found]),
-        "",
-        "## Larger codebooks",
-        "",
-        *table(COLUMNS, [cells(name, found[name]) for name in LARGE if name in found]),
-    ]
+    rows = [row for of_name in found.values() for row in of_name]
+    facts = {
+        "dataset": " ".join(options.dataset),
+        "data": rows[0]["note"] or "as published",
+        "hardware": hardware_of(rows),
+    }
+    lines = [INTRODUCTION.format(**(vars(options) | facts))]
+    for title, names in (("The same rate", SAME_RATE), ("Larger codebooks", LARGE)):
+        if shown := [cells(name, found[name]) for name in names if name in found]:
+            lines += [f"## {title}", "", *table(COLUMNS, shown), ""]
+    return lines[:-1]
 
 
 def cells(name: str, rows: list[dict]) -> tuple[str, ...]:

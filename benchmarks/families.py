@@ -6,7 +6,8 @@ into a temporary worktree. Two processes, one per tree, train the same model wit
 so that both meet the same load on the machine. The other tree must have this tree's layout (vqvae/experiment.py); to
 compare older commits, run this benchmark as of commit 1b8b365.
 
-Prints a table and adds the times to results/families.json.
+Prints a table. --output adds the times to a JSON file, whose other families stay if they were timed with the same
+settings, commits and hardware.
 
   python benchmarks/families.py [--against COMMIT] [--only dvae transformer] [--quick]
 """
@@ -115,6 +116,16 @@ def measure(family: str, trees: list[Path], turns: int, seconds: float, device: 
     return row | ({"before_ms": before[0], "ratio": before[0] / after} if before else {})
 
 
+def stored_rows(path: Path | None, settings: dict) -> dict[str, dict]:
+    """The rows in a file that were timed with these settings, by family. Exits if the file has other ones."""
+    if path is None or not path.exists():
+        return {}
+    stored = json.loads(path.read_text())
+    if other := [key for key in settings if stored.get(key) != settings[key]]:
+        sys.exit(f"error: --output {path}: has times of other settings ({', '.join(other)}); name another file")
+    return {row["family"]: row for row in stored["rows"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -123,17 +134,25 @@ def main() -> None:
         help=f"time only these of: {', '.join(FAMILIES)}")  # fmt: skip
     add("--quick", action="store_true", help="3 turns of 0.5 s each, instead of 7 turns of 1.5 s")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
-    add("--output", default="results/families.json", help="JSON file to update (default: results/families.json)")
+    add("--output", type=Path, help="JSON file to update, such as results/families.json (default: only print)")
     add("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         return work(args.work, args.device)
-    from hardware import describe
+    from hardware import commit, describe
 
-    hardware, output = describe(args.device), Path(args.output)
-    stored = json.loads(output.read_text()) if output.exists() else {}
-    comparable = (stored.get("hardware"), stored.get("against")) == (hardware, args.against)
-    rows = {row["family"]: row for row in (stored["rows"] if comparable else [])}
+    from vqvae import __version__
+
+    turns, seconds = (3, 0.5) if args.quick else (7, 1.5)
+    settings = {
+        "hardware": describe(args.device),
+        "against": args.against and commit(args.against),
+        "commit": commit(),
+        "version": __version__,
+        "turns": turns,
+        "seconds": seconds,
+    }
+    rows = stored_rows(args.output, settings)
     with tempfile.TemporaryDirectory() as folder:
         trees = [ROOT]
         if args.against:
@@ -142,11 +161,10 @@ def main() -> None:
         try:
             if not (trees[0] / "vqvae/experiment.py").exists():
                 sys.exit(f"error: --against {args.against}: has another layout; see --help")
-            print(
-                f"{hardware}\n\n| family | flags | what | before, ms | after, ms | ratio |\n|---|---|---|---|---|---|"
-            )
+            print(f"{settings['hardware']}\n")
+            print("| family | flags | what | before, ms | after, ms | ratio |\n|---|---|---|---|---|---|")
             for family in args.only:
-                row = measure(family, trees, *((3, 0.5) if args.quick else (7, 1.5)), args.device)
+                row = measure(family, trees, turns, seconds, args.device)
                 rows[family] = row
                 times = [f"{row[key]:.2f}" if key in row else "" for key in ("before_ms", "ms", "ratio")]
                 cells = [family, f"`{row['flags']}`", row["what"], *times]
@@ -154,9 +172,10 @@ def main() -> None:
         finally:
             if args.against:
                 subprocess.run(["git", "worktree", "remove", "--force", trees[0]], cwd=ROOT, check=True)
-    ordered = [rows[family] for family in FAMILIES if family in rows]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"hardware": hardware, "against": args.against, "rows": ordered}, indent=2) + "\n")
+    if args.output:
+        from vqvae.files import write_json
+
+        write_json(args.output, settings | {"rows": [rows[family] for family in FAMILIES if family in rows]})
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def describe(device: str = "cpu") -> str:
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__.split('+')[0]}"
 
 
-def commit() -> str:
-    """The abbreviated hash of the checked-out commit."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
+def commit(name: str = "HEAD") -> str:
+    """The abbreviated hash of a commit, the checked-out one by default."""
+    command = ["git", "rev-parse", "--short", name]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()

@@ -4,8 +4,8 @@
 Trains each prior for the same number of minutes with train.py and measures the held-out cost of the codes. On digits, a
 classifier trained on real digits also judges samples. It reports the share of samples for which one class has a
 probability above 0.9, and the perplexity of the predicted classes (10 is balanced). For comparison, the classifier also
-judges held-out digits, their reconstructions, and images of codes drawn uniformly. Writes a Markdown table. Trained
-priors are not trained again.
+judges held-out digits, their reconstructions, and images of codes drawn uniformly. Prints a Markdown table; --output
+also writes it. Priors that were trained on the same codes with the same settings are not trained again.
 
   python benchmarks/priors.py --checkpoint logs/mnist logs/cifar10 --minutes 5 3 --data-dir data
 """
@@ -22,13 +22,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from hardware import ROOT, commit, describe
-from runs import table, write
+from runs import key_of, table, write
 from torch import Tensor, nn
 
 from vqvae import checkpoint, experiment, load
+from vqvae.checkpoint import weights_checksum
 from vqvae.config import Config
 from vqvae.data import Dataset
 from vqvae.data.batches import batch_indices
+from vqvae.files import write_json
+from vqvae.runs import LAST
 from vqvae.stage_two import PriorTraining, extract_codes
 
 PRIORS = {
@@ -38,6 +41,7 @@ PRIORS = {
     "transformer": "transformer",
 }
 SAMPLES = 1000
+FINISHED = "finished.json"  # in the folder of a run that was trained to its end
 COLUMNS = ("prior", "bits/code", "± s.e.", "bits/dim", "parameters", "steps", "sure of samples", "classes")
 
 
@@ -46,26 +50,39 @@ def train(*flags: str) -> None:
     subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], check=True, stdout=subprocess.DEVNULL)
 
 
-def train_prior(name: str, first: Path, minutes: float, args: argparse.Namespace) -> Path:
-    """Train a prior on the codes of the run `first`, unless it is trained already; returns the prior's folder."""
-    run = first.parent / f"{first.name}-{name}"
-    if not (run / "checkpoint.pt").exists():
-        minutes = min(minutes, 0.5) if name == "unigram" else minutes
+def train_prior(name: str, first: Path, minutes: float, source: dict, args: argparse.Namespace) -> Path:
+    """Train a prior on the codes of the run `first`, unless it is trained already; returns the prior's folder.
+
+    `source` identifies the autoencoder and its data; the folder's name has a hash of it and of all settings.
+    """
+    minutes = min(minutes, 0.5) if name == "unigram" else minutes
+    settings = {"prior": PRIORS[name], "minutes": minutes, "lr": args.lr, "batch_size": 64, "seed": args.seed}
+    run = first.parent / f"{first.name}-{name}-{key_of(settings | source)}"
+    if not finished(run):
         train(
             "--prior", *PRIORS[name].split(), "--checkpoint", str(first), "--lr", args.lr, "--batch-size", "64",
             "--epochs", "10000", "--max-minutes", str(minutes), "--seed", str(args.seed), "--data-dir", args.data_dir,
             "--name", run.name, "--log-dir", str(run.parent),
         )  # fmt: skip
+        write_json(run / FINISHED, settings | source)
     return run
 
 
 def train_longer(run: Path, minutes: float) -> Path:
     """Copy a run and train the copy for more minutes, unless that is done already; returns its folder."""
-    longer = run.with_name(f"{run.name}-longer")
-    if not longer.exists():
-        shutil.copytree(run, longer)
+    longer = run.with_name(f"{run.name}-{minutes:g}-more")
+    if not finished(longer):
+        shutil.copytree(run, longer, ignore=shutil.ignore_patterns(FINISHED))
         train("--resume", str(longer), "--max-minutes", str(minutes))
+        write_json(longer / FINISHED, {"run": run.name, "more_minutes": minutes})
     return longer
+
+
+def finished(run: Path) -> bool:
+    """Whether a run was trained to its end. Exits if it was interrupted: resumed, it would get more minutes."""
+    if (run / LAST).exists() and not (run / FINISHED).exists():
+        sys.exit(f"error: {run}: was interrupted; delete it, so that it is trained for all of its minutes")
+    return (run / FINISHED).exists()
 
 
 class Classifier(nn.Module):
@@ -120,6 +137,7 @@ def compare(first: Path, minutes: float, args: argparse.Namespace) -> list[str]:
     if dataset.train.images.shape[1] == 1 and len(dataset.classes) == 10:
         classifier, accuracy = train_classifier(dataset, args.seed)
     K, grid = model.bottleneck.num_codes, model.bottleneck.grid
+    source = {"autoencoder": weights_checksum(model), "data": experiment.identity(dataset)}
 
     def row(run: Path, label: str) -> tuple[float, tuple[str, ...]]:
         """Held-out nats per image of a trained prior, and its table row."""
@@ -141,12 +159,13 @@ def compare(first: Path, minutes: float, args: argparse.Namespace) -> list[str]:
     bits_per_dim = uniform * math.prod(grid) / model.dimensions
     rows = [("uniform", f"{uniform:.3f}", "0", f"{bits_per_dim:.4f}", "0", "0", *verdict)]
     costs = {}
-    for name, words in PRIORS.items():
-        costs[name], cells = row(train_prior(name, first, minutes, args), words)
+    for name in args.only:
+        words = PRIORS[name]
+        costs[name], cells = row(train_prior(name, first, minutes, source, args), words)
         rows.append(cells)
     if classifier and args.more_minutes:
         best = min(costs, key=lambda name: costs[name])
-        longer = train_longer(first.parent / f"{first.name}-{best}", args.more_minutes)
+        longer = train_longer(train_prior(best, first, minutes, source, args), args.more_minutes)
         rows.append(row(longer, f"{PRIORS[best]}, {minutes + args.more_minutes:g} minutes")[1])
     if classifier:
         real, empty = dataset.test.images[:SAMPLES], ("",) * 5
@@ -175,7 +194,9 @@ def main() -> None:
     add("--data-dir", default="data", help="folder of the data's files (default: data)")
     add("--lr", default="1e-3", help="learning rate (default: 1e-3)")
     add("--seed", type=int, default=0, help="seed of training and samples (default: 0)")
-    add("--output", default="results/priors.md", help="Markdown file to write (default: results/priors.md)")
+    add("--only", nargs="+", default=tuple(PRIORS), choices=PRIORS, metavar="PRIOR",
+        help=f"only these of: {', '.join(PRIORS)}")  # fmt: skip
+    add("--output", help="Markdown file to write, such as results/priors.md (default: only print)")
     args = parser.parse_args()
     lines = [
         "# Priors over codes at equal training time",
@@ -189,7 +210,7 @@ def main() -> None:
     for folder, each in zip(args.checkpoint, minutes, strict=True):
         lines += ["", *compare(Path(folder), each, args)]
     write(args.output, lines)
-    print(f"written to {args.output}")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -4,15 +4,15 @@
   python benchmarks/probabilistic.py --data-dir data --steps 10000 --batch-size 128
 
 Each run is a preset of train.py with this command's steps, batch size and seed. Flows that start late start after half
-of the steps. A control is a preset with one option changed. Writes results/probabilistic.md after every run. Finished
-runs are not repeated; delete the folder of an interrupted run before you start again.
+of the steps. A control is a preset with one option changed. Finished runs with the same settings, data and version of
+the package are not repeated, and interrupted ones are resumed. The table is printed; --output also writes it after
+every run.
 """
 
 import argparse
 from pathlib import Path
 
-from hardware import describe
-from runs import command_line, row_of, table, write
+from runs import command_line, hardware_of, row_of, table, write
 
 EXPERIMENTS = ("1", "2.1", "2.2", "2.3", "2.4", "2.5", "3", "4.1", "4.2.1", "4.2.2")
 LATE = {"2.5", "4.2.1", "4.2.2"}
@@ -50,14 +50,13 @@ COLUMNS = (
 def main() -> None:
     parser = command_line(
         __doc__,
+        rows=RUNS,
         steps=10_000,
         batch_size=128,
         seeds=(3, "largest number of seeds of an experiment (default: 3); most experiments run once"),
         output="results/probabilistic.md",
     )
     parser.add_argument("--iw-samples", type=int, default=100, help="draws for the IW bound (default: 100)")
-    listed = f"run only these of: {'; '.join(RUNS)}"
-    parser.add_argument("--only", nargs="+", default=RUNS, choices=RUNS, metavar="RUN", help=listed)
     options = parser.parse_args()
     rows = []
     for seed in range(options.seeds):
@@ -65,6 +64,7 @@ def main() -> None:
             if seed < SEEDS.get(name, 1):
                 rows.append({"experiment": name} | run(name, seed, options))
                 write(options.output, report(rows, options))
+    print("\n".join(report(rows, options)))
 
 
 def run(name: str, seed: int, options: argparse.Namespace) -> dict:
@@ -96,7 +96,7 @@ def report(rows: list[dict], options: argparse.Namespace) -> list[str]:
         )
         for r in sorted(rows, key=lambda r: (RUNS.index(r["experiment"]), r["seed"]))
     ]
-    introduction = INTRODUCTION.format(half=options.steps // 2, hardware=describe(), **vars(options))
+    introduction = INTRODUCTION.format(half=options.steps // 2, hardware=hardware_of(rows), **vars(options))
     return [introduction, *table(COLUMNS, cells)]
 
 

@@ -1,23 +1,35 @@
-"""Train, evaluate and plot one run with the commands that a user types; return its held-out metrics as a table row."""
+"""Train, evaluate and plot one run with the commands that a user types; return its held-out metrics as a table row.
+
+A row is stored in the run's folder, whose name ends in a hash of everything that determines it: all settings, the data,
+and the version of this package. Rows of other settings or data are thus never taken for it.
+"""
 
 import argparse
+import hashlib
 import json
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-from hardware import commit
+from hardware import commit, describe
 
-from vqvae import cli
+from vqvae import __version__, cli, experiment
 from vqvae.commands import train, visualize
-from vqvae.runs import LOG, read_metrics
+from vqvae.compare import training_seconds
+from vqvae.config import PATHS, Fresh, add_flags, configure
+from vqvae.devices import choose_device
+from vqvae.files import write_json, write_text
+from vqvae.runs import LAST, LOG, read_metrics
 
 
 def command_line(
-    about: str, *, steps: int, batch_size: int, seeds: tuple[int, str], output: str
+    about: str, *, rows: Collection[str], steps: int, batch_size: int, seeds: tuple[int, str], output: str
 ) -> argparse.ArgumentParser:
-    """The flags of a benchmark that trains; `seeds` is the default number and its help text."""
+    """The flags of a benchmark that trains; `seeds` is the default number and its help text.
+
+    `output` is the tracked file with the published results, which is only written if it is named.
+    """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data-dir", default="data", help="folder of the data's files")
@@ -25,32 +37,67 @@ def command_line(
     add("--batch-size", type=int, default=batch_size, help=f"images per step (default: {batch_size})")
     add("--precision", default="fp32", choices=("fp32", "bf16"), help="precision of training; evaluation is in fp32")
     add("--seeds", type=int, default=seeds[0], help=seeds[1])
+    add("--only", nargs="+", default=tuple(rows), choices=rows, metavar="ROW", help=f"only these of: {'; '.join(rows)}")
     add("--logs", default="logs", help="folder of the runs (default: logs)")
     add("--plots", default="plots", help="folder of the plots (default: plots)")
-    add("--output", default=output, help=f"Markdown file to write (default: {output})")
+    add("--output", help=f"Markdown file to write after every run, such as {output} (default: print at the end)")
     return parser
 
 
-def row_of(folder: Path, flags: list[str], *, plot_dir: str, iw_samples: int = 1, plots: bool = False) -> dict:
-    """The held-out metrics of the run in `folder`.
+def key_of(settings: Mapping[str, Any]) -> str:
+    """Ten hexadecimal digits that stand for settings and the version of this package."""
+    text = json.dumps({**settings, "version": __version__}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
-    Trains the run with these flags of train.py, unless a previous call has stored its row.
+
+def settings_of(flags: list[str]) -> dict[str, Any]:
+    """All settings of a run, defaults included, and the checksums of its data, from its flags of train.py."""
+    parser = cli.parser("", "")
+    add_flags(parser)
+    config = configure(vars(parser.parse_args(flags)), Fresh(), experiment.SLOTS)
+    settings = {name: value for name, value in config.to_dict().items() if name not in (*PATHS, "name")}
+    settings["device"] = choose_device(config.device).type
+    return settings | {"data": experiment.identity(experiment.load_data(config))}
+
+
+def row_of(folder: Path, flags: list[str], *, plot_dir: str, iw_samples: int = 1, plots: bool = False) -> dict:
+    """The held-out metrics of the run with these flags of train.py, in `<folder>-<hash>`.
+
+    Trains the run, or resumes an interrupted one, unless a previous call has stored its row.
     """
-    stored = folder / "row.json"
-    if not stored.exists():
-        start = time.perf_counter()
-        _call(train.main, [*flags, "--name", folder.name, "--log-dir", str(folder.parent), "--plot-dir", plot_dir])
-        seconds = time.perf_counter() - start
-        checkpoint = str(folder / "checkpoint.pt")
-        _call(train.main, ["--evaluate", "--checkpoint", checkpoint, "--iw-samples", str(iw_samples)])
-        if plots:
-            _call(visualize.main, ["--checkpoint", checkpoint])
-        log = read_metrics(folder / LOG)
-        speeds = [entry["images_per_s"] for entry in log if entry["kind"] == "epoch"]
-        row = json.loads((folder / "evaluation.json").read_text())
-        row |= {"images_per_s": sum(speeds) / len(speeds), "seconds": seconds, "commit": commit()}
-        stored.write_text(json.dumps(row, indent=2) + "\n")
-    return json.loads(stored.read_text())
+    settings = settings_of(flags) | {"iw_samples": iw_samples}
+    key = key_of(settings)
+    run = folder.with_name(f"{folder.name}-{key}")
+    stored, checkpoint = run / "row.json", run / LAST
+    if stored.exists():
+        row = json.loads(stored.read_text())
+        if row["key"] == key:
+            return row
+    if not checkpoint.exists():
+        flags = [*flags, "--name", run.name, "--log-dir", str(run.parent), "--plot-dir", plot_dir]
+        _call(train.main, flags)
+    elif experiment.checkpoint.read(run)["step"] < settings["max_steps"]:
+        _call(train.main, ["--resume", str(run), "--plot-dir", plot_dir])
+    _call(train.main, ["--evaluate", "--checkpoint", str(checkpoint), "--iw-samples", str(iw_samples)])
+    if plots:
+        _call(visualize.main, ["--checkpoint", str(checkpoint), "--plot-dir", plot_dir])
+    epochs = [entry for entry in read_metrics(run / LOG) if entry["kind"] == "epoch"]
+    row = json.loads((run / "evaluation.json").read_text())
+    row |= {
+        "images_per_s": sum(entry["images_per_s"] for entry in epochs) / len(epochs),
+        "seconds": training_seconds(epochs, row["step"], settings["batch_size"]),
+        "commit": commit(),
+        "hardware": describe(settings["device"]),
+        "key": key,
+        "settings": settings,
+    }
+    write_json(stored, row)
+    return row
+
+
+def hardware_of(rows: list[dict]) -> str:
+    """The machines that rows were measured on."""
+    return "; ".join(sorted({row["hardware"] for row in rows}))
 
 
 def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
@@ -62,10 +109,10 @@ def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def write(path: str, lines: list[str]) -> None:
-    """Write lines to a file in a folder that may not exist yet."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("\n".join(lines) + "\n")
+def write(path: str | None, lines: list[str]) -> None:
+    """Write lines to a file, if one is named."""
+    if path is not None:
+        write_text(Path(path), "\n".join(lines) + "\n")
 
 
 def _call(main: Callable[[list[str]], int], argv: list[str]) -> None:

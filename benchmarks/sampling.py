@@ -8,7 +8,6 @@ The two take turns in one process and must draw the same codes. Prints a table; 
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from hardware import describe
 
 from vqvae.autoencoder import SLOTS
+from vqvae.files import write_json
 from vqvae.registry import Choice, build
 
 # prior: {side of the code grid: number of samples}; naive sampling of the gated net is slow, so it draws fewer
@@ -78,8 +78,7 @@ def main() -> None:
                 flush=True,
             )
     if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps({"hardware": describe(), "rows": rows}, indent=2) + "\n")
+        write_json(Path(args.output), {"hardware": describe(), "rounds": rounds, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ named `same_allocator` are to peers with our setting. Extra memory is what one p
 import argparse
 import contextlib
 import io
-import json
 import multiprocessing
 import os
 import re
@@ -39,6 +38,7 @@ from vqvae.autoencoder import SLOTS, build_autoencoder, unit_range
 from vqvae.bottlenecks.vq import VQ, VQOptions
 from vqvae.data.batches import batch_indices
 from vqvae.devices import keep_memory
+from vqvae.files import write_json
 from vqvae.nets import Sonnet
 from vqvae.objectives import ElboObjective
 from vqvae.optimizer import adamw
@@ -447,7 +447,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter turns, and a quarter of the vectors")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
-    parser.add_argument("--output", default="results/speed.json", help="JSON file to write")
+    parser.add_argument("--output", help="JSON file to write, such as results/speed.json (default: only print)")
     args = parser.parse_args()
     try:
         import vector_quantize_pytorch  # noqa: F401
@@ -461,7 +461,7 @@ def main() -> None:
     torch.manual_seed(0)
     vectors = 16_384 if quick else 65_536
 
-    result = {"hardware": describe(device.type), "vectors": vectors}
+    result = {"hardware": describe(device.type), "quick": quick, "vectors": vectors}
     print(result["hardware"])
     result["train"] = training(device, 1 if quick else 6)
     show({"train, peers": result["train"]}, "plain_images_per_s", "vqp_images_per_s")
@@ -474,8 +474,8 @@ def main() -> None:
     show({"pipeline": result["pipeline"]})
     result |= startup(device)
     show({"start": result}, "startup_s", "startup_imports_s", "help_s")
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+    if args.output:
+        write_json(Path(args.output), result)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ PATH = "cannot be used"
 
 LINES = f"""
 # vqvae
- | no command; known: train, visualize, encode, decode, export; see vqvae --help
+ | no command; known: train, visualize, compare, encode, decode, export; see vqvae --help
 EMPTY | '': no such command; known: train
 trian --epochs 3 | trian: no such command (did you mean 'train'?)
 NEWLINE | a\\nb: no such command
@@ -184,8 +184,8 @@ train --evaluate --checkpoint logs/run --iw-samples 1e12 | --iw-samples 1e12: mu
 visualize --checkpoint logs/run --samples 1000000000000000 | --samples 1000000000000000: must be from 1 to 10000
 visualize --checkpoint logs/run --samples 0 | --samples 0: must be from 1 to 10000
 visualize --checkpoint logs/run --samples many | --samples many: must be a whole number
-visualize --checkpoint logs/run --temperature nan | --temperature nan: must be a finite number, above 0
-visualize --checkpoint logs/run --temperature 0 | --temperature 0: must be above 0 and below 1000
+visualize --checkpoint logs/run --temperature nan | --temperature nan: must be a finite number, from 0 to below 1000
+visualize --checkpoint logs/run --temperature -1 | --temperature -1: must be from 0 to below 1000
 visualize --checkpoint logs/run --top-k -1 | --top-k -1: must be at least 0
 visualize --checkpoint logs/run --top-k DIGITS | --top-k DIGITS: must be at most 2147483647
 visualize --checkpoint logs/run --class -1 | --class -1: must be at least 0
@@ -230,6 +230,12 @@ visualize --checkpoint logs/run --device tpu | --device tpu: must be one of auto
 encode --checkpoint logs/run --dataset mnits --output c.npz | --dataset mnits: no such name (did you mean 'mnist'?)
 encode --checkpoint logs/run --dataset digits limit=3 --output c.npz | --dataset digits limit=3: unknown option
 encode --checkpoint logs/run --dataset digits --split valid --output c.npz | --split valid: must be one of train, test
+compare logs/run --sort msee | --sort msee: must be one of run, data
+compare logs/run --format html | --format html: must be one of text, markdown, json
+compare | the following arguments are required: RUN
+compare EMPTY | '': {EMPTY}
+compare logs/run NEWLINE | a\\nb: {HIDDEN}
+compare logs/none | logs/none: no such file; a run saves its checkpoint
 encode --checkpoint logs/run --input in --output codes | --output codes: must end in .npz, such as codes.npz
 encode --checkpoint logs/run --input in --output .npz | --output .npz: must end in .npz, such as npz.npz
 
@@ -249,6 +255,8 @@ encode --checkpoint logs/run --input in --output LONGNAME.npz | --output LONGNAM
 decode LONGNAME --checkpoint logs/run --output back | LONGNAME
 decode codes.npz --checkpoint logs/run --output new/LONGNAME | --output new/xxx
 export --checkpoint logs/run --output LONGNAME | --output LONGNAME
+compare LONGNAME | LONGNAME
+compare logs/run --output new/LONGNAME | --output new/xxx
 train --log-dir ~nosuchuser/logs | --log-dir ~nosuchuser/logs: no user is called nosuchuser; write the path without ~
 train --plot-dir ~nosuchuser | --plot-dir ~nosuchuser: no user is called nosuchuser
 train --dataset folder --data-dir ~nosuchuser/x | --data-dir ~nosuchuser/x: no user is called nosuchuser
@@ -257,6 +265,7 @@ train --evaluate --checkpoint ~nosuchuser/x | --checkpoint ~nosuchuser/x: no use
 visualize --checkpoint ~nosuchuser/x | --checkpoint ~nosuchuser/x: no user is called nosuchuser
 encode --checkpoint logs/run --input ~nosuchuser --output c.npz | --input ~nosuchuser: no user is called nosuchuser
 decode ~nosuchuser/c.npz --checkpoint logs/run --output back | ~nosuchuser/c.npz: no user is called nosuchuser
+compare ~nosuchuser/x | ~nosuchuser/x: no user is called nosuchuser
 export --checkpoint logs/run --output ~nosuchuser | --output ~nosuchuser: no user is called nosuchuser
 train --log-dir file | --log-dir file: is a file and not a folder; name another place
 train --log-dir file/below | --log-dir file/below: {PATH} (Not a directory)
@@ -366,6 +375,7 @@ TAKE_A_VALUE = {
     "encode": ["checkpoint", "dataset", "input", "split", "data_dir", "limit", "output", "batch_size", "device"],
     "decode": ["checkpoint", "output", "batch_size", "device"],
     "export": ["checkpoint", "output"],
+    "compare": ["format", "sort", "output"],
 }
 
 

@@ -16,7 +16,8 @@ ALLOWED: dict[str, set[str]] = {
     # what everything else may know
     "errors": set(),
     "contracts": set(),
-    "metrics": set(),
+    "metrics": {"ssim"},
+    "ssim": set(),
     "optimizer": set(),
     "flows": set(),
     "registry": {"errors"},
@@ -55,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "export": {"autoencoder", "checkpoint", "errors", "files"},
     "plots": {"files", "metrics"},
+    "compare": {"checkpoint", "errors", "files", "metrics", "runs"},
     # the program
     "cli": {"errors", "files", "interrupts", "registry"},
     "report": {"autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "plots", "runs"},
@@ -64,8 +66,8 @@ ALLOWED: dict[str, set[str]] = {
         "stage_two", "training",
     },
     "commands": {
-        "checkpoint", "cli", "config", "data", "errors", "experiment", "export", "files", "metrics", "presets",
-        "registry", "report", "tokens",
+        "checkpoint", "cli", "compare", "config", "data", "errors", "experiment", "export", "files", "metrics",
+        "presets", "registry", "report", "tokens",
     },
     "__main__": {"__init__", "cli", "errors", "interrupts"},
     "layers": {"bottlenecks", "contracts", "errors", "registry"},

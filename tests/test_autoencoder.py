@@ -1,7 +1,10 @@
 """The autoencoder: images in, codes and images out. Encoding changes nothing."""
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +13,8 @@ from tests.helpers import choose, fitting, images, make
 from vqvae.autoencoder import Autoencoder
 from vqvae.bottlenecks import BOTTLENECKS
 from vqvae.errors import OptionError
+from vqvae.evaluation import evaluate
+from vqvae.likelihoods import LIKELIHOODS
 from vqvae.nets import NETS
 
 
@@ -22,7 +27,51 @@ def test_encode_decode_round_trip():
     assert decoded.shape == (4, 3, 8, 8)
     assert 0 <= decoded.min() <= decoded.max() <= 1
     assert torch.allclose(decoded, model.reconstruct(batch), rtol=0, atol=1e-4)
-    assert torch.allclose(decoded, model.decode(codes.to(torch.uint8)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"])
+def test_codes_of_every_integer_type_are_the_same_codes(dtype):
+    model = make().eval()
+    codes = model.encode(images(4))
+    stored = torch.from_numpy(codes.numpy().astype(dtype))  # as `vqvae encode` writes them
+    assert torch.equal(model.decode(stored), model.decode(codes))
+    with pytest.raises(ValueError, match="codes must be from 0 to 6, not 0 to 100"):
+        model.decode(torch.from_numpy(np.array([[[0, 1], [2, 100]]], dtype)))
+
+
+# rounding the weights moves some vectors to other codes; in float32, distances between rounded vectors lose none
+@pytest.mark.parametrize(("dtype", "agreeing"), [("bfloat16", 0.8), ("float16", 0.95), ("float64", 0.95)])
+@pytest.mark.parametrize("name", BOTTLENECKS)
+def test_a_model_of_other_precision_does_nearly_the_same(name, dtype, agreeing):
+    names: dict[str, Any] = fitting(name) | ({"prior": "made-flow"} if name == "gaussian" else {"prior": "transformer"})
+    model, batch, labels = make(**names).eval(), images(20), torch.zeros(20, dtype=torch.int64)
+    with torch.no_grad():
+        if model.bottleneck.fits_start:
+            model.bottleneck.initialize(model.features(images(200) / 255))
+    other = copy.deepcopy(model).to(getattr(torch, dtype))
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    if model.discrete is None:
+        assert torch.allclose(other.posterior_mean(batch).float(), model.posterior_mean(batch), atol=0.02)
+    else:
+        codes = other.encode(batch)
+        assert codes.dtype == torch.int64
+        assert (codes == model.encode(batch)).float().mean() >= agreeing
+        decoded = other.decode(codes)
+        assert decoded.dtype == torch.float32
+        assert torch.allclose(decoded, model.decode(codes), atol=0.02)
+    assert other.reconstruct(batch).dtype == other.sample(2).dtype == torch.float32
+    assert evaluate(other, batch, labels)["mse"] == pytest.approx(evaluate(model, batch, labels)["mse"], rel=0.02)
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("slot", ["nets", "likelihood"])
+def test_nets_and_likelihoods_work_in_other_precisions(slot, dtype):
+    for name in {"nets": NETS, "likelihood": LIKELIHOODS}[slot]:
+        model = make((3, 16, 16), **{slot: name}).eval().to(getattr(torch, dtype))
+        shown = model.decode(model.encode(images(2, (3, 16, 16))))
+        assert shown.dtype == torch.float32, name
+        assert 0 <= shown.min() <= shown.max() <= 1, name
 
 
 def test_uint8_and_floats_are_the_same_pixels():
@@ -39,6 +88,7 @@ def test_uint8_and_floats_are_the_same_pixels():
         (torch.full((1, 3, 8, 8), float("nan")), r"\[0, 1\]"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.int64), "int64"),
         ([[0]], "list"),
+        (np.zeros((1, 3, 8, 8), np.uint8), "numpy array; torch.from_numpy makes one a tensor"),
     ],
 )
 def test_encode_refuses_everything_but_a_batch_of_images(batch, message):
@@ -56,6 +106,8 @@ def test_encode_refuses_everything_but_a_batch_of_images(batch, message):
         (torch.full((1, 2, 2), 7), "from 0 to 6, not 7 to 7"),
         (torch.full((1, 2, 2), -1), "from 0 to 6"),
         (None, "NoneType"),
+        (np.zeros((1, 2, 2), np.uint16), "numpy array; torch.from_numpy makes one a tensor"),
+        (torch.zeros(1, 2, 2, dtype=torch.complex64), "integers, not torch.complex64"),
     ],
 )
 def test_decode_refuses_everything_but_a_grid_of_codes(codes, message):
@@ -113,8 +165,24 @@ def latent_and_images(model: Autoencoder, batch: Tensor) -> list[Tensor]:
     return [latent.z, latent.log_q, encode(batch), model.reconstruct(batch)]
 
 
-CODES = {"prior": choose("prior", "transformer", dropout=0.5)}
 VAE = {"prior": "made-flow", "bottleneck": "gaussian"}
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        ({"prior": "transformer"}, {"temperature": -0.5}, "temperature=-0.5: must be at least 0"),
+        ({"prior": "transformer"}, {"top_k": 8}, "top_k=8: must be from 0 to 7"),
+        ({"prior": "uniform"}, {"temperature": float("nan")}, "temperature=nan: must be a finite number, at least 0"),
+        (VAE, {"temperature": -1}, "temperature=-1: must be at least 0"),
+    ],
+)
+def test_options_of_samples_out_of_range_are_refused(names, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**({"nets": "mlp"} | names)).sample(2, **options)
+
+
+CODES = {"prior": choose("prior", "transformer", dropout=0.5)}
 
 
 @pytest.mark.parametrize(("nets", "names"), [(name, CODES) for name in NETS] + [("mlp", VAE), ("conv-vae", VAE)])

@@ -57,7 +57,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_on_the_disk(case, unchanged, c
 def test_the_table_covers_every_program():
     programs = [case.words[0] if case.words else "" for case in cases()]
     assert len(programs) > 250
-    for program in ("train", "visualize", "encode", "decode", "export"):
+    for program in ("train", "visualize", "compare", "encode", "decode", "export"):
         assert programs.count(program) >= 15, program
 
 

@@ -14,7 +14,7 @@ from vqvae import cli, experiment
 from vqvae.errors import OptionError, UserError
 from vqvae.registry import Passes, Range, Slot
 
-COMMANDS = ("train", "visualize", "encode", "decode", "export")
+COMMANDS = ("train", "visualize", "compare", "encode", "decode", "export")
 HEAVY = {"torch", "numpy", "matplotlib", "sklearn", "scipy", "tensorboard", "torchvision", "PIL", "imageio"}
 
 
@@ -246,7 +246,7 @@ def test_the_program_lists_its_commands(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no command; known: train, visualize, encode, decode, export"),
+        ([], "no command; known: train, visualize, compare, encode, decode, export"),
         (["expor"], "expor: no such command (did you mean 'export'?)"),
     ],
 )

@@ -21,7 +21,7 @@ from vqvae import checkpoint, load
 from vqvae.bottlenecks import BOTTLENECKS
 from vqvae.checkpoint import UNKNOWN, seal, weights_checksum
 from vqvae.errors import UserError
-from vqvae.export import HALVES, agreement, export, write_program
+from vqvae.export import HALVES, INTERFACE, agreement, export, write_program
 
 MODELS = {  # tracing takes seconds per model, so most of them have the nets with the fewest operations
     **{name: fitting(name) | {"nets": "mlp"} for name in BOTTLENECKS},
@@ -74,7 +74,7 @@ def check_loaded(model):
 
 
 def check_programs(model):
-    """The programs compute what the model computes, for batches of any size."""
+    """The programs compute what the model computes, for batches of any size, and say what they take and return."""
     encoder, decoder = (torch.export.load(f"exported/{name}").module() for name in HALVES)
     inputs = examples(model, 200)
     if model.discrete is not None:
@@ -92,6 +92,30 @@ def check_programs(model):
         assert not decoder(latent).requires_grad
     if model.discrete is not None:
         assert len(latent.unique()) > 2
+        check_range(decoder, latent, model.discrete.num_codes)
+    about = json.loads(Path("exported/config.json").read_text())["programs"]
+    for name, taken, returned in (("encoder.pt2", inputs, latent), ("decoder.pt2", latent, decoder(latent))):
+        extra = {INTERFACE: ""}
+        torch.export.load(f"exported/{name}", extra_files=extra)
+        assert json.loads(extra[INTERFACE]) == about[name]
+        check_described(about[name]["input"], taken)
+        check_described(about[name]["output"], returned)
+
+
+def check_range(decoder, codes, num_codes: int):
+    """The program refuses codes that the model refuses."""
+    for wrong in (-1, num_codes):
+        spoiled = codes.clone()
+        spoiled[-1, 0, 0] = wrong
+        with pytest.raises(RuntimeError, match=f"codes must be from 0 to {num_codes - 1}"):
+            decoder(spoiled)
+
+
+def check_described(about: dict, value: torch.Tensor):
+    assert about["shape"] == ["B", *value.shape[1:]]
+    assert f"torch.{about['dtype']}" == str(value.dtype)
+    if about["range"]:
+        assert about["range"][0] <= value.min() <= value.max() <= about["range"][1]
 
 
 def test_a_program_takes_other_strides_than_it_was_traced_with(workdir):
@@ -100,7 +124,7 @@ def test_a_program_takes_other_strides_than_it_was_traced_with(workdir):
     wide = torch.randn(3, 2 * model.bottleneck.code_dim, 1, 1)
     part = wide.chunk(2, dim=1)[0]
     for example, other in ((part, part.clone()), (part.clone(), part)):
-        write_program(half, example, workdir / "decoder.pt2")
+        write_program(half, example, workdir / "decoder.pt2", {})
         agreement(half, workdir / "decoder.pt2", other)
 
 
@@ -307,7 +331,7 @@ def test_a_program_that_disagrees_with_the_model_is_deleted(workdir, half, kind)
     other = stored(workdir / "other", **MODELS[kind])
     path = workdir / half
     inputs = images(64) if half == "encoder.pt2" else HALVES["encoder.pt2"](model)(images(64))
-    write_program(HALVES[half](other), inputs, path)
+    write_program(HALVES[half](other), inputs, path, {})
     assert "on 64 random examples" in agreement(HALVES[half](other), path, inputs)
     with pytest.raises(UserError, match=f"{half}: .* deleted, because it is not the model"):
         agreement(HALVES[half](model), path, inputs)
@@ -321,7 +345,7 @@ class DependsOnValues(nn.Module):
 
 def test_a_model_that_cannot_be_exported_is_named_in_one_line(workdir):
     with pytest.raises(UserError, match="encoder.pt2: cannot be made from this model") as caught:
-        write_program(DependsOnValues(), images(2), workdir / "encoder.pt2")
+        write_program(DependsOnValues(), images(2), workdir / "encoder.pt2", {})
     assert "\n" not in str(caught.value)
     assert not list(workdir.iterdir())
 

@@ -6,12 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from tests.helpers import images, run_train, training
 from vqvae import metrics
 from vqvae.evaluation import evaluate
 from vqvae.metrics import METRICS, TABLE, Examples, Facts, Metric, Split, Totals, perplexity
+from vqvae.ssim import ssim
 
 FACTS = Facts(dimensions=12, data_variance=0.05, eight_bit=True, num_codes=5, codes_per_image=4)
 POINTS = Facts(dimensions=2, data_variance=0.05, eight_bit=False, num_codes=None, codes_per_image=1)
@@ -21,7 +23,7 @@ FROM_ELSEWHERE = {"commitment", "iw_bound"}  # the bottleneck's statistic, and `
 def examples(n: int = 6) -> Examples:
     """Random values of n examples, in float64."""
     log_prior, log_likelihood, log_posterior = torch.randn(3, n, dtype=torch.float64)
-    pixels, shown = torch.rand(2, n, 3, 2, 2, dtype=torch.float64)
+    pixels, shown = torch.rand(2, n, 3, 12, 14, dtype=torch.float64)
     return Examples(log_prior, log_likelihood, log_posterior, pixels, shown)
 
 
@@ -36,6 +38,7 @@ def by_hand(e: Examples, usage: Tensor, latents: Tensor) -> dict[str, float]:
         "mse": np.mean(squares),
         "nmse": np.mean(squares) / 0.05,
         "psnr": np.mean([10 * math.log10(1 / square) for square in squares]),
+        "ssim": np.mean([similarity(a, b) for a, b in zip(shown, pixels, strict=True)]),
         "neg_elbo": neg_elbo,
         "bits_per_dim": neg_elbo / math.log(2) / 12,
         "reconstruction_nats": -log_likelihood.mean(),
@@ -52,6 +55,44 @@ def by_hand(e: Examples, usage: Tensor, latents: Tensor) -> dict[str, float]:
         "code_bits_per_dim": bits / 12,
         "code_perplexity": math.exp(-log_prior.mean() / 4),
     }
+
+
+def similarity(a: np.ndarray, b: np.ndarray) -> float:
+    """SSIM of two images `[C, H, W]` as scikit-image computes it: scipy's Gaussian filter, and a border cut off."""
+
+    def average(x: np.ndarray) -> np.ndarray:
+        return gaussian_filter(x, sigma=(0, 1.5, 1.5), truncate=3.5, mode="reflect")
+
+    mean_a, mean_b = average(a), average(b)
+    var_a, var_b, both = average(a * a) - mean_a**2, average(b * b) - mean_b**2, average(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    found = (2 * mean_a * mean_b + c1) * (2 * both + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return found[:, 5:-5, 5:-5].mean()
+
+
+@pytest.mark.parametrize("shape", [(1, 11, 11), (3, 11, 40), (3, 32, 32)])
+def test_ssim_is_that_of_scipys_filter(shape):
+    images = torch.rand(5, *shape, dtype=torch.float64)
+    for other in (images + 0.05 * torch.randn_like(images), torch.rand_like(images), 0.9 * images, 1 - images):
+        expected = [similarity(a.numpy(), b.numpy()) for a, b in zip(images, other, strict=True)]
+        assert ssim(images, other).tolist() == pytest.approx(expected, rel=1e-9)
+        assert ssim(images.float(), other.float()).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_ssim_is_1_for_equal_images_and_less_for_others():
+    images = torch.rand(4, 3, 20, 20)
+    assert ssim(images, images).tolist() == pytest.approx([1] * 4)
+    flat = torch.full((1, 1, 16, 16), 0.5)
+    assert ssim(flat, flat).item() == pytest.approx(1)
+    assert ssim(flat, flat / 2).item() == pytest.approx((2 * 0.125 + 1e-4) / (0.3125 + 1e-4), rel=1e-3)
+
+
+def test_images_smaller_than_the_window_and_points_have_no_ssim():
+    e = examples()
+    assert ssim(torch.rand(2, 3, 10, 32), torch.rand(2, 3, 10, 32)) is None
+    assert "ssim" not in metrics.of_examples(e._replace(images=e.images[..., :10], shown=e.shown[..., :10]))
+    assert "ssim" not in metrics.of_examples(e._replace(are_images=False))
+    assert "ssim" not in metrics.of_examples(e, monitored=True)
 
 
 def test_every_row_is_its_definition():

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -99,11 +100,11 @@ def test_uniform_and_unigram_have_their_distributions():
 
 
 def test_uniform_takes_the_sampling_options_of_other_priors_over_codes():
-    uniform, given, seen = PRIORS["uniform"](num_codes=5, grid=(4, 5)), torch.full((6, 4, 5), 9), []
+    uniform, given, seen = PRIORS["uniform"](num_codes=5, grid=(4, 5)), torch.full((6, 4, 5), 3), []
     codes = uniform.sample(
         6, temperature=0.5, top_k=2, labels=None, given=(given, 3), progress=lambda *a: seen.append(a)
     )
-    assert (codes[:, :3] == 9).all()
+    assert (codes[:, :3] == 3).all()
     assert codes[:, 3:].unique().tolist() == [0, 1, 2, 3, 4]
     assert seen[-1] == (20, 20)
     of_uniform, of_others = (set(inspect.signature(p.sample).parameters) for p in (uniform, AutoregressivePrior))
@@ -154,6 +155,90 @@ def test_draws_follow_the_softmax():
         assert torch.allclose(counts, expected, atol=0.005)
     ends = draw(logits[:2], torch.tensor([0.0, 1.0]), 1.0, 0)
     assert ends.tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-9])  # logits divided by the second are infinite
+@pytest.mark.parametrize("top_k", [0, 1, 3])
+def test_a_draw_at_temperature_0_is_the_likeliest_code(temperature, top_k):
+    logits = torch.randn(50, 6)
+    assert torch.equal(draw(logits, torch.rand(50), temperature, top_k), logits.argmax(1))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_samples_at_temperature_0_are_the_likeliest_code_after_code(name):
+    prior, labels = make(name, num_classes=2), torch.tensor([0, 1])
+    codes = prior.sample(2, temperature=0, labels=labels)
+    assert torch.equal(codes, prior.sample(2, temperature=0, labels=labels, naive=True))
+    with torch.no_grad():
+        assert torch.equal(codes, prior.logits(codes, labels).argmax(1))
+
+
+def test_samples_of_continuous_priors_at_temperature_0_are_the_likeliest_vector():
+    context = {"latent_dim": 3, "grid": (1, 1)}
+    assert (PRIORS["normal"](**context).sample(4, temperature=0) == 0).all()
+    flow = PRIORS["made-flow"](**context, hidden=8)
+    z = flow.sample(4, temperature=0)
+    eps, _ = flow.flow(z.flatten(1))
+    assert torch.allclose(eps, torch.zeros(4, 3), atol=1e-5)
+
+
+GIVEN = torch.zeros(2, 4, 5, dtype=torch.int64)
+OUT_OF_RANGE = [
+    ({"temperature": -1}, "temperature=-1: must be at least 0"),
+    ({"temperature": math.nan}, "temperature=nan: must be a finite number, at least 0"),
+    ({"temperature": math.inf}, "temperature=inf: must be a finite number, at least 0"),
+    ({"temperature": "hot"}, "temperature=hot: must be a number"),
+    ({"top_k": -1}, "top_k=-1: must be from 0 to 5"),
+    ({"top_k": 6}, "top_k=6: must be from 0 to 5"),
+    ({"top_k": 1.5}, "top_k=1.5: must be a whole number"),
+    ({"n": -2}, "n=-2: must be at least 0"),
+    ({"given": (GIVEN + 5, 2)}, "codes must be from 0 to 4, not 5 to 5"),
+    ({"given": (GIVEN[:1], 2)}, "given codes must be those of 2 images, not of 1"),
+    ({"given": (GIVEN[:, :3], 2)}, r"codes must have shape [B, 4, 5], not [2, 3, 5]"),
+    ({"given": (GIVEN, 5)}, "rows=5: must be from 0 to 4"),
+]
+LABELS_OUT_OF_RANGE = [
+    (torch.tensor([0, 3]), "labels must be from 0 to 2, not 0 to 3"),
+    (torch.tensor([-1, 0]), "labels must be from 0 to 2, not -1 to 0"),
+    (torch.tensor([0]), "labels must have shape [2], not [1]"),
+    (torch.tensor([0.0, 1.0]), "labels must be a tensor of integers, not torch.float32"),
+    ([0, 1], "labels must be a tensor of integers, not list"),
+    (None, "this prior is conditional and needs labels from 0 to 2"),
+]
+
+
+@pytest.mark.parametrize("name", ["uniform", *SIZES])
+@pytest.mark.parametrize(("options", "message"), OUT_OF_RANGE)
+def test_options_of_samples_out_of_range_are_refused(name, options, message):
+    prior = PRIORS["uniform"](num_codes=5, grid=(4, 5)) if name == "uniform" else make(name)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prior.sample(**({"n": 2} | options))
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(("labels", "message"), LABELS_OUT_OF_RANGE)
+def test_labels_out_of_range_are_refused(name, labels, message):
+    prior = make(name, num_classes=3)
+    for use in (lambda: prior.sample(2, labels=labels), lambda: prior.log_prob(Latent.of_codes(GIVEN), labels)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            use()
+
+
+@pytest.mark.parametrize("name", ["uniform", *SIZES])
+def test_a_prior_without_classes_takes_no_labels(name):
+    prior = PRIORS["uniform"](num_codes=5, grid=(4, 5)) if name == "uniform" else make(name)
+    with pytest.raises(ValueError, match="not conditional and takes no labels"):
+        prior.sample(2, labels=torch.tensor([0, 1]))
+
+
+def test_labels_and_given_codes_may_have_any_integer_type():
+    prior = make("pixelcnn", num_classes=2)
+    labels, given = torch.tensor([0, 1]), torch.randint(5, (2, 4, 5))
+    drawn = [
+        prior.sample(2, labels=labels.to(kind), given=(given.to(kind), 2), generator=torch.Generator().manual_seed(0))
+        for kind in (torch.int64, torch.uint8, torch.int32, torch.uint16)
+    ]
+    assert all(torch.equal(codes, drawn[0]) for codes in drawn)
 
 
 @pytest.mark.parametrize("name", SIZES)

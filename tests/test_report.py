@@ -235,3 +235,7 @@ def test_help_shows_examples_and_imports_no_heavy_library():
     assert "examples" in text
     heavy = {"torch", "numpy", "scipy", "sklearn", "matplotlib", "PIL", "imageio", "tensorboard", "tqdm"}
     assert not heavy & set(json.loads(modules))
+
+
+def test_samples_at_temperature_0_can_be_drawn(there):
+    assert drawn_for("prior", "--temperature 0 --class 3 --samples 4 --only samples.png") >= {"samples.png"}

@@ -8,6 +8,7 @@ from vqvae.errors import UserError, near_misses, shown
 COMMANDS = {  # modules of vqvae.commands
     "train": "train an autoencoder, or a prior on the codes of a trained one",
     "visualize": "plot a trained model: reconstructions, codes, samples, curves",
+    "compare": "print several runs in one table",
     "encode": "encode images to a file of codes",
     "decode": "decode a file of codes to images",
     "export": "write a trained model as files for other programs",
@@ -22,6 +23,7 @@ commands
 examples
   vqvae train --dataset cifar10
   vqvae visualize --checkpoint logs/vqvae-cifar10
+  vqvae compare logs/vqvae-cifar10 logs/vqvae-cifar10-2
   vqvae encode --checkpoint logs/vqvae-cifar10 --dataset cifar10 --output codes.npz
   vqvae decode codes.npz --checkpoint logs/vqvae-cifar10 --output decoded
   vqvae export --checkpoint logs/vqvae-cifar10 --output exported

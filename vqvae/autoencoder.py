@@ -10,15 +10,17 @@ B batch, S samples, C channels, H W pixels, D code dimension, h w code grid.
 """
 
 import contextlib
+import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vqvae.bottlenecks import BOTTLENECKS
-from vqvae.contracts import Bottleneck, Discrete, Latent, Likelihood
+from vqvae.contracts import Bottleneck, Discrete, Latent, Likelihood, check_codes, kind_of
 from vqvae.errors import OptionError
 from vqvae.likelihoods import LIKELIHOODS
 from vqvae.nets import NETS, POINT
@@ -31,6 +33,9 @@ SLOTS = {
     "prior": Slot("prior", PRIORS),
     "likelihood": Slot("likelihood", LIKELIHOODS),
 }
+
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Elbo(NamedTuple):
@@ -53,7 +58,11 @@ class Elbo(NamedTuple):
 
 
 class Autoencoder(nn.Module):
-    """An encoder, a bottleneck, a decoder, a likelihood and a prior over the latent."""
+    """An encoder, a bottleneck, a decoder, a likelihood and a prior over the latent.
+
+    The weights may be converted to half, bfloat16 or double. The bottleneck and the likelihood compute in float32 at
+    least: distances and losses overflow or lose codes in half precision.
+    """
 
     bottleneck: Bottleneck
     likelihood: Likelihood
@@ -95,14 +104,15 @@ class Autoencoder(nn.Module):
 
         An objective may pass `for_prior` to change the latent that the prior sees, such as by stopping its gradient.
         """
-        with _full_precision(x):  # distances and latent losses overflow or lose codes in half precision
-            latent = self.bottleneck(features.float(), step)
+        with _full_precision(x):
+            bottleneck = _wide(self.bottleneck)
+            latent = bottleneck(features.to(_dtype(bottleneck)), step)
         z = latent.need_z()
         samples = len(z) // len(x)
         if samples > 1:
             x = x.repeat(samples, 1, 1, 1)
             labels = None if labels is None else labels.repeat(samples)
-        params = self.decoder(z)
+        params = self.decoder(z.to(_dtype(self.decoder)))
         with _full_precision(x):
             params = params.float()
             log_prior = self.prior.log_prob(for_prior(latent), labels)
@@ -111,14 +121,15 @@ class Autoencoder(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """The encoder's output `[B, channels, h, w]` for x in [0, 1], `[B, C, H, W]`."""
         inputs = self.likelihood.network_input(x).contiguous(memory_format=torch.channels_last)
-        return self.encoder(inputs)
+        return self.encoder(inputs.to(_dtype(self.encoder)))
 
     def quantize(self, x: Tensor) -> Latent:
         """The most likely latent of x in [0, 1], `[B, C, H, W]`: its codes, or its posterior mean."""
         with self._unchanged():
             features = self.features(x)
             with _full_precision(x):
-                return self.bottleneck.quantize(features.float())
+                bottleneck = _wide(self.bottleneck)
+                return bottleneck.quantize(features.to(_dtype(bottleneck)))
 
     # images in, codes and images out
 
@@ -130,19 +141,10 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """The images `[B, C, H, W]` (float in [0, 1]) of codes `[B, h, w]` (integers below num_codes)."""
+        """The images `[B, C, H, W]` (float in [0, 1]) of codes `[B, h, w]` (any integers, from 0 to num_codes - 1)."""
         bottleneck = self._need_codes("decode")
-        if not isinstance(codes, Tensor) or codes.is_floating_point() or codes.dtype == torch.bool:
-            raise ValueError(f"codes must be a tensor of integers, not {_kind(codes)}")
-        if codes.ndim != 3 or tuple(codes.shape[1:]) != tuple(bottleneck.grid):
-            expected = ", ".join(map(str, bottleneck.grid))
-            raise ValueError(f"codes must have shape [B, {expected}], not {list(codes.shape)}")
-        known = codes.numel() and not torch.compiler.is_exporting()  # while exporting, codes have no values
-        if known and not (int(codes.min()) >= 0 and int(codes.max()) < bottleneck.num_codes):
-            raise ValueError(
-                f"codes must be from 0 to {bottleneck.num_codes - 1}, not {int(codes.min())} to {int(codes.max())}"
-            )
-        return self.decode_latents(bottleneck.embed(codes.long().to(self.device)))
+        codes = check_codes(codes, bottleneck.num_codes, bottleneck.grid).to(self.device)
+        return self.decode_latents(_wide(bottleneck).embed(codes))
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -160,13 +162,17 @@ class Autoencoder(nn.Module):
     def decode_latents(self, z: Tensor) -> Tensor:
         """The likelihood's mean images `[B, C, H, W]` for latents `[B, D, h, w]`."""
         with self._unchanged():
-            return self.likelihood.mean(self.decoder(z).float())
+            return self.likelihood.mean(self.decoder(z.to(_dtype(self.decoder))).float())
 
     @torch.no_grad()
     def sample(self, n: int, **options: Any) -> Tensor:
-        """n images `[n, C, H, W]` decoded from draws of the prior; options are those of the prior's `sample`."""
+        """n images `[n, C, H, W]` decoded from draws of the prior; options are those of the prior's `sample`.
+
+        `temperature` (at least 0) below 1 makes the draws likelier and less varied; at 0 they are the likeliest ones.
+        `top_k` and `labels` are options of priors over codes. Raises ValueError for values out of range.
+        """
         draws = self.prior.sample(n, **options)
-        return self.decode_latents(draws if self.discrete is None else self.discrete.embed(draws))
+        return self.decode_latents(draws if self.discrete is None else _wide(self.discrete).embed(draws))
 
     # what it is
 
@@ -195,7 +201,7 @@ class Autoencoder(nn.Module):
 
     def _pixels(self, images: Tensor) -> Tensor:
         if not isinstance(images, Tensor) or (images.dtype != torch.uint8 and not images.is_floating_point()):
-            raise ValueError(f"images must be a tensor of uint8, or of floats in [0, 1], not {_kind(images)}")
+            raise ValueError(f"images must be a tensor of uint8, or of floats in [0, 1], not {kind_of(images)}")
         if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
             raise ValueError(f"images must have shape [B, {expected}], not {list(images.shape)}")
@@ -229,8 +235,15 @@ def _full_precision(x: Tensor):
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
-def _kind(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+def _dtype(module: nn.Module) -> torch.dtype:
+    """The type of a module's weights; float32 where it has none."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+
+
+def _wide(module: Module) -> Module:
+    """The module, or a copy in float32 if its weights are narrower."""
+    return copy.deepcopy(module).float() if _dtype(module).itemsize < 4 else module
 
 
 def build_autoencoder(

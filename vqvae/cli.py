@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import inspect
 import io
+import math
 import os
 import signal
 import sys
@@ -154,15 +155,16 @@ class OneLineErrors(argparse.ArgumentParser):
     def _checked(self, words: list[str]) -> list[str]:
         """The words, each value joined to its flag. Raises `UserError` for those that argparse would misread."""
         known = self._option_string_actions
-        places = sum(not action.option_strings for action in self._actions)  # for words without a flag
+        free = [action.nargs for action in self._actions if not action.option_strings]
+        places = math.inf if "+" in free else len(free)  # for words without a flag
         given: dict[str, tuple[str, str]] = {}  # destination -> flag, and its values
-        checked: list[str] = []
+        checked, positional = list[str](), list[str]()
         flag, values = "", list[str]()
         while words:
             word = words.pop(0)
             name, equals, joined = word.partition("=")
             if word == "--":
-                return [*checked, word, *words]
+                break
             if name in known:
                 flag, action = name, known[name]
                 values = [*([joined] if equals else []), *_values(action, words, bool(equals))]
@@ -181,7 +183,7 @@ class OneLineErrors(argparse.ArgumentParser):
                 places -= 1
                 if unusable := _unusable(word):
                     raise UserError(f"{shown(word)}: {unusable}")
-                checked.append(word)
+                positional.append(word)
             elif flag and not equals and word[:1] not in DASHES:
                 count = "one value; quote a value that contains spaces" if values else "no value"
                 raise OptionError("", flag.strip("-"), " ".join([*values, word]), f"takes {count}")
@@ -189,7 +191,8 @@ class OneLineErrors(argparse.ArgumentParser):
                 meant = f"--{name.lstrip(DASHES)}"
                 close = near_misses(meant, known) if meant in known or equals or word[:1] in DASHES else ""
                 raise UserError(f"{shown(word)}: belongs to no flag{close}; see --help")
-        return checked
+        # argparse takes several words without a flag only side by side
+        return [*checked, "--", *positional, *words] if positional or words else checked
 
 
 DASHES = "—–−"  # as word processors write --

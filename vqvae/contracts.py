@@ -162,6 +162,33 @@ def count_codes(codes: Tensor, num_codes: int) -> Tensor:
     return torch.zeros(num_codes, device=codes.device).index_add_(0, codes, ones)
 
 
+def check_codes(codes: object, num_codes: int, grid: tuple[int, int]) -> Tensor:
+    """The codes as int64. Raises ValueError unless they are integers `[B, *grid]` from 0 to num_codes - 1.
+
+    In a program that torch.export makes, codes out of range raise RuntimeError when the program runs.
+    """
+    if not isinstance(codes, Tensor) or codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise ValueError(f"codes must be a tensor of integers, not {kind_of(codes)}")
+    if codes.ndim != 3 or tuple(codes.shape[1:]) != tuple(grid):
+        raise ValueError(f"codes must have shape [B, {', '.join(map(str, grid))}], not {list(codes.shape)}")
+    codes = codes.long()  # torch compares no uint16
+    expected = f"codes must be from 0 to {num_codes - 1}"
+    if torch.compiler.is_exporting():  # codes have no values yet
+        torch._assert_async(((codes >= 0) & (codes < num_codes)).all(), expected)
+    elif codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < num_codes):
+        raise ValueError(f"{expected}, not {int(codes.min())} to {int(codes.max())}")
+    return codes
+
+
+def kind_of(value: object) -> str:
+    """What a value is, for messages: the dtype of a tensor, the type of anything else."""
+    if isinstance(value, Tensor):
+        return str(value.dtype)
+    if type(value).__module__ == "numpy":
+        return "a numpy array; torch.from_numpy makes one a tensor"
+    return type(value).__name__
+
+
 class Prior(Protocol):
     """A distribution over latents."""
 
@@ -169,7 +196,7 @@ class Prior(Protocol):
         """log p(z) in nats, `[B]`."""
 
     def sample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """n draws: codes `[n, h, w]`, or vectors `[n, D, 1, 1]`."""
+        """n draws: codes `[n, h, w]`, or vectors `[n, D, 1, 1]`; at temperature 0, the likeliest of each position."""
 
 
 class Likelihood(nn.Module):

@@ -6,7 +6,7 @@ B batch, C channels, H W pixels, D latent dimension; `grid` is the bottleneck's 
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from vqvae.errors import UserError, one_line
 from vqvae.files import NotWritten, whole_file, write_text
 
 TOLERANCE = 1e-4  # sums in another order differ by less, a wrong program by more
+INTERFACE = "interface.json"  # the extra file of a program that describes it
 
 
 class Encoder(nn.Module):
@@ -52,7 +53,7 @@ def export(content: dict[str, Any], model: Autoencoder, folder: Path) -> Iterato
     """Write a model (on the CPU) into an empty folder. Yields a description of each file, once written and checked.
 
     `content` is the content of the model's checkpoint. `vqvae.load(folder)` restores the model; the programs need only
-    torch.
+    torch. What each takes and returns stands in `config.json` under `programs`, and in its extra file `interface.json`.
     """
     settings, weights = (folder / name for name in EXPORTED)
     # safetensors refuses tensors that share memory or are not contiguous
@@ -61,6 +62,7 @@ def export(content: dict[str, Any], model: Autoencoder, folder: Path) -> Iterato
     about = {
         **{key: content[key] for key in ABOUT},
         "checksum": weights_checksum(model),
+        "programs": interfaces(model),
         "weights_sha256": hashlib.sha256(raw).hexdigest(),
         "sha256": UNKNOWN,  # of the rest of this file
     }
@@ -71,15 +73,37 @@ def export(content: dict[str, Any], model: Autoencoder, folder: Path) -> Iterato
     inputs = _examples(model, 5)
     for name, half_of in HALVES.items():
         half = half_of(model)
-        write_program(half, inputs[:2], folder / name)  # traced with a batch of two, checked with a batch of five
+        # traced with a batch of two, checked with a batch of five
+        write_program(half, inputs[:2], folder / name, interfaces(model)[name])
         yield f"{folder / name}: {agreement(half, folder / name, inputs)}"
         inputs = half(inputs)
 
 
-def write_program(half: nn.Module, example: Tensor, path: Path) -> None:
+def interfaces(model: Autoencoder) -> dict[str, dict[str, Any]]:
+    """What each program takes and returns: for its `input` and its `output`, name, shape, dtype and range.
+
+    A range is the smallest and the largest value, or None where any number may occur. `B` in a shape is any batch size.
+    """
+    points = not model.shows_images
+    image: dict[str, Any] = {"shape": ["B", *model.image_shape]}
+    images = image | {"dtype": "float32" if points else "uint8", "range": None if points else [0, 255]}
+    shown = image | {"dtype": "float32", "range": None if points else [0, 1]}
+    if model.discrete is not None:
+        shape, codes = ["B", *model.discrete.grid], [0, model.discrete.num_codes - 1]
+        latent: dict[str, Any] = {"name": "codes", "shape": shape, "dtype": "int64", "range": codes}
+    else:
+        shape = ["B", model.bottleneck.code_dim, *model.bottleneck.grid]
+        latent = {"name": "latent", "shape": shape, "dtype": "float32", "range": None}
+    return {
+        "encoder.pt2": {"input": {"name": "images", **images}, "output": latent},
+        "decoder.pt2": {"input": latent, "output": {"name": "images", **shown}},
+    }
+
+
+def write_program(half: nn.Module, example: Tensor, path: Path, interface: Mapping[str, Any]) -> None:
     """Save an encoder or decoder as a program for any batch size, with only the weights that it uses.
 
-    Raises `UserError` if torch.export cannot trace it.
+    `interface` describes it, in its extra file `interface.json`. Raises `UserError` if torch.export cannot trace it.
     """
     # a program keeps the strides of its weights and may require those of its example, so make both contiguous
     half = copy.deepcopy(half).requires_grad_(False).to(memory_format=torch.contiguous_format)
@@ -93,7 +117,7 @@ def write_program(half: nn.Module, example: Tensor, path: Path) -> None:
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # contains source lines and paths of this machine
         with whole_file(path) as file:
-            torch.export.save(program, file)
+            torch.export.save(program, file, extra_files={INTERFACE: json.dumps(interface)})
     except NotWritten:
         raise
     except Exception as problem:  # torch.export raises many types for what it cannot trace

@@ -247,11 +247,6 @@ class Softmax256(Likelihood):
 
     discrete = True
     params_per_channel = 256
-    levels: Tensor  # [256], pixel values in [0, 1]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("levels", torch.arange(256.0) / 255, persistent=False)
 
     def network_input(self, x: Tensor) -> Tensor:
         return x - 0.5
@@ -261,7 +256,8 @@ class Softmax256(Likelihood):
         return -F.cross_entropy(self._logits(params), levels, reduction="none").flatten(1).sum(1)
 
     def mean(self, params: Tensor) -> Tensor:
-        return torch.einsum("bpchw,p->bchw", self._logits(params).softmax(1), self.levels)
+        levels = torch.arange(256, device=params.device, dtype=params.dtype) / 255
+        return torch.einsum("bpchw,p->bchw", self._logits(params).softmax(1), levels)
 
     def sample(self, params: Tensor) -> Tensor:
         p = self._logits(params).softmax(1).movedim(1, -1)  # [B, C, H, W, 256]

@@ -98,6 +98,14 @@ def _psnr(e: Examples) -> "Tensor | None":
     return -10 * mse.clamp(min=1e-10).log10() if mse is not None and e.are_images else None
 
 
+def _ssim(e: Examples) -> "Tensor | None":
+    if e.images is None or e.shown is None or not e.are_images:
+        return None
+    from vqvae.ssim import ssim
+
+    return ssim(e.shown, e.images)
+
+
 # whole set
 
 
@@ -177,6 +185,10 @@ TABLE = (
     Metric(
         "psnr", "peak signal-to-noise ratio in dB, averaged over images; higher is better",
         per_example=_psnr, label="PSNR", form="{:.2f}", curve="PSNR, dB",
+    ),
+    Metric(
+        "ssim", "structural similarity, averaged over images of 11x11 or more; at most 1, higher is better",
+        per_example=_ssim,
     ),
     Metric(
         "neg_elbo", "-ELBO = -log p(x|z) + log q(z|x) - log p(z) in nats per image, one draw of z; lower is better; "

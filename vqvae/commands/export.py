@@ -19,6 +19,11 @@ The folder then contains
 For a continuous latent, the encoder returns the mean of z and the decoder takes z. The programs take any batch size and
 need only torch:
   encoder = torch.export.load("exported/encoder.pt2").module()
+
+A decoder raises RuntimeError for codes out of range. The names, shapes, dtypes and ranges of what the programs take and
+return are in config.json under `programs`, and in each program:
+  extra = {"interface.json": ""}
+  torch.export.load("exported/decoder.pt2", extra_files=extra)  # fills in extra
 """
 
 

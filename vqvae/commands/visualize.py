@@ -59,9 +59,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--only", metavar="PLOT", nargs="+", help="draw only these plots, such as codebook.png usage.png")
     count = cli.value("samples", int, Range(1, 10_000))
     add("--samples", metavar="N", type=count, default=64, help="number of samples (default: 64)")
-    temperature = cli.value("temperature", float, Range(above=0, below=1000))
+    temperature = cli.value("temperature", float, Range(0, below=1000))
     add("--temperature", metavar="T", type=temperature, default=1.0,
-        help="temperature of sampling; below 1, samples are likelier and less varied (default: 1)")  # fmt: skip
+        help="temperature of sampling; below 1, samples are likelier and less varied, and at 0 each code is the "
+        "likeliest (default: 1)")  # fmt: skip
     top_k = cli.value("top_k", int, Range(0))
     add("--top-k", metavar="K", type=top_k, default=0, help="sample among the K likeliest codes (default: 0, all)")
     label = cli.value("class", int, Range(0))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.contracts import Latent
-from vqvae.priors.base import BasePrior
+from vqvae.priors.base import CodePrior, check_count, check_temperature
 
 
 class Stepper(Protocol):
@@ -24,15 +24,11 @@ class Stepper(Protocol):
         """Take the codes `[B]` of that position."""
 
 
-class AutoregressivePrior(BasePrior):
+class AutoregressivePrior(CodePrior):
     """p(codes) = prod_i p(code_i | codes before i in raster order), conditional on the label if there are classes.
 
     A member implements `logits` of the whole grid, for training, and a `stepper`, for sampling.
     """
-
-    def __init__(self, num_codes: int, grid: tuple[int, int], num_classes: int):
-        super().__init__(grid)
-        self.num_codes, self.num_classes = num_codes, num_classes
 
     def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits `[B, K, h, w]` of each position, given earlier codes `[B, h, w]` or assignments `[B, K, h, w]`."""
@@ -45,11 +41,12 @@ class AutoregressivePrior(BasePrior):
     def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
         """log p of the codes in nats per image, `[B]`.
 
-        With assignments w, each position contributes sum_k w_k log p_k. Raises ValueError if labels are missing.
+        With assignments w, each position contributes sum_k w_k log p_k. Raises ValueError if labels are missing or out
+        of range.
         """
-        self._check_labels(labels)
         w = latent.assignments
         known = latent.need_codes() if w is None else w
+        labels = self.check_labels(len(known), labels)
         # nets produce channels-last memory, so that K last needs no copy
         logits = self.logits(known, labels).movedim(1, -1).float()  # [B, h, w, K]
         if w is not None:
@@ -72,24 +69,25 @@ class AutoregressivePrior(BasePrior):
     ) -> Tensor:
         """Draw codes `[n, h, w]` (int64).
 
-        temperature   divides the logits.
-        top_k         number of most likely codes to draw from at each position; 0 for all.
-        labels        classes `[n]`. Raises ValueError if the prior has classes and labels are missing.
+        temperature   divides the logits; at 0, each position gets its likeliest code.
+        top_k         number of most likely codes to draw from at each position, at most K; 0 for all.
+        labels        classes `[n]`, needed if the prior has classes, and refused if it has none.
         given         codes `[n, h, w]` and how many of their rows to keep; the rest is drawn.
         progress      called with (positions done, positions) after each position.
         naive         run a whole forward pass for every position, for tests and timing.
 
         The uniform numbers are drawn in advance, one per position, and go through the inverse distribution function.
-        The stepper and the naive way thus draw the same codes from one seed.
+        The stepper and the naive way thus draw the same codes from one seed. Raises ValueError for values out of range.
         """
-        self._check_labels(labels)
+        n, temperature, top_k = check_count(n), check_temperature(temperature), self.check_top_k(top_k)
+        kept, rows = self.check_given(n, given)
+        labels = self.sample_labels(n, labels)
         training = self.training
         self.eval()
         h, w = self.grid
         device = self.anchor.device
         uniform = torch.rand(h * w, n, generator=generator, device=generator.device if generator else device).to(device)
         codes = torch.zeros(n, h, w, dtype=torch.int64, device=device)
-        kept, rows = given if given else (codes, 0)
         stepper = NaiveStepper(self, codes, labels) if naive else self.stepper(n, labels)
         for position in range(h * w):
             row, column = divmod(position, w)
@@ -103,10 +101,6 @@ class AutoregressivePrior(BasePrior):
                 progress(position + 1, h * w)
         self.train(training)
         return codes
-
-    def _check_labels(self, labels: Tensor | None) -> None:
-        if self.num_classes and labels is None:
-            raise ValueError(f"this prior is conditional and needs labels from 0 to {self.num_classes - 1}")
 
 
 class NaiveStepper:
@@ -123,14 +117,20 @@ class NaiveStepper:
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int) -> Tensor:
-    """Codes `[B]` from logits `[B, K]`: the inverse distribution function at uniform numbers `[B]`."""
+    """Codes `[B]` from logits `[B, K]`: the inverse distribution function at uniform numbers `[B]`.
+
+    At temperature 0, the likeliest codes.
+    """
+    if temperature == 0:
+        return logits.argmax(1)
     device = logits.device
     if device.type == "mps":  # has no float64
         logits, uniform = logits.cpu(), uniform.cpu()
-    logits = logits.double() / temperature
+    logits = logits.double()
     if top_k and top_k < logits.shape[1]:
         least = logits.topk(top_k, dim=1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
+    logits = (logits - logits.amax(1, keepdim=True)) / temperature  # the largest stays finite at any temperature
     cumulative = logits.softmax(1).cumsum(1)
     reached = uniform.double().unsqueeze(1) * cumulative[:, -1:]
     return (cumulative <= reached).sum(1).clamp(max=logits.shape[1] - 1).to(device)

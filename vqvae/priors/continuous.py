@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqvae.contracts import Latent
 from vqvae.flows import Stack
-from vqvae.priors.base import BasePrior
+from vqvae.priors.base import BasePrior, check_count, check_temperature
 from vqvae.registry import Range, checked
 
 
@@ -32,10 +32,10 @@ class Normal(BasePrior):
         return log_normal(latent.need_z())
 
     def sample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Draw vectors `[n, D, h, w]`; `temperature` multiplies the standard deviation."""
-        shape = (n, self.latent_dim, *self.grid)
+        """Draw vectors `[n, D, h, w]`; `temperature` multiplies the standard deviation, so that 0 gives the mean."""
+        shape = (check_count(n), self.latent_dim, *self.grid)
         device, dtype = self.anchor.device, self.anchor.dtype
-        return temperature * torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        return check_temperature(temperature) * torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
 
 class MadeFlow(Normal):
@@ -60,11 +60,15 @@ class MadeFlow(Normal):
 
     def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
         """log p(z) in nats, `[B]`."""
-        eps, log_det = self.flow(latent.need_z().flatten(1))
+        eps, log_det = self.flow(latent.need_z().to(self.anchor.dtype).flatten(1))
         return log_normal(eps) + log_det
 
     @torch.no_grad()
     def sample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """Draw vectors `[n, D, h, w]`; `temperature` multiplies the standard deviation of eps."""
+        """Draw vectors `[n, D, h, w]`.
+
+        `temperature` multiplies the standard deviation of eps; with 0 and one flow, each coordinate is the likeliest
+        one given those before it.
+        """
         eps = super().sample(n, temperature=temperature, generator=generator)
         return self.flow.inverse(eps.flatten(1)).view_as(eps)

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 from vqvae.contracts import Latent
 from vqvae.priors.autoregressive import AutoregressivePrior
-from vqvae.priors.base import BasePrior
+from vqvae.priors.base import CodePrior, check_count, check_temperature
 
 
-class Uniform(BasePrior):
+class Uniform(CodePrior):
     """All codes equally likely: log p = -h w log K."""
 
     def __init__(self, *, num_codes: int, grid: tuple[int, int]):
-        super().__init__(grid)
-        self.num_codes = num_codes
+        super().__init__(num_codes, grid)
 
     def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
         """log p of the codes in nats per image, `[B]`."""
@@ -41,13 +40,16 @@ class Uniform(BasePrior):
     ) -> Tensor:
         """Draw codes `[n, h, w]` (int64). Arguments are those of `AutoregressivePrior.sample`.
 
-        `temperature`, `top_k` (all codes tie), `labels` and `naive` do not change a uniform distribution.
+        All codes are equally likely: `temperature`, also 0, `top_k` and `naive` change nothing.
         """
+        n = check_count(n)
+        check_temperature(temperature)
+        self.check_top_k(top_k)
+        self.sample_labels(n, labels)
+        kept, rows = self.check_given(n, given)
         h, w = self.grid
         codes = torch.randint(self.num_codes, (n, h, w), generator=generator, device=self.anchor.device)
-        if given:
-            kept, rows = given
-            codes[:, :rows] = kept[:, :rows]
+        codes[:, :rows] = kept[:, :rows]
         if progress:
             progress(h * w, h * w)
         return codes

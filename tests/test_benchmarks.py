@@ -1,0 +1,179 @@
+"""Benchmarks: a stored row is of the same settings and data, and published results are not overwritten unasked."""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import ROOT
+
+FLAGS = "--dataset digits --limit 60 --image-size 16 --bottleneck vq --hidden 8 --batch-size 20 --max-steps 4".split()
+
+
+@pytest.fixture(autouse=True)
+def workdir(tmp_path, monkeypatch):
+    """An empty folder, made the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """A function that imports a benchmark by its name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(ROOT / "benchmarks") in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def runs(benchmark, monkeypatch):
+    """benchmarks/runs.py, whose commands leave small files and are recorded in `runs.called`."""
+    module = benchmark("runs")
+    module.called = []
+
+    def call(main, argv):
+        command = "evaluate" if "--evaluate" in argv else argv[0].strip("-")
+        module.called.append(command)
+        if command == "dataset":
+            run = Path(argv[argv.index("--log-dir") + 1], argv[argv.index("--name") + 1])
+            run.mkdir(parents=True)
+            (run / "checkpoint.pt").write_text("a checkpoint")
+            row = {"kind": "epoch", "step": 4, "images_per_s": 40.0}
+            (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        if command == "evaluate":
+            folder = Path(argv[argv.index("--checkpoint") + 1]).parent
+            (folder / "evaluation.json").write_text(json.dumps({"mse": len(module.called), "step": 4}))
+
+    monkeypatch.setattr(module, "_call", call)
+    monkeypatch.setattr(module.experiment.checkpoint, "read", lambda path: {"step": 4})
+    return module
+
+
+def test_the_settings_of_a_run_are_all_of_them_and_its_data(runs):
+    def key(*words: str) -> str:
+        return runs.key_of(runs.settings_of([*FLAGS, *words]))
+
+    plain = key()
+    assert plain == key("--codes", "512")  # the default
+    assert plain == key("--log-dir", "elsewhere", "--plot-dir", "there", "--name", "other")
+    for words in ("--seed 1", "--lr 1e-3", "--codes 8", "--prior unigram", "--precision bf16", "--epochs 3"):
+        assert key(*words.split()) != plain, words
+    flags = [word if word != "60" else "50" for word in FLAGS]
+    settings = runs.settings_of(flags)
+    assert settings["data"]["examples"] == {"train": 50, "test": 50}
+    assert runs.key_of(settings | {"limit": 60}) != plain  # the data differ too
+
+
+def test_a_key_depends_on_the_version(runs, monkeypatch):
+    before = runs.key_of({"a": 1})
+    monkeypatch.setattr(runs, "__version__", "9.9")
+    assert runs.key_of({"a": 1}) != before
+
+
+def test_a_row_is_reused_for_the_same_settings_only(runs):
+    first = runs.row_of(Path("logs/fsq"), FLAGS, plot_dir="plots")
+    assert first["seconds"] == pytest.approx(4 * 20 / 40)
+    assert runs.row_of(Path("logs/fsq"), FLAGS, plot_dir="plots") == first
+    assert runs.called == ["dataset", "evaluate"]
+    for other in ({"flags": [*FLAGS, "--seed", "1"]}, {"flags": FLAGS, "iw_samples": 2}):
+        assert runs.row_of(Path("logs/fsq"), plot_dir="plots", **other)["key"] != first["key"]
+    assert runs.called == ["dataset", "evaluate"] * 3
+    assert len(list(Path("logs").iterdir())) == 3
+
+
+def test_a_row_that_was_moved_to_other_settings_is_not_used(runs):
+    first = runs.row_of(Path("logs/fsq"), FLAGS, plot_dir="plots")
+    (folder,) = Path("logs").iterdir()
+    (folder / "row.json").write_text(json.dumps(first | {"key": "other"}))
+    assert runs.row_of(Path("logs/fsq"), FLAGS, plot_dir="plots")["key"] == first["key"]
+    assert runs.called == ["dataset", "evaluate", "evaluate"]
+
+
+def test_an_interrupted_run_is_resumed(runs, monkeypatch):
+    runs.row_of(Path("logs/fsq"), FLAGS, plot_dir="plots")
+    (folder,) = Path("logs").iterdir()
+    (folder / "row.json").unlink()
+    monkeypatch.setattr(runs.experiment.checkpoint, "read", lambda path: {"step": 3})
+    runs.row_of(Path("logs/fsq"), FLAGS, plot_dir="plots")
+    assert runs.called == ["dataset", "evaluate", "resume", "evaluate"]
+
+
+def test_bottlenecks_trains_what_it_is_asked_for_and_writes_what_it_is_told(benchmark, monkeypatch, capsys):
+    bottlenecks = benchmark("bottlenecks")
+    words = "--dataset digits --steps 2 --batch-size 8 --seeds 1 --only fsq".split()
+    places = ["--logs", "my logs", "--plots", "my plots"]
+    monkeypatch.setattr(sys, "argv", ["bottlenecks.py", *words, *places])
+    bottlenecks.main()
+    printed = capsys.readouterr().out
+    assert "| fsq | " in printed
+    assert "| vq, EMA |" not in printed
+    assert "Larger codebooks" not in printed
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["my logs", "my plots"]
+    (run,) = Path("my logs").iterdir()
+    assert run.name.startswith("fsq-levels-8-8-8-seed0-")
+
+    monkeypatch.setattr(benchmark("runs"), "_call", lambda *words: pytest.fail("trained again"))
+    monkeypatch.setattr(sys, "argv", ["bottlenecks.py", *words, *places, "--output", "tables/out.md"])
+    bottlenecks.main()
+    assert Path("tables/out.md").read_text().strip() in printed
+
+
+@pytest.mark.parametrize("name", ["bottlenecks", "probabilistic", "priors", "speed", "families", "sampling"])
+def test_no_benchmark_writes_published_results_by_default(name):
+    assert 'default="results' not in (ROOT / "benchmarks" / f"{name}.py").read_text()
+    command = next(line for line in (ROOT / "docs/results.md").read_text().split("```") if f"/{name}.py" in line)
+    assert "--output" in command
+
+
+def test_times_of_other_settings_are_not_mixed(benchmark):
+    families, path = benchmark("families"), Path("times.json")
+    settings = {"hardware": "a CPU", "turns": 7}
+    assert families.stored_rows(None, settings) == families.stored_rows(path, settings) == {}
+    path.write_text(json.dumps(settings | {"rows": [{"family": "vae", "ms": 3}]}))
+    assert families.stored_rows(path, settings) == {"vae": {"family": "vae", "ms": 3}}
+    with pytest.raises(SystemExit, match="has times of other settings .turns.; name another file"):
+        families.stored_rows(path, settings | {"turns": 3})
+
+
+def test_a_prior_is_trained_again_for_other_minutes_and_other_codes(benchmark, monkeypatch):
+    priors, trained = benchmark("priors"), []
+
+    def train(*flags: str) -> None:
+        trained.append(flags)
+        if "--name" in flags:
+            run = Path("logs", flags[flags.index("--name") + 1])
+            run.mkdir(parents=True)
+            (run / "checkpoint.pt").write_text("a checkpoint")
+
+    monkeypatch.setattr(priors, "train", train)
+    args = argparse.Namespace(lr="1e-3", seed=0, data_dir="my data")
+
+    def run(minutes: float = 2, codec: str = "a") -> Path:
+        return priors.train_prior("pixelcnn", Path("logs/mnist"), minutes, {"autoencoder": codec}, args)
+
+    first = run()
+    assert run() == first
+    assert len(trained) == 1
+    assert "my data" in trained[0]
+    assert len({first, run(minutes=3), run(codec="b")}) == 3
+    assert len(trained) == 3
+    longer = priors.train_longer(first, 5)
+    assert priors.train_longer(first, 5) == longer
+    assert priors.train_longer(first, 6) != longer
+    assert len(trained) == 5
+    (first / priors.FINISHED).unlink()
+    with pytest.raises(SystemExit, match="was interrupted; delete it"):
+        run()
+
+
+def test_the_report_names_the_machines_of_its_rows(runs):
+    rows = [{"hardware": "b"}, {"hardware": "a"}, {"hardware": "b"}]
+    assert runs.hardware_of(rows) == "a; b"
+    assert runs.hardware_of([{"hardware": runs.describe("cpu")}]).endswith(torch.__version__.split("+")[0])

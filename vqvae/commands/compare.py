@@ -1,0 +1,58 @@
+"""`vqvae compare`: several runs in one table."""
+
+import argparse
+from pathlib import Path
+from typing import Literal, get_args
+
+from vqvae import cli, compare
+from vqvae.commands import path
+
+WIDTH = max(len(column.name) for column in compare.COLUMNS)
+EXAMPLES = f"""
+examples
+  vqvae compare logs/vqvae-mnist logs/vqvae-mnist-2
+  vqvae compare logs/* --sort mse
+  vqvae compare logs/a logs/b/best.pt --format markdown --output table.md
+
+columns
+{chr(10).join(f"  {column.name:{WIDTH}}  {column.explanation}" for column in compare.COLUMNS)}
+
+Metrics come from the evaluation.json beside the checkpoint if it is of the checkpoint's step (`vqvae train --evaluate`
+writes it). Otherwise they are those of the last epoch in metrics.jsonl, and the run is marked with *.
+
+Runs that cannot be read are named and left out. A warning tells if the runs' data differ, so that their metrics do not
+compare.
+"""
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = cli.parser("Print several runs in one table.", EXAMPLES, prog="vqvae compare")
+    add = parser.add_argument
+    help = "folder of a run, checkpoint, or exported folder"
+    add("runs", metavar="RUN", nargs="+", type=path(""), help=help)
+    forms = get_args(compare.Format)
+    form = cli.value("format", compare.Format)
+    add("--format", metavar=f"{{{','.join(forms)}}}", type=form, default="text", help="of the table (default: text)")
+    names = tuple(column.name for column in compare.COLUMNS)
+    column = cli.value("sort", Literal[names])
+    help = "sort by a column: psnr, ssim and perplexity from the largest, others from the smallest (default: as named)"
+    add("--sort", metavar="COLUMN", type=column, help=help)
+    add("--output", metavar="FILE", type=path("output", "file"), help="write the table to this file")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    options = parse(argv)
+
+    from vqvae import files
+
+    rows = compare.compare(options.runs)
+    if options.sort:
+        rows = compare.sort(rows, options.sort)
+    text = compare.table(rows, options.format)
+    if options.output is None:
+        print(text)
+    else:
+        files.write_text(Path(options.output), text + "\n")
+        print(f"{options.output}: {len(rows)} run{'s' * (len(rows) != 1)}")
+    return 0

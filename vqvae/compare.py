@@ -1,0 +1,279 @@
+"""Several runs in one table: their data, rate, held-out metrics, size and training time.
+
+Imports no torch before it reads a run: `--help` prints `COLUMNS`.
+"""
+
+import itertools
+import json
+import math
+import os
+import textwrap
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from vqvae.errors import UserError, one_line, printable
+from vqvae.files import open_file
+from vqvae.metrics import for_json
+
+Format = Literal["text", "markdown", "json"]
+EVALUATION = "evaluation.json"
+WIDTH = 100  # columns of the table as text
+SHORTEST = {"run": 12, "data": 8}  # cells that are broken into lines where the table is too wide
+LARGEST_FILE = 2**24  # bytes of an evaluation.json
+
+
+def _count(count: int) -> str:
+    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.1f}{letter}"
+    return str(count)
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:,.1f} h"
+
+
+class Column(NamedTuple):
+    """A column of the table. A metric has its standard error in the run's value `<name>_se`."""
+
+    name: str
+    heading: str
+    explanation: str
+    show: Callable[[Any], str] = str
+    largest_first: bool = False  # when the runs are sorted by it
+    optional: bool = False  # left out where no run has a value
+
+
+COLUMNS = (
+    Column("run", "run", "name of the run's folder"),
+    Column("data", "data", "data set"),
+    Column("tokens", "tokens", "codes of an image", "{:,}".format),
+    Column("bits", "bits", "bits of an image's codes: tokens x log2 K", "{:,.0f}".format),
+    Column("prior_bits", "prior bits", "bits of an image's codes under the run's trained prior", "{:,.1f}".format,
+           optional=True),
+    Column("mse", "MSE", "mean squared error of held-out images in [0, 1]", "{:.5f}".format),
+    Column("psnr", "PSNR", "peak signal-to-noise ratio in dB", "{:.2f}".format, True),
+    Column("ssim", "SSIM", "structural similarity; images below 11x11 have none", "{:.4f}".format, True),
+    Column("perplexity", "perplexity", "of code usage over the held-out split", "{:,.0f}".format, True),
+    Column("parameters", "params", "weights that gradients train; an EMA codebook is not among them", _count),
+    Column("seconds", "time", "time of the training steps, without evaluations", _duration),
+)  # fmt: skip
+COMPARED = [key for name in ("mse", "psnr", "ssim", "perplexity") for key in (name, f"{name}_se")]
+
+
+class Row(NamedTuple):
+    """What is known of a run."""
+
+    values: dict[str, Any]  # by column, with standard errors as `<name>_se`; None where unknown
+    held_out: dict[str, Any]  # name, shape, count and fingerprint of the held-out images; None where unknown
+    trained_on: dict[str, Any]  # count and fingerprint of the training images
+    source: str | None  # the file that the metrics come from
+    step: int  # of the metrics
+
+
+def compare(paths: Sequence[str]) -> list[Row]:
+    """The rows of runs: their folders, checkpoints, or exported folders, which have no metrics.
+
+    Warns, in one line each, of runs that cannot be read, which are left out, and of data that differ. Raises
+    `UserError` if no run can be read.
+    """
+    rows = []
+    for path in paths:
+        try:
+            rows.append(read_run(path))
+        except UserError as problem:
+            if len(paths) == 1:
+                raise
+            warnings.warn(f"{problem}; left out", stacklevel=2)
+    if not rows:
+        raise UserError("no run can be compared; name folders such as logs/<run>")
+    names = [row.values["run"] for row in rows]
+    for row in rows:
+        if names.count(row.values["run"]) > 1:
+            row.values["run"] = row.values["path"]
+    if difference := differing_data(rows):
+        warnings.warn(difference, stacklevel=2)
+    return rows
+
+
+def read_run(path: str) -> Row:
+    """The row of one run. Raises `UserError` for a path without a model."""
+    from vqvae import checkpoint
+
+    content = checkpoint.read_model(path)
+    model = checkpoint.restore(content, path)
+    about, folder = content["data"], checkpoint.locate(path).parent
+    source, step, found, seconds = None, content["step"], dict[str, Any](), None
+    if "epoch" in content:
+        source, step, found, seconds = _metrics(folder, content)
+    else:
+        folder = Path(path)
+        warnings.warn(f"{path}: an exported model has no metrics; name the run's folder", stacklevel=3)
+    values: dict[str, Any] = {"run": Path(os.path.abspath(folder)).name, "path": path, "data": about["name"]}
+    values |= {key: found[key] for key in found if key in COMPARED}
+    if model.discrete is not None:
+        tokens = math.prod(model.discrete.grid)
+        values |= {"tokens": tokens, "bits": tokens * math.log2(model.discrete.num_codes)}
+        if content["config"]["prior"]["name"] != "uniform":
+            nats = {key: found[key] for key in ("prior_nats", "prior_nats_se") if key in found}
+            values |= {key.replace("nats", "bits"): value / math.log(2) for key, value in nats.items()}
+    values |= {"parameters": sum(p.numel() for p in model.parameters()), "seconds": seconds}
+    train, test = (
+        {key: about.get(group, {}).get(split) for key, group in (("count", "examples"), ("fingerprint", "fingerprint"))}
+        for split in ("train", "test")
+    )
+    if found.get("images", test["count"]) != test["count"]:  # evaluated on other images than those of training
+        test = {"count": found["images"], "fingerprint": None}
+    held_out = {"name": about["name"], "shape": "x".join(map(str, about["shape"])), **test}
+    return Row(values, held_out, train, source, step)
+
+
+def _metrics(folder: Path, content: Mapping[str, Any]) -> tuple[str | None, int, dict[str, Any], float | None]:
+    """The file with a checkpoint's metrics, their step, the metrics, and the seconds of training."""
+    from vqvae.runs import LOG, read_metrics
+
+    step, batch_size = content["step"], content["config"]["batch_size"]
+    epochs = [row for row in read_metrics(folder / LOG) if row["kind"] == "epoch" and row["step"] <= step]
+    if found := _evaluation(folder / EVALUATION, content):
+        return EVALUATION, step, _numbers(found, ""), training_seconds(epochs, step, batch_size)
+    if epochs:
+        last = epochs[-1]["step"]
+        return LOG, last, _numbers(epochs[-1], "held_out_"), training_seconds(epochs, last, batch_size)
+    return None, step, {}, None
+
+
+def _evaluation(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The metrics that an evaluation of the checkpoint stored, or None."""
+    try:
+        with open_file(path) as file:
+            found = json.loads(file.read(LARGEST_FILE))
+        if not isinstance(found, dict):
+            raise ValueError("not a table of metrics")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as problem:
+        warnings.warn(f"{path}: cannot be read ({one_line(problem, 80)}); evaluate the run again", stacklevel=5)
+        return None
+    return found if (found.get("run"), found.get("step")) == (content["run"], content["step"]) else None
+
+
+def _numbers(found: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries whose names begin with a prefix and whose values are finite numbers, without the prefix."""
+    numbers = {key: value for key, value in found.items() if type(value) in (int, float) and math.isfinite(value)}
+    return {key.removeprefix(prefix): value for key, value in numbers.items() if key.startswith(prefix)}
+
+
+def training_seconds(epochs: Iterable[Mapping[str, Any]], step: int, batch_size: int) -> float | None:
+    """The time of the first `step` training steps, from the speeds that a run logged at the end of its epochs.
+
+    It counts every step once, however often the run was interrupted. None where no speed is known.
+    """
+    seconds, before, speed = 0.0, 0, None
+    for row in epochs:
+        speed = row.get("images_per_s")
+        if not speed or speed < 0:
+            return None
+        seconds += (row["step"] - before) * batch_size / speed
+        before = row["step"]
+    return seconds + (step - before) * batch_size / speed if speed else None
+
+
+def differing_data(rows: Sequence[Row]) -> str | None:
+    """What differs between the runs' data, in one line, or None."""
+
+    def differing(kind: Literal["held_out", "trained_on"], key: str) -> str | None:
+        found = {value: None for row in rows if (value := getattr(row, kind)[key]) is not None}
+        shown = (f"{value:,}" if isinstance(value, int) else str(value) for value in found)
+        return ", ".join(shown) if len(found) > 1 else None
+
+    parts = {"data sets": "name", "image sizes": "shape", "held-out images": "count"}
+    found = [f"{label} {values}" for label, key in parts.items() if (values := differing("held_out", key))]
+    if not found and differing("held_out", "fingerprint"):
+        found = ["different held-out images"]
+    if found:
+        return f"the metrics do not compare, because the runs' data differ: {'; '.join(found)}"
+    if counts := differing("trained_on", "count"):
+        return f"the runs were trained on different numbers of images: {counts}; their held-out images are the same"
+    if differing("trained_on", "fingerprint"):
+        return "the runs were trained on different images; their held-out images are the same"
+    return None
+
+
+def sort(rows: list[Row], name: str) -> list[Row]:
+    """The rows in the order of a column, best or smallest first; those without a value come last."""
+    column = next(column for column in COLUMNS if column.name == name)
+    known = [row for row in rows if row.values.get(name) is not None]
+    known.sort(key=lambda row: row.values[name], reverse=column.largest_first)
+    return known + [row for row in rows if row.values.get(name) is None]
+
+
+# the table in its formats
+
+
+def table(rows: Sequence[Row], form: Format) -> str:
+    """The rows as a table, as Markdown, or as a JSON list of objects."""
+    if form == "json":
+        blank = dict.fromkeys((*(c.name for c in COLUMNS), *COMPARED, "prior_bits_se"))
+        entries = (
+            blank | row.values | {"step": row.step, "source": row.source, "held_out": row.held_out} for row in rows
+        )
+        return json.dumps([for_json(entry) for entry in entries], indent=2)
+    columns = [c for c in COLUMNS if not c.optional or any(row.values.get(c.name) is not None for row in rows)]
+    lines = _markdown(rows, columns) if form == "markdown" else _text(rows, columns)
+    notes = []
+    if any(f"{c.name}_se" in row.values for c in columns for row in rows):
+        notes.append("±: standard error over held-out images.")
+    if any(row.source not in (EVALUATION, None) for row in rows):
+        notes.append(f"*: metrics of the last epoch, because there is no {EVALUATION} of the checkpoint's step.")
+    return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def _cell(row: Row, column: Column) -> tuple[str, str]:
+    """A value and its standard error as text."""
+    value, error = row.values.get(column.name), row.values.get(f"{column.name}_se")
+    if column.name == "run":
+        return printable(str(value)) + ("" if row.source in (EVALUATION, None) else " *"), ""
+    return ("-" if value is None else column.show(value)), ("" if error is None else f"±{column.show(error)}")
+
+
+def _markdown(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    def joined(value: str, error: str) -> str:
+        return f"{value} {error.replace('±', '± ')}".strip().replace("|", r"\|").replace("*", r"\*")
+
+    return [
+        line(c.heading for c in columns),
+        "|---" * len(columns) + "|",
+        *(line(joined(*_cell(row, c)) for c in columns) for row in rows),
+    ]
+
+
+def _text(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
+    """Columns of at most WIDTH characters together: standard errors stand below the values, long names are broken."""
+    cells = [{c.name: [part for part in _cell(row, c) if part] for c in columns} for row in rows]
+    heads = {c.name: c.heading.split() for c in columns}
+    grid = [heads, *cells]
+    widths = {c.name: max(len(line) for row in grid for line in row[c.name]) for c in columns}
+    for name, shortest in SHORTEST.items():
+        excess = max(0, sum(widths.values()) + 2 * (len(columns) - 1) - WIDTH)
+        widths[name] = max(min(shortest, widths[name]), widths[name] - excess)
+    gap = "  " if sum(widths.values()) + 2 * (len(columns) - 1) <= WIDTH else " "
+    lines = []
+    for row in grid:
+        broken = {name: [piece for line in row[name] for piece in _broken(line, widths[name])] for name in row}
+        for parts in itertools.zip_longest(*broken.values(), fillvalue=""):
+            aligned = (
+                part.ljust(widths[name]) if name in SHORTEST else part.rjust(widths[name])
+                for name, part in zip(row, parts, strict=True)
+            )
+            lines.append(gap.join(aligned).rstrip())
+    return lines
+
+
+def _broken(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width) or [""]
