@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "presets": set(),
     "config": {"errors", "presets", "registry", "schedules"},
     "archives": set(),
-    "checkpoint": {"archives", "autoencoder", "config", "errors", "files", "objectives", "registry"},
+    "checkpoint": {"archives", "autoencoder", "config", "errors", "evaluation", "files", "objectives", "registry"},
     "tokens": {
         "archives", "autoencoder", "checkpoint", "contracts", "data", "devices", "errors", "files", "registry",
     },
