@@ -53,10 +53,12 @@ ALLOWED: dict[str, set[str]] = {
         "archives", "autoencoder", "checkpoint", "contracts", "data", "devices", "errors", "files", "registry",
     },
     "export": {"autoencoder", "checkpoint", "errors", "files"},
-    "plots": {"files", "metrics"},
+    "fonts": {"errors"},
+    "plots": {"files", "fonts", "metrics"},
+    "page": {"errors"},
     # the program
     "cli": {"errors", "files", "interrupts", "registry"},
-    "report": {"autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "plots"},
+    "report": {"autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "metrics", "page", "plots", "runs"},
     "experiment": {
         "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors", "evaluation", "files",
         "interrupts", "metrics", "objectives", "plots", "presets", "registry", "runs", "schedules", "stage_one",

@@ -4,6 +4,7 @@ The page is static and loads nothing but the plots next to it. All text is escap
 come from strangers.
 """
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -18,6 +19,7 @@ h1 { font-size: 1.5rem; margin: .5rem 0 }
 h2 { font-size: 1.15rem; margin: 0 0 .25rem }
 section { background: #fff; border: 1px solid #ddd; border-radius: 6px; padding: 16px; margin: 16px 0 }
 section p { margin: 0 0 .75rem; max-width: 44rem }
+.plot { display: block; overflow-x: auto }
 img { display: block; max-width: 100%; height: auto }
 nav a { margin-right: 1rem; white-space: nowrap }
 a { color: #1a5a96 }
@@ -92,8 +94,11 @@ def html(
 
 def _plot(plot: Shown, title: str) -> Element:
     width, height = plot.size
-    image = _tag("img", src=plot.file, alt=f"{plot.heading} of {title}", width=str(width), height=str(height))
-    link = _tag("a", image, href=plot.file, title="full size")
+    # on a narrow screen a wide plot keeps its text readable, and scrolls in its box
+    style = f"min-width: {width * 3 // 5}px"
+    alt = f"{plot.heading} of {title}"
+    image = _tag("img", src=plot.file, alt=alt, width=str(width), height=str(height), style=style)
+    link = _tag("a", image, href=plot.file, title="full size", class_="plot")
     return _tag("section", _tag("h2", plot.heading), _tag("p", plot.reading), link, id=_anchor(plot.file))
 
 
@@ -109,7 +114,7 @@ def _table(table: Table) -> Element:
 
 
 def _anchor(name: str) -> str:
-    return name.partition(".")[0].lower()
+    return re.sub(r"\W+", "-", name.partition(".")[0].lower())
 
 
 def _tag(name: str, /, *children: str | Element, **attributes: str) -> Element:

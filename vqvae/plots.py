@@ -11,6 +11,7 @@ N images, C channels, H W pixels, h w code grid, K codes, D code dimension.
 import contextlib
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
@@ -192,7 +193,9 @@ def vector_colors(vectors: Tensor, means: Tensor | None = None) -> np.ndarray:
     largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
     scores = x @ (directions * largest.sign()).T  # signs of components are arbitrary
     scores = F.pad(scores, (0, 3 - scores.shape[1]))  # [N, 3]
-    scores = (scores / (2 * scores.std(dim=0, correction=0)).clamp(min=1e-300)).clamp(-1, 1)
+    spread = scores.std(dim=0, correction=0)
+    spread = torch.maximum(spread, 0.2 * spread[0]).clamp(min=1e-300)  # a component that hardly varies stays faint
+    scores = (scores / (2 * spread)).clamp(-1, 1)
     if means is None:
         base, first, second = 0.55 + 0.33 * scores[:, :1], scores[:, 1:2], scores[:, 2:]
     else:
@@ -255,7 +258,7 @@ def usage_chart(usage: Tensor, path: Path, *, title: str, names: Sequence[str] =
     """
     counts = usage.double().sort(dim=1, descending=True).values.numpy()
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-    figure, axes = _chart((8, 4.2))
+    figure, axes = _chart((8, 4))
     for level, share in enumerate(shares):
         used = share[share > 0]
         perplexity = float(np.exp(-(used * np.log(used)).sum()))
@@ -396,7 +399,7 @@ def _gif(images: Sequence[Any]) -> bytes:
 def scatter_2d(panels: Sequence[tuple[str, Tensor]], path: Path, *, title: str) -> None:
     """Scatter plots of labeled points `[N, 2]`, side by side on equal axes. Points that are not finite are left out."""
     panels = [(label, points[points.isfinite().all(dim=1)]) for label, points in panels]
-    figure, grid = _chart((4.2 * len(panels), 4.6), 1, len(panels))
+    figure, grid = _chart((4.2 * len(panels), 4.2), 1, len(panels))
     everything = torch.cat([points for _, points in panels]).numpy()
     low, high = np.percentile(everything, [0.2, 99.8], axis=0) if len(everything) else np.zeros((2, 2))
     center, half = (low + high) / 2, (high - low).max() / 2 * 1.1 or 1.0
@@ -428,7 +431,7 @@ def posterior_map(
         axes.scatter(*x.T, c=[palette[k] if k >= 0 else (0.6, 0.6, 0.6) for k in labels[finite].tolist()], **style)
         named = evenly(range(len(classes)), MOST_NAMED)
         dots = [Line2D([], [], marker="o", linestyle="", color=palette[k]) for k in named]
-        names = [fonts.drawable(short(classes[k])) for k in named]
+        names = [short(classes[k]) for k in named]
         heading = "class" if len(named) == len(classes) else f"{len(named)} of {len(classes)} classes"
         place: dict[str, Any] = {"title": heading, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
         _plain(axes.legend(dots, names, **place, frameon=False))
@@ -549,12 +552,16 @@ def short(name: str, limit: int = 40) -> str:
 def _plain(legend: Any) -> None:
     """Show a legend's names as they are: a dollar sign starts no formula, and each script gets its font."""
     for text in legend.get_texts():
-        text.set(parse_math=False, fontfamily=fonts.families(text.get_text()))
+        name = fonts.drawable(text.get_text())
+        text.set(text=name, parse_math=False, fontfamily=fonts.families(name))
 
 
 def _headline(figure: Any, title: str) -> None:
-    """Put a title above all panels of a figure."""
-    text = "\n".join(map(fonts.drawable, title.split("\n")))
+    """Put a title above all panels of a figure, which grows by its lines."""
+    width, height = figure.get_size_inches()
+    longest = int(12 * width)  # characters of 11 points
+    text = "\n".join(textwrap.fill(fonts.drawable(line), longest) for line in title.split("\n"))
+    figure.set_size_inches(width, height + 0.2 * (text.count("\n") + 1))
     figure.suptitle(text, fontsize=11, parse_math=False, fontfamily=fonts.families(text))
 
 

@@ -583,7 +583,8 @@ def run_page(report: Report, folder: Path, drawn: list[str], left_out: list[tupl
     rows = [row for row in read_metrics(report.logs / LOG) if row["kind"] == "epoch" and row["step"] <= content["step"]]
     tables = [page.Table("Settings", ("setting", "value"), [(key, "", (_setting(v),)) for key, v in config.items()])]
     if rows:
-        tables.insert(0, page.Table("Metrics", ("metric", "train", "held out"), _metric_rows(rows[-1]), numbers=True))
+        heading = f"Metrics after epoch {rows[-1].get('epoch', 0):,}"
+        tables.insert(0, page.Table(heading, ("metric", "train", "held out"), _metric_rows(rows[-1]), numbers=True))
     return page.html(report.name, facts, shown, left_out, tables)
 
 
@@ -597,7 +598,10 @@ def _metric_rows(row: dict[str, Any]) -> list[tuple[str, str, tuple[str, str]]]:
         )
         if name.endswith("_se") or (trained is None and held_out is None):
             continue
-        cell = "" if held_out is None else f"{held_out:,.4g}" + ("" if error is None else f" ± {error:.1g}")
+        cell = "" if held_out is None else f"{held_out:,.4g}"
+        if held_out is not None and error and error > 0:  # as many decimals as the error's first digit has
+            decimals = min(max(0, -math.floor(math.log10(error))), 9)
+            cell = f"{held_out:,.{decimals}f} ± {error:.{decimals}f}"
         explanation = METRICS[name].explanation if name in METRICS else ""
         table.append((name, explanation, ("" if trained is None else f"{trained:,.4g}", cell)))
     return table
