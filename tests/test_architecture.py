@@ -58,7 +58,9 @@ ALLOWED: dict[str, set[str]] = {
     "page": {"errors"},
     # the program
     "cli": {"errors", "files", "interrupts", "registry"},
-    "report": {"autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "metrics", "page", "plots", "runs"},
+    "report": {
+        "autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "metrics", "page", "plots", "runs",
+    },
     "experiment": {
         "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors", "evaluation", "files",
         "interrupts", "metrics", "objectives", "plots", "presets", "registry", "runs", "schedules", "stage_one",

@@ -424,7 +424,7 @@ def posterior_map(
     figure, axes = _chart((7, 6))
     finite = means.isfinite().all(dim=1)
     x = means[finite].numpy()
-    area = float(np.clip(12_000 / max(len(x), 1), 2, 16))
+    area = float(np.clip(30_000 / max(len(x), 1), 2, 16))
     style: dict[str, Any] = {"s": area, "alpha": 0.85 if len(x) < 2000 else 0.6, "linewidths": 0}
     if classes:
         palette = class_colors(len(classes))
