@@ -77,6 +77,18 @@ def test_a_grid_of_many_images_has_a_bounded_width(tmp_path, monkeypatch):
     assert all(imageio.imread(path).shape[1] < 900 for path in tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("size", "cells"), [(8, 4), (28, 7), (32, 8), (320, 80), (300, 75), (600, 300)])
+def test_an_image_and_the_map_of_its_codes_have_one_size(tmp_path, size, cells):
+    black = torch.zeros(1, 3, size, size)
+    maps = {"codes": torch.zeros(1, cells, cells)}, {"codes": np.zeros((1, cells, cells, 3), np.uint8)}
+    plots.code_visualization(black, *maps, black, tmp_path / "a.png", title="t")
+    row = imageio.imread(tmp_path / "a.png")[-60, :, 0]
+    starts = np.flatnonzero(np.diff(np.concatenate([[255], row, [255]]).astype(int)))
+    widths = starts[1::2] - starts[::2]
+    assert len(widths) == 3
+    assert len(set(widths.tolist())) == 1
+
+
 @pytest.mark.parametrize(
     ("count", "most", "chosen"),
     [(0, 3, []), (1, 3, [0]), (3, 3, [0, 1, 2]), (5, 3, [0, 2, 4]), (10, 4, [0, 3, 6, 9]), (100, 2, [0, 99])],

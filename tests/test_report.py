@@ -352,6 +352,9 @@ def test_titles_say_tokens_temperature_and_class(tmp_path):
         "residual": "4 levels of 4x4 codes, K = 7",
         "hierarchy": "2x2 top + 4x4 bottom codes, K = 7",
     }
+    sequence = make((1, 28, 28), nets="mnist-conv", bottleneck="vq")
+    assert reporting(sequence, tmp_path).tokens() == "10 codes, K = 7"
+    assert reporting(make(nets="mlp"), tmp_path).tokens() == "1 code, K = 7"
     vae = reporting(make(**fitting("gaussian")), tmp_path / "a\nb")
     assert vae.tokens() == "latent of 16 dimensions"
     assert vae.title("x", "", "y") == "a\\nb: x\ny"

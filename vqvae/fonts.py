@@ -3,6 +3,7 @@
 A character that no font has is shown escaped, as in a Python literal: `\\u540d` instead of an empty box.
 """
 
+import contextlib
 from functools import cache
 from itertools import groupby
 
@@ -57,8 +58,13 @@ def _find(text: str) -> dict[str, str | None]:
 
 @cache
 def _candidates() -> tuple[str, ...]:
-    """Files of the fonts that matplotlib knows: its default first, then regular sans-serif ones."""
-    from matplotlib.font_manager import fontManager
+    """Files of all installed fonts: matplotlib's default first, then regular sans-serif ones."""
+    from matplotlib.font_manager import findSystemFonts, fontManager
+
+    known = {font.fname for font in fontManager.ttflist}
+    for file in set(findSystemFonts()) - known:  # installed since matplotlib made its list
+        with contextlib.suppress(Exception):  # a file that is no font raises anything
+            fontManager.addfont(file)
 
     def rank(font) -> tuple:
         weight = font.weight if isinstance(font.weight, int) else 400

@@ -13,7 +13,7 @@ from xml.etree.ElementTree import Element
 from vqvae.errors import printable
 
 STYLE = """
-body { margin: 0; background: #f6f6f4; color: #1e1e1e; font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+body { margin: 0; background: #f6f6f4; color: #1e1e1e; font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word }
 main { max-width: 1120px; margin: 0 auto; padding: 16px }
 h1 { font-size: 1.5rem; margin: .5rem 0 }
 h2 { font-size: 1.15rem; margin: 0 0 .25rem }
@@ -25,7 +25,7 @@ nav a { margin-right: 1rem; white-space: nowrap }
 a { color: #1a5a96 }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; margin: 0 }
 dt, small, .note { color: #666 }
-dd { margin: 0 }
+dd, td + td { margin: 0; overflow-wrap: anywhere }
 small { display: block; line-height: 1.35; max-width: 38rem }
 table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .4rem .75rem .4rem 0; border-bottom: 1px solid #e6e6e6 }
@@ -95,7 +95,7 @@ def html(
 def _plot(plot: Shown, title: str) -> Element:
     width, height = plot.size
     # on a narrow screen a wide plot keeps its text readable, and scrolls in its box
-    style = f"min-width: {width * 3 // 5}px"
+    style = f"min-width: {min(width * 3 // 5, 900) if width > 720 else 0}px"
     alt = f"{plot.heading} of {title}"
     image = _tag("img", src=plot.file, alt=alt, width=str(width), height=str(height), style=style)
     link = _tag("a", image, href=plot.file, title="full size", class_="plot")

@@ -145,7 +145,8 @@ def code_visualization(
     """
     longest = max(max(codes.shape[1:]) for codes in maps.values())
     side = max(images.shape[-2:])
-    side = side * max(1, round(208 / side)) if side <= 256 else 256
+    # images and maps get one size, where small images are enlarged by an integer
+    side = side * max(1, round(208 / side)) if side <= LARGEST_TILE else longest * max(1, LARGEST_TILE // longest)
     side = max(side, longest)
     headers = ("image", *maps, "reconstruction")
     per_row = 2 if len(images) > 1 and len(maps) == 1 else 1
@@ -237,7 +238,8 @@ def codebook_map(vectors: Tensor, usage: Tensor | None, patches: Tensor, path: P
     method = "t-SNE" if len(points) >= 5 else "PCA"
     note = f"{method} of {len(points)} codes, each as the patch it decodes to"
     if usage is not None:
-        note += f"; area proportional to held-out usage; {int((counts == 0).sum())} unused codes (x)"
+        unused = int((counts == 0).sum())
+        note += f"; area proportional to held-out usage; {unused} unused code{'' if unused == 1 else 's'} (x)"
     sheet = _Sheet(side, bottom, f"{title}\n{note}")
     tiles = pixels(patches)
     for k in np.argsort(-share, kind="stable"):  # small patches last, on top

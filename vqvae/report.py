@@ -90,9 +90,12 @@ class Report:
         if bottleneck is None:
             dimensions = self.model.bottleneck.code_dim
             return f"latent of {dimensions} dimension{'s' if dimensions > 1 else ''}"
-        sizes = {name: "x".join(map(str, level.shape[1:])) for name, level in _levels(bottleneck).items()}
+        # a sequence has a width of 1
+        shapes = {name: tuple(level.shape[1:]) for name, level in _levels(bottleneck).items()}
+        sizes = {name: f"{h}x{w}" if w > 1 else str(h) for name, (h, w) in shapes.items()}
         if len(sizes) == 1:
-            words = f"{sizes.popitem()[1]} codes"
+            size = sizes.popitem()[1]
+            words = f"{size} code{'' if size == '1' else 's'}"
         elif len(set(sizes.values())) == 1:
             words = f"{len(sizes)} levels of {sizes.popitem()[1]} codes"
         else:
@@ -401,11 +404,12 @@ def scatter_2d(report: Report, path: Path) -> None:
 def posterior_map(report: Report, path: Path) -> None:
     report.need_plane()
     means, labels = report.posterior()
-    share = f"{len(means):,} of " if len(means) < report.held_out else "all "
+    total = max(report.held_out, len(means))
+    share = f"{len(means):,} of {total:,}" if len(means) < total else f"all {total:,}" if total > 1 else "1"
     normal = report.prior == "normal"
     title = report.title(
         "posterior means in the latent plane",
-        f"{share}{report.held_out:,} held-out examples",
+        f"{share} held-out example{'' if total == 1 else 's'}",
         "rings: 1, 2 and 3 standard deviations of the prior" if normal else "",
     )
     plots.posterior_map(means, labels, report.classes, path, title=title, rings=normal)
@@ -581,7 +585,11 @@ def run_page(report: Report, folder: Path, drawn: list[str], left_out: list[tupl
         with Image.open(folder / name) as image:
             shown.append(page.Shown(name, PLOTS[name].heading, PLOTS[name].reading, image.size))
     rows = [row for row in read_metrics(report.logs / LOG) if row["kind"] == "epoch" and row["step"] <= content["step"]]
-    tables = [page.Table("Settings", ("setting", "value"), [(key, "", (_setting(v),)) for key, v in config.items()])]
+    tables = [
+        page.Table(
+            "Settings", ("setting", "value"), [(key, "", (_setting(v),)) for key, v in config.items() if v is not None]
+        )
+    ]
     if rows:
         heading = f"Metrics after epoch {rows[-1].get('epoch', 0):,}"
         tables.insert(0, page.Table(heading, ("metric", "train", "held out"), _metric_rows(rows[-1]), numbers=True))
@@ -611,7 +619,7 @@ def _setting(value: Any) -> str:
     """A setting of a run in words."""
     if isinstance(value, dict):
         return " ".join([value["name"], *(f"{key}={option}" for key, option in value["options"].items())])
-    return "" if value is None else str(value)
+    return str(value)
 
 
 def _check_label(label: int | None, classes: int) -> None:
