@@ -320,6 +320,7 @@ WRONG = [
     ({"usage": torch.zeros(3)}, "its usage must be the counts"),
     ({"usage": torch.full((1, 7), -1)}, "its usage must be counts"),
     ({"usage": torch.zeros(1, 8)}, "its usage does not count the model's codes"),
+    ({"usage": torch.zeros(2, 7)}, "its usage does not count the model's codes"),
     ({"posterior": {"means": MEANS}}, "its posterior must be means and labels"),
     ({"posterior": {"means": MEANS[:, :1], "labels": LABELS}}, "its posterior.means must be .N, 2."),
     ({"posterior": {"means": MEANS, "labels": LABELS + 1}}, "its posterior.labels must be 2 integers from -1 to 0"),

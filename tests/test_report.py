@@ -319,8 +319,8 @@ def test_equal_codes_have_equal_colors_in_every_level(name):
     model = make((3, 16, 16), bottleneck=name).eval()
     assert model.discrete is not None
     codes = torch.randint(model.discrete.num_codes, (5, *model.discrete.grid))
-    colors = report.code_colors(model.discrete, codes, images(5, (3, 16, 16)))
     maps = model.discrete.maps(codes)
+    colors = report.code_colors(model.discrete, maps, images(5, (3, 16, 16)))
     assert list(colors) == list(maps)
     for level, found in zip(maps.values(), colors.values(), strict=True):
         assert found.shape == (*level.shape, 3)
@@ -336,7 +336,7 @@ def test_the_vector_of_a_code_decides_its_color():
         model.bottleneck.code_vectors().copy_(torch.tensor([[0.0], [0.01], [3.0], [3.01]]).expand(4, 4))
     codes = torch.arange(16).view(1, 4, 4) % 4
     gray = torch.full((1, 1, 16, 16), 128, dtype=torch.uint8)
-    colors = report.code_colors(model.discrete, codes, gray)["codes"][0, 0].astype(int)
+    colors = report.code_colors(model.discrete, {"codes": codes}, gray)["codes"][0, 0].astype(int)
     distance = abs(colors[:, None] - colors).sum(axis=2)
     assert distance[0, 1] < 10 > distance[2, 3]
     assert distance[0, 2] > 100
@@ -383,6 +383,31 @@ def test_the_levels_of_a_hierarchy_have_one_set_of_names(folder, monkeypatch):
         "usage": ["top", "bottom"],
         "rows": ["originals", "top only", "all levels"],
     }
+
+
+def test_of_many_levels_some_are_shown(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        plots, "code_visualization", lambda x, maps, *args, title: seen.update(maps=list(maps), title=title)
+    )
+    monkeypatch.setattr(
+        plots, "usage_chart", lambda counts, *args, names, **options: seen.update(usage=names, n=counts)
+    )
+    monkeypatch.setattr(
+        plots, "image_rows", lambda rows, *args, **options: seen.update(rows=[name for name, _ in rows])
+    )
+    chosen = choose("bottleneck", "residual", quantizers=30)
+    model = make((3, 16, 16), bottleneck=chosen).eval()
+    found = content(model, {"bottleneck": chosen}, usage=torch.arange(30).unsqueeze(1).expand(30, 7))
+    found["examples"]["images"] = images(2, (3, 16, 16))
+    for draw in (report.code_visualization, report.usage, report.levels):
+        draw(reporting(model, tmp_path, **found), tmp_path / "x.png")
+    assert seen["maps"] == seen["usage"] == [f"level {k}" for k in (1, 5, 9, 13, 17, 21, 25, 30)]
+    assert seen["n"][:, 0].tolist() == [0, 4, 8, 12, 16, 20, 24, 29]
+    assert [seen["rows"][i] for i in (0, 1, 2, 7, 8)] == [
+        "originals", "level 1 only", "up to level 5", "up to level 25", "all levels",
+    ]  # fmt: skip
+    assert "8 of 30 levels" in seen["title"]
 
 
 def test_many_classes_have_a_row_for_some_of_them(tmp_path, monkeypatch):

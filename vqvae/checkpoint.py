@@ -421,10 +421,16 @@ def restore(content: dict[str, Any], name: str = "checkpoint", *, new_prior: Con
         raise UserError(f"{name}: its settings do not describe a model of vqvae") from None
     _check_fit(model, content["model"], name)
     usage = content.get("usage")
-    if usage is not None and (model.discrete is None or usage.shape[1] != model.discrete.num_codes):
+    if usage is not None and usage.shape != _usage_shape(model):
         raise UserError(f"{name}: its usage does not count the model's codes")
     model.load_state_dict(content["model"])
     return model.eval()
+
+
+def _usage_shape(model: Autoencoder) -> tuple[int, ...]:
+    """The shape `[levels, K]` of the counts of a model's codes; () without codes."""
+    codes = model.discrete
+    return () if codes is None else tuple(codes.usage(torch.zeros(1, *codes.grid, dtype=torch.int64)).shape)
 
 
 def verify(content: dict[str, Any], name: str) -> None:

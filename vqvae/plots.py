@@ -186,7 +186,7 @@ def vector_colors(vectors: Tensor, means: Tensor | None = None) -> np.ndarray:
     The base is the `means` `[N, 3]` in [0, 1], the mean color of what each vector stands for, or else a gray whose
     lightness is the first principal component of the vectors. The next two components shift it along opponent colors.
     """
-    x = vectors.detach().cpu().double()
+    x = vectors.detach().cpu().double().nan_to_num()
     x = x - x.mean(dim=0)
     x = x / x.abs().max().clamp(min=1e-300)
     _, sizes, directions = torch.linalg.svd(x, full_matrices=False)
@@ -210,7 +210,7 @@ def embed_plane(vectors: Tensor, seed: int = 0) -> np.ndarray:
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    x = vectors.detach().float().cpu().numpy()
+    x = vectors.detach().float().cpu().nan_to_num().numpy()
     distinct = len(np.unique(x, axis=0))
     if distinct < 2:
         return np.zeros((len(x), 2))

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from vqvae.runs import LOG, read_metrics
 
 MOST_CODES = 16_384  # that the plot of the codebook shows; t-SNE of more takes many minutes
 MOST_CLASSES = 40  # that have a row of samples
+MOST_LEVELS = 8  # of codes that are shown one by one
 PAGE = "index.html"
 
 
@@ -174,6 +175,11 @@ def _levels(bottleneck: Discrete) -> dict[str, Tensor]:
     return bottleneck.maps(torch.arange(math.prod(bottleneck.grid)).view(1, *bottleneck.grid))
 
 
+def _some(names: list[str]) -> str:
+    """A note for the title of a plot that cannot show all levels."""
+    return f"{MOST_LEVELS} of {len(names)} levels" if len(names) > MOST_LEVELS else ""
+
+
 def original(report: Report, path: Path) -> None:
     report.need_images()
     title = report.title("held-out originals", f"{len(report.images)} of {report.held_out:,}")
@@ -191,16 +197,18 @@ def code_visualization(report: Report, path: Path) -> None:
     report.need_images()
     bottleneck = report.need_codes()
     codes = report.model.encode(report.images[:8])
-    if len(_levels(bottleneck)) > 1:
+    names = list(_levels(bottleneck))
+    if len(names) > 1:
         codes = codes[:4]
-    images = report.images[: len(codes)]
-    title = report.title("images and their codes", report.tokens(), "like colors, like codes")
-    colors = code_colors(bottleneck, codes, images)
-    plots.code_visualization(images, bottleneck.maps(codes), colors, report.model.decode(codes), path, title=title)
+    images, levels = report.images[: len(codes)], bottleneck.maps(codes)
+    maps = {name: levels[name] for name in plots.evenly(names, MOST_LEVELS)}
+    title = report.title("images and their codes", report.tokens(), _some(names), "like colors, like codes")
+    colors = code_colors(bottleneck, maps, images)
+    plots.code_visualization(images, maps, colors, report.model.decode(codes), path, title=title)
 
 
-def code_colors(bottleneck: Discrete, codes: Tensor, images: Tensor) -> dict[str, np.ndarray]:
-    """Colors `[N, h, w, 3]` (uint8) of the codes of N images, for each level: codes of like vectors are alike.
+def code_colors(bottleneck: Discrete, maps: Mapping[str, Tensor], images: Tensor) -> dict[str, np.ndarray]:
+    """Colors `[N, h, w, 3]` (uint8) of each level's codes `[N, h, w]` for N images: like vectors have like colors.
 
     A code's vector is the decoder's mean input for an image with that code at every position of the level. The colors
     are based on the mean color of the images' parts that have the code.
@@ -208,13 +216,13 @@ def code_colors(bottleneck: Discrete, codes: Tensor, images: Tensor) -> dict[str
     colors = {}
     positions, x = _levels(bottleneck), unit_range(images)
     x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
-    for name, level in bottleneck.maps(codes.cpu()).items():
-        used, cells = level.flatten().unique(return_inverse=True)
+    for name, level in maps.items():
+        used, cells = level.cpu().flatten().unique(return_inverse=True)
         vectors = []
         for some in used.split(256):
             grids = torch.zeros(len(some), math.prod(bottleneck.grid), dtype=torch.int64)
             grids[:, positions[name].flatten()] = some.unsqueeze(1)
-            grids = grids.view(-1, *bottleneck.grid).to(codes.device)
+            grids = grids.view(-1, *bottleneck.grid).to(level.device)
             vectors.append(bottleneck.embed(grids).flatten(2).mean(dim=2))
         h, w = level.shape[1:]
         means = None
@@ -222,7 +230,7 @@ def code_colors(bottleneck: Discrete, codes: Tensor, images: Tensor) -> dict[str
             parts = F.adaptive_avg_pool2d(x, (h, w)).movedim(1, -1).reshape(-1, 3)  # [N h w, 3]
             sums = torch.zeros(len(used), 3).index_add_(0, cells, parts)
             means = (sums / cells.bincount().unsqueeze(1))[cells]
-        of_cells = torch.cat(vectors)[cells.to(codes.device)]  # [N h w, D], so that frequent codes count more
+        of_cells = torch.cat(vectors)[cells.to(level.device)]  # [N h w, D], so that frequent codes count more
         colors[name] = plots.vector_colors(of_cells, means).reshape(*level.shape, 3)
     return colors
 
@@ -236,10 +244,11 @@ def levels(report: Report, path: Path) -> None:
     if len(names) == 1:
         raise NotApplicable("the codes have a single level")
     rows = [("originals", images)]
-    for count, name in enumerate(names, 1):
-        label = f"{name} only" if count == 1 else "all levels" if count == len(names) else f"up to {name}"
+    for count in plots.evenly(range(1, len(names) + 1), MOST_LEVELS):
+        label = f"{names[0]} only" if count == 1 else f"up to {names[count - 1]}"
+        label = "all levels" if count == len(names) else label
         rows.append((label, report.model.decode_latents(bottleneck.embed(codes, levels=count))))
-    title = report.title("reconstructions from the first levels of codes", report.tokens())
+    title = report.title("reconstructions from the first levels of codes", report.tokens(), _some(names))
     plots.image_rows(rows, path, title=title)
 
 
@@ -268,8 +277,11 @@ def usage(report: Report, path: Path) -> None:
     bottleneck = report.need_codes()
     if report.content["usage"] is None:
         raise NotApplicable("only a stage-one checkpoint written after an evaluation has the code usage")
-    title = report.title("code usage over the whole held-out split", report.tokens())
-    plots.usage_chart(report.content["usage"], path, title=title, names=list(_levels(bottleneck)))
+    names = list(_levels(bottleneck))
+    shown = plots.evenly(range(len(names)), MOST_LEVELS)
+    title = report.title("code usage over the whole held-out split", report.tokens(), _some(names))
+    counts = report.content["usage"][shown]
+    plots.usage_chart(counts, path, title=title, names=[names[level] for level in shown])
 
 
 def curves(report: Report, path: Path) -> None:
