@@ -50,16 +50,20 @@ ALLOWED: dict[str, set[str]] = {
     "presets": set(),
     "config": {"errors", "presets", "registry", "schedules"},
     "archives": set(),
-    "checkpoint": {"archives", "autoencoder", "config", "errors", "files", "objectives", "registry"},
+    "checkpoint": {"archives", "autoencoder", "config", "errors", "evaluation", "files", "objectives", "registry"},
     "tokens": {
         "archives", "autoencoder", "checkpoint", "contracts", "data", "devices", "errors", "files", "registry",
     },
     "export": {"autoencoder", "checkpoint", "errors", "files"},
-    "plots": {"files", "metrics"},
+    "fonts": {"errors"},
+    "plots": {"files", "fonts", "metrics"},
+    "page": {"errors"},
     "compare": {"checkpoint", "errors", "files", "metrics", "runs"},
     # the program
     "cli": {"errors", "files", "interrupts", "registry"},
-    "report": {"autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "plots", "runs"},
+    "report": {
+        "autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "metrics", "page", "plots", "runs",
+    },
     "experiment": {
         "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors", "evaluation", "files",
         "interrupts", "metrics", "objectives", "plots", "presets", "registry", "runs", "schedules", "stage_one",

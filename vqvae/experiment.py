@@ -444,7 +444,8 @@ def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | No
     compare_classes(content["data"]["classes"], dataset.classes, config)
     model = checkpoint.restore(content, str(path)).to(choose_device(config.device))
     results = evaluate(model, dataset.test.images, dataset.test.labels, iw_samples=iw_samples, seed=config.seed)
-    results.pop("usage", None)
+    for tensors in ("usage", "posterior"):
+        results.pop(tensors, None)
     if dataset.entropy is not None:
         results |= {"data_entropy": dataset.entropy, "gap": results["neg_elbo"] - dataset.entropy}
     table = {

@@ -26,6 +26,7 @@ from vqvae.runs import NullRun, Run
 from vqvae.schedules import Schedule
 
 MOST_SKIPPED = 10  # updates in a row, with on_nan=skip
+KEPT = ("usage", "posterior")  # tensors among the held-out metrics, which plots show
 
 
 class Plan(NamedTuple):
@@ -125,7 +126,7 @@ class Stage(NamedTuple):
     module: Any  # an nn.Module that keeps contracts.Trainable
     examples: Tensor  # [N, ...], images or codes
     labels: Tensor  # [N] int64
-    evaluate: Callable[[], dict[str, Any]]  # held-out metrics; a tensor `usage` goes into the checkpoint
+    evaluate: Callable[[], dict[str, Any]]  # held-out metrics; entries of KEPT go into the checkpoint
     draw: Callable[[], Tensor] | None  # images [N, C, H, W] in [0, 1] to show after each epoch
     caption: str  # what those images are
     originals: Tensor | None = None  # [N, C, H, W] in [0, 1], what those images reconstruct
@@ -190,7 +191,7 @@ class Loop:
             self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.epoch = state.get("step", 0), state.get("epoch", 0)  # epoch: those evaluated so far
         self.best, self.best_epoch = state.get("best", math.inf), state.get("best_epoch", 0)
-        self.usage = state.get("usage")
+        self.kept = {name: state.get(name) for name in KEPT}
         self.epoch_means, self.window = Means(state.get("epoch_means")), Means(state.get("window"))
         self.per_epoch, self.total = plan.steps_per_epoch(len(examples)), plan.total_steps(len(examples))
         # checkpoints of an earlier version have no best_step
@@ -308,12 +309,12 @@ class Loop:
         self.epoch = math.ceil(self.step / self.per_epoch)
         trained = self.module.summary(self.epoch_means.values())
         self.epoch_means = Means()
-        self.usage = results.pop("usage", None)
+        self.kept = {name: results.pop(name, None) for name in KEPT}
         numbers = {f"train_{name}": value for name, value in trained.items()}
         numbers |= {f"held_out_{name}": value for name, value in results.items()}
         self.run.log("epoch", self.step, self.epoch, numbers | {"images_per_s": self.speed})
-        if self.usage is not None:
-            self.run.histogram("held_out_usage", self.usage, self.step)
+        if self.kept["usage"] is not None:
+            self.run.histogram("held_out_usage", self.kept["usage"], self.step)
         after_epoch(self.epoch, self.step)
         better = results[self.module.monitor] < self.best
         if better:
@@ -344,7 +345,7 @@ class Loop:
             "best": self.best,
             "best_epoch": self.best_epoch,
             "best_step": self.best_step,
-            "usage": self.usage,
+            **self.kept,
             "epoch_means": self.epoch_means.state(),
             "window": self.window.state(),
         }
