@@ -40,9 +40,10 @@ ALLOWED: dict[str, set[str]] = {
         "archives", "autoencoder", "checkpoint", "contracts", "data", "evaluation", "files", "metrics", "optimizer",
     },
     "runs": {"checkpoint", "errors", "files", "metrics"},
+    "progress": {"metrics"},
     "training": {
-        "contracts", "data", "devices", "distributed", "errors", "interrupts", "metrics", "optimizer", "runs",
-        "schedules",
+        "contracts", "data", "devices", "distributed", "errors", "interrupts", "optimizer", "progress",
+        "runs", "schedules",
     },
     # settings and files
     "presets": set(),

@@ -233,7 +233,7 @@ class Trainable(Protocol):
     """What the training loop needs of a module."""
 
     monitor: str  # the held-out metric whose lowest value makes best.pt
-    headline: tuple[str, ...]  # metrics worth a line on the terminal
+    headline: tuple[str, ...]  # metrics for the terminal, the most important first
 
     def __call__(self, batch: Tensor, labels: Tensor, step: int) -> TrainOutput: ...
 

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -30,7 +31,7 @@ from vqvae.files import (
     write_text,
     writing,
 )
-from vqvae.metrics import for_json
+from vqvae.metrics import for_json, has_chart
 
 try:
     import fcntl
@@ -45,6 +46,9 @@ BEYOND = 2**30  # the byte that is locked on Windows: beyond the text, because w
 LOCK, LAST, BEST = ".lock", "checkpoint.pt", "best.pt"
 LOG = "metrics.jsonl"
 UNREADABLE = "unreadable.txt"
+COMPARED = (
+    "dataset", "nets", "bottleneck", "prior", "likelihood", "objective", "lr", "batch_size", "epochs", "seed"
+)  # fmt: skip
 EVENTS = "events.out.tfevents."  # and the second at which the file was begun, the host, the process, a number
 
 
@@ -241,14 +245,33 @@ class Run:
             self.board.flush()
         return best_is_there
 
-    def log(self, kind: str, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Append a line to metrics.jsonl, and log each metric as TensorBoard scalar `kind/name`."""
+    def log(
+        self,
+        kind: str,
+        step: int,
+        epoch: int,
+        metrics: Mapping[str, float],
+        settings: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Append a line to metrics.jsonl with metrics, and settings that change during training, such as the rate.
+
+        TensorBoard gets `name/train` and `name/held_out`, which stand together, and `schedule/name`. Training metrics
+        averaged over an epoch, standard errors and constants have no chart.
+        """
         self.step = step
-        row = {"kind": kind, "step": step, "epoch": epoch, **for_json(metrics)}
+        row = {"kind": kind, "step": step, "epoch": epoch, **for_json({**metrics, **settings})}
         append(self.folder / LOG, json.dumps(row) + "\n")
         with self._events():
             for name, value in metrics.items():
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+                if kind == "train":
+                    self.board.add_scalar(f"{name}/train", value, step)
+                elif name.startswith("held_out_"):
+                    if has_chart(short := name.removeprefix("held_out_")):
+                        self.board.add_scalar(f"{short}/held_out", value, step)
+                elif not name.startswith("train_"):
+                    self.board.add_scalar(f"{kind}/{name}", value, step)
+            for name, value in settings.items():
+                self.board.add_scalar(f"schedule/{name}", value, step)
 
     def _events(self) -> contextlib.AbstractContextManager[None]:
         """Within it, errors of TensorBoard's writer become a line about the events; its thread hands them on."""
@@ -295,18 +318,15 @@ class Run:
         return resumed["step"] == best
 
     def close(self, results: dict[str, float] | None = None) -> None:
-        """Flush TensorBoard and give the lock back. Final results go to the HParams tab, together with the settings."""
+        """Flush TensorBoard and give the lock back. The final metrics go to the HParams tab, next to ten settings."""
         board, self.board = self.board, None
         try:
             if board and results:
-                settings: dict[str, Any] = {}
-                for key, value in self.facts["config"].items():
-                    if isinstance(value, dict):
-                        settings |= {key: value["name"]} | {f"{key}.{k}": v for k, v in value["options"].items()}
-                    elif value is not None:
-                        settings[key] = value
+                config = self.facts["config"]
+                settings = {name: _text(config[name]) for name in COMPARED if name in config}
+                order = sorted(filter(has_chart, results), key=lambda name: (name != "psnr", name != "mse"))
                 # tags of their own: under a metric's tag they would add a point to its curve
-                named = {f"result/{name}": value for name, value in results.items()}
+                named = {f"result/{name}": results[name] for name in order}
                 with self._events():
                     board.add_hparams(settings, named, run_name=".", global_step=self.step)
         finally:
@@ -334,6 +354,13 @@ class Run:
             write_text(path, "".join(f"{json.dumps(row)}\n" for row in kept))
 
 
+def _text(value: Any) -> Any:
+    """A setting in a table: a choice with its options as words."""
+    if not isinstance(value, dict):
+        return "" if value is None else value
+    return " ".join([value["name"], *(f"{key}={option}" for key, option in value["options"].items())])
+
+
 class NullRun(Run):
     """A run that writes nothing, for every process except the first."""
 
@@ -343,7 +370,14 @@ class NullRun(Run):
     def start(self, resumed: dict[str, Any] | None = None) -> bool:
         return True
 
-    def log(self, kind: str, step: int, epoch: int, metrics: dict[str, float]) -> None:
+    def log(
+        self,
+        kind: str,
+        step: int,
+        epoch: int,
+        metrics: Mapping[str, float],
+        settings: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         pass
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:

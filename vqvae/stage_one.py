@@ -20,7 +20,7 @@ class AutoencoderTraining(nn.Module):
 
     monitor = "neg_elbo"
     headline = (
-        "mse", "nmse", "psnr", "neg_elbo", "bits_per_dim", "commitment", "perplexity", "active_codes", "active_units"
+        "mse", "psnr", "perplexity", "active_codes", "active_units", "neg_elbo", "bits_per_dim", "commitment", "nmse"
     )  # fmt: skip
 
     def __init__(self, model: Autoencoder, objective: Objective):

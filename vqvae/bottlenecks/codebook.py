@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae import distributed
-from vqvae.bottlenecks.base import CodeOptions
+from vqvae.bottlenecks.base import CodeOptions, Projection
 from vqvae.bottlenecks.nearest import nearest_code
 from vqvae.contracts import count_codes
 from vqvae.registry import Range
@@ -41,6 +41,17 @@ class CodebookOptions(EMAOptions):
     codebook: Annotated[
         Literal["ema", "gradient"], "update of the codes: running means of their vectors, or the optimizer"
     ] = "ema"
+    spread: Annotated[
+        float, Range(0), "standard deviation to which init=kmeans scales the projected features first; 0: leaves them"
+    ] = 0.0
+
+    def prepare(self, projection: nn.Module, features: Tensor) -> None:
+        """Standardize the projection's output for features `[B, channels, h, w]`, where k-means is to find the codes.
+
+        The first features are small and soon grow: codes fitted to them would be far from the next ones, and die.
+        """
+        if self.init == "kmeans" and self.spread and isinstance(projection, Projection):
+            projection.standardize(features, self.spread)
 
 
 class Codebook(nn.Module):

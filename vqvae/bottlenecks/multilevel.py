@@ -133,6 +133,7 @@ class ResidualVQ(MultiCodebook):
 
     @torch.no_grad()
     def initialize(self, features: Tensor) -> None:
+        self.options.prepare(self.projection, features)
         rest = vectors_of(self.projection(features))
         for book in self.codebooks:
             book.initialize(rest)
@@ -179,6 +180,7 @@ class GroupedVQ(MultiCodebook):
 
     @torch.no_grad()
     def initialize(self, features: Tensor) -> None:
+        self.options.prepare(self.projection, features)
         for book, part in zip(self.codebooks, self.projection(features).chunk(self.levels, 1), strict=True):
             book.initialize(vectors_of(part))
 

@@ -98,6 +98,7 @@ class VQ(NearestCode):
     the entropy of soft usage, mean_n softmax_k(-||f_n - e_k||^2 / temperature) (2310.05737, second term of eq. 5).
     """
 
+    options: VQOptions
     unit_norm = False
 
     @checked
@@ -119,6 +120,7 @@ class VQ(NearestCode):
 
     @torch.no_grad()
     def initialize(self, features: Tensor) -> None:
+        self.options.prepare(self.projection, features)
         self.codebook.initialize(vectors_of(self.project(features)))
 
     def code_vectors(self) -> Tensor:
