@@ -168,6 +168,15 @@ def test_images_outside_of_the_classes_are_a_reason_for_none(tree):
     assert data.note == "no classes, because of images outside of them: 1, such as 3.png"
 
 
+def test_a_note_of_long_paths_is_short_enough_for_a_checkpoint(tree):
+    deep = "/".join(["long" * 60] * 5)
+    for name in ("train/1.png", "test/2.png", f"{deep}/3.png"):
+        write_flat(tree / deep / name)
+    note = load("folder", data_dir=tree, image_size=8).note
+    assert "images outside of these left out: 1, such as long" in note
+    assert len(note) < 1000
+
+
 def test_an_image_that_moves_to_another_class_gets_its_label(tree, tmp_path):
     write_flat(tmp_path / "real.png")
     for name in ("cats", "dogs", "pigs"):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from vqvae.data.base import Dataset, Images
 from vqvae.data.decoding import optional_formats, read_image
 from vqvae.data.listing import Layout, in_order, list_images
-from vqvae.errors import OptionError, UserError, one_line
+from vqvae.errors import OptionError, UserError, one_line, shown
 from vqvae.files import whole_file, write_text
 from vqvae.registry import Passes, Range, checked
 
@@ -54,7 +54,7 @@ def folder(
                 raise OptionError("", "data_dir", data_dir, f"none of the images in {_listed(folders)} can be read")
         notes.append(f"split by the folders {_listed(layout.train)} and {_listed(layout.held_out)}")
         if unused:
-            notes.append(f"images outside of these left out: {len(unused):,}, such as {_shown(unused[0])}")
+            notes.append(f"images outside of these left out: {len(unused):,}, such as {shown(unused[0])}")
     else:
         train = min(max(sum(_position(path) >= holdout for path in paths), 1), len(paths) - 1)
     labels = [layout.label(path) for path in paths]
@@ -62,7 +62,7 @@ def folder(
     outside = [path for path, label in zip(paths, labels, strict=True) if label is None]
     classes = names if len(names) > 1 and not outside else []
     if len(names) > 1 and outside:
-        notes.append(f"no classes, because of images outside of them: {len(outside):,}, such as {_shown(outside[0])}")
+        notes.append(f"no classes, because of images outside of them: {len(outside):,}, such as {shown(outside[0])}")
     if unreadable:
         notes.append(f"unreadable files left out: {len(unreadable):,}")
     numbers = {name: number for number, name in enumerate(classes)}
@@ -208,7 +208,7 @@ def _shown(name: str) -> str:
 
 
 def _listed(folders: Iterable[str]) -> str:
-    return " and ".join(map(_shown, sorted(folders)))
+    return " and ".join(shown(folder) for folder in sorted(folders))
 
 
 def _position(path: str) -> float:
