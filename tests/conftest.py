@@ -1,9 +1,11 @@
 import os
+import signal
 
 import pytest
 import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for its background jobs
 torch.set_num_threads(1)  # the models of the tests are too small to gain from more
 
 

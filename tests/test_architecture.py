@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "interrupts": set(),
     "distributed": {"errors", "interrupts"},
     # the slots
-    "data": {"errors", "files", "registry"},
+    "data": {"archives", "errors", "files", "registry"},
     "nets": {"errors", "registry"},
     "bottlenecks": {"contracts", "distributed", "errors", "flows", "registry", "schedules"},
     "priors": {"contracts", "errors", "flows", "registry"},
@@ -41,24 +41,29 @@ ALLOWED: dict[str, set[str]] = {
         "archives", "autoencoder", "checkpoint", "contracts", "data", "evaluation", "files", "metrics", "optimizer",
     },
     "runs": {"checkpoint", "errors", "files", "metrics"},
+    "progress": {"metrics"},
     "training": {
-        "contracts", "data", "devices", "distributed", "errors", "interrupts", "metrics", "optimizer", "runs",
-        "schedules",
+        "contracts", "data", "devices", "distributed", "errors", "interrupts", "optimizer", "progress",
+        "runs", "schedules",
     },
     # settings and files
     "presets": set(),
     "config": {"errors", "presets", "registry", "schedules"},
     "archives": set(),
-    "checkpoint": {"archives", "autoencoder", "config", "errors", "files", "objectives", "registry"},
+    "checkpoint": {"archives", "autoencoder", "config", "errors", "evaluation", "files", "objectives", "registry"},
     "tokens": {
         "archives", "autoencoder", "checkpoint", "contracts", "data", "devices", "errors", "files", "registry",
     },
     "export": {"autoencoder", "checkpoint", "errors", "files"},
-    "plots": {"files", "metrics"},
+    "fonts": {"errors"},
+    "plots": {"files", "fonts", "metrics"},
+    "page": {"errors"},
     "compare": {"checkpoint", "errors", "files", "metrics", "runs"},
     # the program
     "cli": {"errors", "files", "interrupts", "registry"},
-    "report": {"autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "plots"},
+    "report": {
+        "autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "metrics", "page", "plots", "runs",
+    },
     "experiment": {
         "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors", "evaluation", "files",
         "interrupts", "metrics", "objectives", "plots", "presets", "registry", "runs", "schedules", "stage_one",
@@ -69,7 +74,8 @@ ALLOWED: dict[str, set[str]] = {
         "presets", "registry", "report", "tokens",
     },
     "__main__": {"__init__", "cli", "errors", "interrupts"},
-    "__init__": {"checkpoint"},
+    "layers": {"bottlenecks", "contracts", "errors", "registry"},
+    "__init__": {"checkpoint", "layers"},
 }  # fmt: skip
 HEAVY = {"matplotlib", "sklearn", "scipy", "tensorboard", "torchvision", "imageio", "PIL", "triton"}
 # these print or parse flags; all other modules serve Python users too

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.bottleneck_helpers import assert_nearest, make, rows
-from vqvae.bottlenecks import BOTTLENECKS
+from vqvae.bottlenecks import BOTTLENECKS, codebook
 from vqvae.bottlenecks.categorical import Deterministic
 from vqvae.bottlenecks.codebook import first_codebook, kmeans_codebook
 from vqvae.bottlenecks.gradients import straight_through
@@ -81,9 +81,29 @@ def test_kmeans_finds_separated_clusters_and_works_with_few_vectors():
     vectors = centers.repeat(40, 1) + 0.01 * torch.randn(200, 15)
     found = kmeans_codebook(vectors, 5)
     assert torch.cdist(centers, found).min(dim=1).values.max() < 0.05
-    few = kmeans_codebook(torch.randn(3, 4), 10)
-    assert few.shape == (10, 4)
-    assert few.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "rows", [torch.randn(3, 4), torch.randn(3, 4).repeat(20, 1), torch.ones(50, 4), torch.ones(1, 1)]
+)
+@pytest.mark.parametrize("many", [8, 10_000])  # from which mini-batches are used
+def test_centers_of_few_different_vectors_differ(rows, many, monkeypatch):
+    monkeypatch.setattr(codebook, "MANY_CODES", many)
+    centers = kmeans_codebook(rows, 10)
+    assert centers.isfinite().all()
+    assert len(centers.unique(dim=0)) == len(centers) == 10
+    assert torch.cdist(rows, centers).min(dim=1).values.max() < 0.5
+
+
+def test_mini_batches_find_separated_clusters(monkeypatch):
+    monkeypatch.setattr(codebook, "MANY_CODES", 8)
+    centers = torch.eye(8, 15) * 10
+    vectors = centers.repeat(40, 1) + 0.01 * torch.randn(320, 15)
+    error = torch.cdist(vectors, kmeans_codebook(vectors, 60)).min(dim=1).values  # random starts hit every cluster
+    assert error.max() < 0.1
+    monkeypatch.setattr(codebook, "MOST_DISTANCES", 60)  # vectors themselves
+    found = kmeans_codebook(vectors, 60)
+    assert torch.cdist(found.double(), vectors.double()).min(dim=1).values.max() < 1e-5
 
 
 # vq

@@ -242,7 +242,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
 
 
 CONFIG, ABOUT = content()["config"], content()["data"]
-IMAGES, LABELS = images(2), torch.zeros(2, dtype=torch.int64)
+IMAGES, LABELS, MEANS = images(2), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 2)
 
 
 def with_option(slot: str, **options):
@@ -320,6 +320,10 @@ WRONG = [
     ({"usage": torch.zeros(3)}, "its usage must be the counts"),
     ({"usage": torch.full((1, 7), -1)}, "its usage must be counts"),
     ({"usage": torch.zeros(1, 8)}, "its usage does not count the model's codes"),
+    ({"usage": torch.zeros(2, 7)}, "its usage does not count the model's codes"),
+    ({"posterior": {"means": MEANS}}, "its posterior must be means and labels"),
+    ({"posterior": {"means": MEANS[:, :1], "labels": LABELS}}, "its posterior.means must be .N, 2."),
+    ({"posterior": {"means": MEANS, "labels": LABELS + 1}}, "its posterior.labels must be 2 integers from -1 to 0"),
     ({"examples": {}}, "its examples must be images and labels"),
     ({"examples": {"images": IMAGES[:0], "labels": LABELS[:0]}}, "its examples.images must be"),
     ({"examples": {"images": IMAGES.double(), "labels": LABELS}}, "its examples.images must be"),

@@ -1,5 +1,6 @@
 """Every command explains itself, and every error is one line with an exit code."""
 
+import io
 import subprocess
 import sys
 import warnings
@@ -263,7 +264,7 @@ def test_an_unknown_command_is_answered_with_the_known_ones(words, message, caps
         ("--dataset mnits", "--dataset mnits: no such name (did you mean 'mnist'"),
         ("--dataset folder holdout=1", "--dataset folder holdout=1: must be above 0 and below 1"),
         ("--dataset folder channels=2", "--dataset folder channels=2: must be 1 (gray) or 3 (color)"),
-        ("--dataset photos crops=0", "--dataset photos crops=0: must be at least 1"),
+        ("--dataset photos crops=0", "--dataset photos crops=0: must be from 1 to 1000000"),
         ("--dataset mnist-binary binarization=x", "--dataset mnist-binary binarization=x: must be one of threshold"),
         ("--nets sonet", "--nets sonet: no such name (did you mean 'sonnet'"),
         ("--nets sonnet hidden=1", "--nets sonnet hidden=1: must be at least 2"),
@@ -298,3 +299,23 @@ def test_a_bad_option_is_refused_before_data_are_read(tmp_path, monkeypatch, no_
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_terminal_without_unicode_shows_escapes(monkeypatch):
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="ascii") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+
+    def main(argv):
+        print("猫 ± \udcff")
+        warnings.warn("é", stacklevel=2)
+        raise UserError("ü: no such file")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        monkeypatch.setattr(warnings, "showwarning", lambda message, *_: sys.stderr.write(f"{message}\n"))
+        assert cli.run(main, []) == 2
+    for stream in streams.values():
+        stream.flush()
+    assert streams["stdout"].buffer.getvalue() == b"\\u732b \\xb1 \\udcff\n"
+    assert streams["stderr"].buffer.getvalue() == b"\\xe9\nerror: \\xfc: no such file\n"

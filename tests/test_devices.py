@@ -7,9 +7,19 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
+from tests.helpers import choose, fitting, images, training
+from vqvae import devices
+from vqvae.bottlenecks import BOTTLENECKS
 from vqvae.devices import choose_compile, choose_device, choose_precision
 from vqvae.errors import OptionError
+from vqvae.evaluation import evaluate
+from vqvae.likelihoods import LIKELIHOODS
+from vqvae.priors import PRIORS
+from vqvae.training import Means
 
 KEEP = """
 import ctypes
@@ -66,3 +76,56 @@ def test_precision_and_compilation_are_chosen_by_device():
     assert choose_precision("bf16", cpu) == "bf16"
     assert not choose_compile(None, cpu, steps=10**6)
     assert choose_compile(True, cpu, steps=1)
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """The device `meta` as one that has no float64, as MPS. All values that come from it are zeros."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        there = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor) and value.is_meta]
+        if there and str(function) == "aten._to_copy.default" and str(kwargs.get("device")) == "cpu":
+            return torch.zeros(there[0].shape, dtype=kwargs.get("dtype") or there[0].dtype)
+        if there and str(function) in ("aten._local_scalar_dense.default", "aten.equal.default"):
+            return 0
+        out = function(*args, **kwargs)
+        for value in tree_iter(out):
+            if isinstance(value, Tensor) and value.is_meta and value.dtype == torch.float64:
+                raise TypeError(f"{function}: the MPS framework doesn't support float64")
+        return out
+
+
+MODELS = {
+    **{name: fitting(name) for name in BOTTLENECKS},
+    "simvq init=normal": {"bottleneck": choose("bottleneck", "simvq", init="normal")},
+    **{name: {"prior": name} for name in PRIORS if name not in ("normal", "made-flow")},
+    "made-flow": fitting("gaussian") | {"prior": "made-flow"},
+    **{name: {"likelihood": name} for name in LIKELIHOODS},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_device_without_float64_trains_evaluates_and_resumes(name, monkeypatch):
+    monkeypatch.setattr(devices, "WITHOUT_FLOAT64", {"meta"})
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # has no answer for meta
+    module, labels = training(**MODELS[name]).to("meta"), torch.zeros(6, dtype=torch.int64)
+    batch = images(6).to("meta")
+    with WithoutFloat64():
+        module.initialize(lambda n: batch)
+        loss, monitored = module(batch, labels.to("meta"), 0)
+        loss.backward()
+        on_a_cpu = Means()
+        on_a_cpu.add({key: torch.zeros(value.shape) for key, value in monitored.items()})
+        assert on_a_cpu.sums["loss"].dtype == torch.float64
+        means = Means(on_a_cpu.state())
+        means.add(monitored)
+        module.summary(means.values())
+        evaluate(module.model, images(6), labels, iw_samples=2)
+    assert means.sums["loss"].dtype == torch.float32
+
+
+def test_means_from_a_device_without_float64_go_on_in_float64_elsewhere():
+    means = Means({"sums": {"loss": torch.tensor(1.0)}, "count": 1})
+    means.add({"loss": torch.tensor(0.5)})
+    assert means.sums["loss"].dtype == torch.float64
+    assert float(means.values()["loss"]) == 0.75

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +54,9 @@ class Logged(NullRun):
         super().__init__(Path("nowhere"))
         self.metrics: dict[str, float] = {}
 
-    def log(self, kind: str, step: int, epoch: int, metrics: dict[str, float]) -> None:
+    def log(
+        self, kind: str, step: int, epoch: int, metrics: Mapping[str, float], settings: Mapping[str, float] = {}
+    ) -> None:
         self.metrics |= metrics
 
 

@@ -11,6 +11,7 @@ from vqvae.autoencoder import Autoencoder, unit_range
 from vqvae.evaluation import evaluate, evaluating
 
 LABELS = torch.zeros(10, dtype=torch.int64)
+PLANE = choose("bottleneck", "gaussian", latents=2)
 
 
 @torch.no_grad()
@@ -107,6 +108,16 @@ def test_a_collapsed_dimension_is_not_an_active_unit():
         model.bottleneck.head.weight[:16].mul_(100)  # the rows of the means
         model.bottleneck.head.weight[3:16] = 0  # all but three are constant
     assert evaluate(model, images(10), LABELS)["active_units"] == 3
+
+
+def test_posterior_means_of_the_whole_split_are_kept_where_the_latent_is_a_plane(monkeypatch):
+    model, batch, labels = make(**fitting("gaussian") | {"bottleneck": PLANE}), images(10), torch.arange(10)
+    kept = evaluate(model, batch, labels, batch_size=4)["posterior"]
+    assert torch.allclose(kept["means"], model.posterior_mean(batch).flatten(1), atol=1e-5)
+    assert torch.equal(kept["labels"], labels)
+    assert "posterior" not in evaluate(make(**fitting("gaussian")), batch, labels)
+    monkeypatch.setattr("vqvae.evaluation.MOST_POINTS", 5)
+    assert evaluate(model, batch, labels)["posterior"]["labels"].tolist() == [0, 2, 4, 6, 8]
 
 
 def test_more_samples_tighten_the_importance_weighted_bound():

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from tests.helpers import ROOT, SMALL, images, run_train
 from vqvae import checkpoint, cli, experiment, load
-from vqvae.commands import train
+from vqvae.commands import train, visualize
 from vqvae.data import Dataset, Images
 from vqvae.runs import Lock
 from vqvae.stage_one import AutoencoderTraining
@@ -80,14 +81,14 @@ def test_a_run_logs_stores_and_draws(there, capsys):
 def test_a_run_stores_and_prints_the_precision_chosen_and_keeps_it(there, capsys, monkeypatch):
     monkeypatch.setattr(experiment, "choose_precision", lambda name, device: "bf16" if name == "auto" else name)
     assert run_train("--epochs", "1", "--name", "run") == 0
-    assert "on     cpu, bf16, batch 20" in capsys.readouterr().out
+    assert ", cpu, bf16\n" in capsys.readouterr().out
     monkeypatch.undo()
     os.chdir(there)
     assert json.loads(Path("logs/run/config.json").read_text())["precision"] == "bf16"
     assert resume("logs/run --epochs 2") == 0
-    assert "on     cpu, bf16, batch 20" in capsys.readouterr().out
+    assert ", cpu, bf16\n" in capsys.readouterr().out
     assert run_train("--epochs", "1", "--name", "other") == 0
-    assert "on     cpu, fp32, batch 20" in capsys.readouterr().out
+    assert ", cpu, fp32\n" in capsys.readouterr().out
 
 
 def test_tensorboards_own_reader_finds_the_tags():
@@ -95,11 +96,12 @@ def test_tensorboards_own_reader_finds_the_tags():
     events = EventAccumulator("logs/run", size_guidance={"scalars": 0, "images": 0, "histograms": 0})
     events.Reload()
     tags = events.Tags()
-    assert {"train/loss", "train/mse", "epoch/held_out_nmse", "epoch/held_out_perplexity"} <= set(tags["scalars"])
-    assert {"originals", "reconstructions"} <= set(tags["images"])
+    assert {"loss/train", "mse/train", "mse/held_out", "perplexity/held_out", "schedule/lr"} <= set(tags["scalars"])
+    assert not [tag for tag in tags["scalars"] if "_se" in tag or "codebook_size" in tag]
+    assert tags["images"] == ["reconstructions"]  # next to their originals
     assert tags["histograms"] == ["held_out_usage"]
     assert "config/text_summary" in tags["tensors"]
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+    assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3]
     assert any("hparams" in tag for tag in events.summary_metadata)
 
 
@@ -503,3 +505,68 @@ def test_a_resumed_run_refuses_images_of_another_shape(capsys, monkeypatch):
     assert resume("logs/run --epochs 2") == 2
     assert "--data-dir data: the images are 1x8x8, and those of this run were 1x16x16" in capsys.readouterr().err
     assert contents(Path("logs")) == before
+
+
+def write_images(*names: str) -> None:
+    for number, name in enumerate(names):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (number, 9, 9)).save(name, "PNG")
+
+
+def test_a_run_on_own_images_prints_the_classes_and_lists_unreadable_files(there, capsys, monkeypatch):
+    monkeypatch.setattr("vqvae.data.decoding.optional_formats", list)  # no package is installed
+    write_images(*(f"my images/{name}/{i}.png" for name in ("10", "9") for i in range(30)))
+    Path("my images/9/bad\nname.png").write_bytes(b"x")
+    Path("my images/9/phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(12))
+    words = ["--dataset", "folder", "--data-dir", "my images", "--epochs", "1", "--name", "own"]
+    with pytest.warns(
+        UserWarning, match="unreadable files left out of the data: 2; logs.own.unreadable.txt names them"
+    ):
+        assert run_train(*words) == 0
+    out = capsys.readouterr().out
+    assert "(unreadable files left out: 2)" in out
+    assert "       2 classes: 9, 10\n" in out
+    assert Path("logs/own/unreadable.txt").read_text().splitlines() == [
+        "9/bad\\nname.png: no image in PNG, JPEG, WEBP, BMP, GIF, TIFF",
+        "9/phone.heic: HEIC, which needs a package: pip install pillow-heif",
+    ]
+    for bad in Path("my images/9").glob("[bp]*"):
+        bad.unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resume("logs/own --epochs 2") == 0
+    assert not Path("logs/own/unreadable.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(3, "class 0, class 1, class 2"), (99, "class 0, class 1, class 2, class 3, class 4, class 5, ...")],
+)
+def test_many_classes_are_cut_to_a_line(count, text):
+    assert experiment._listed([f"class {i}" for i in range(count)]) == text
+
+
+def test_a_conditional_prior_refuses_classes_in_another_order(there, capsys):
+    write_images(*(f"images/{name}/{i}.png" for name in ("cats", "dogs") for i in range(30)))
+    assert run_train(*"--dataset folder --data-dir images --epochs 1 --name one".split()) == 0
+    prior = "--checkpoint logs/one --prior unigram --conditional --epochs 1 --name two --batch-size 20 --device cpu"
+    assert run_train(*prior.split(), small=False) == 0
+    Path("images/cats").rename("images/zebras")
+    capsys.readouterr()
+    for words in ("--resume logs/two --epochs 2", "--evaluate --checkpoint logs/two"):
+        assert run_train(*words.split(), small=False) == 2
+        expected = "error: --data-dir images: the classes are dogs, zebras, and those of this run were cats, dogs; "
+        assert capsys.readouterr().err.startswith(expected)
+
+
+def test_a_run_whose_folder_has_any_name_is_resumed_and_drawn_from_within(there, monkeypatch):
+    assert run_train("--epochs", "1", "--name", "run") == 0
+    odd = os.path.join(b"logs", b"a \xff\n'$x$")
+    try:
+        os.rename("logs/run", odd)
+    except OSError:
+        pytest.skip("this file system allows UTF-8 names only")
+    monkeypatch.chdir(os.fsdecode(odd))
+    assert resume(". --epochs 2") == 0
+    assert cli.run(visualize.main, ["--checkpoint", ".", "--only", "usage.png"]) == 0
+    assert [path.name for path in Path("plots").iterdir()] == [r"a \udcff\n'$x$"]

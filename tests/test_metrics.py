@@ -189,15 +189,15 @@ def test_a_code_perplexity_too_large_for_a_float_is_infinite():
 def test_the_line_prints_the_numbers_there_are_in_the_order_of_the_names():
     numbers = {"active_codes": 7, "mse": 0.012345, "neg_elbo": 1234.5, "rate": 3.0}
     assert metrics.line(("neg_elbo", "mse", "psnr", "active_codes"), numbers) == (
-        "-ELBO 1,234.50 nats, MSE 0.01235, active 7"
+        "-ELBO 1,234.5, MSE 0.01235, active 7"
     )
     assert metrics.line(("mse",), {}) == ""
 
 
-def test_what_modules_show_on_the_terminal_has_a_format():
+def test_what_modules_show_on_the_terminal_has_a_label():
     headline = training().headline
     assert {"mse", "neg_elbo", "perplexity"} <= set(headline)
-    assert all(METRICS[name].terminal for name in headline)
+    assert all(METRICS[name].label for name in headline)
 
 
 def test_names_are_unique_and_every_row_is_explained():
@@ -216,7 +216,7 @@ def test_help_explains_every_metric_of_the_terminal(capsys):
     assert max(map(len, text.splitlines())) <= 120
     words = " ".join(text.split())
     for metric in TABLE:
-        assert (f"{metric.name} {metric.explanation}" in words) == bool(metric.terminal), metric.name
+        assert (f"{metric.name} {metric.explanation}" in words) == bool(metric.label), metric.name
 
 
 def test_a_new_row_appears_in_evaluation_training_terminal_and_help(monkeypatch):
@@ -224,7 +224,7 @@ def test_a_new_row_appears_in_evaluation_training_terminal_and_help(monkeypatch)
         return None if e.images is None or e.shown is None else (e.images - e.shown).abs().flatten(1).amax(1)
 
     row = Metric(
-        "largest_error", "largest absolute error of a pixel", largest, monitored=True, terminal="largest {:.3f}"
+        "largest_error", "largest absolute error of a pixel", largest, monitored=True, label="largest", form="{:.3f}"
     )
     monkeypatch.setattr(metrics, "TABLE", (*TABLE, row))
     monkeypatch.setitem(METRICS, row.name, row)

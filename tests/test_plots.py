@@ -4,8 +4,9 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager
 
-from vqvae import plots
+from vqvae import fonts, plots
 from vqvae.errors import UserError
 from vqvae.metrics import METRICS
 
@@ -49,6 +50,74 @@ def test_images_of_all_epochs_have_one_size(tmp_path):
     assert len(shapes) == 1
 
 
+def stripes(size: int) -> torch.Tensor:
+    """A color image of black and white columns, one pixel wide."""
+    return (torch.arange(size) % 2).float().expand(1, 3, size, size)
+
+
+@pytest.mark.parametrize("size", [500, 1000])
+def test_large_images_are_reduced_with_antialiasing(tmp_path, size):
+    plots.image_grid(stripes(size), tmp_path / "grid.png", title="t", columns=1)
+    plots.code_visualization(
+        stripes(size), {"codes": torch.zeros(1, 2, 2)}, {"codes": np.zeros((1, 2, 2, 3), np.uint8)}, stripes(size),
+        tmp_path / "codes.png", title="t",
+    )  # fmt: skip
+    for path in tmp_path.iterdir():
+        sheet = imageio.imread(path)
+        left = 8 + plots.LARGEST_TILE // 2
+        column = sheet[-150, left - 60 : left + 60].astype(int)
+        assert len(sheet) < 400
+        assert np.abs(column - 128).max() < 40, "a mean of black and white; single pixels would be either"
+
+
+def test_a_grid_of_many_images_has_a_bounded_width(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "WIDEST", 800)
+    plots.image_grid(torch.rand(40, 1, 16, 16), tmp_path / "many.png", title="t", columns=20)
+    plots.image_grid(torch.rand(20, 1, 256, 256), tmp_path / "large.png", title="t", columns=20)
+    assert all(imageio.imread(path).shape[1] < 900 for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("size", "cells"), [(8, 4), (28, 7), (32, 8), (320, 80), (300, 75), (600, 300)])
+def test_an_image_and_the_map_of_its_codes_have_one_size(tmp_path, size, cells):
+    black = torch.zeros(1, 3, size, size)
+    maps = {"codes": torch.zeros(1, cells, cells)}, {"codes": np.zeros((1, cells, cells, 3), np.uint8)}
+    plots.code_visualization(black, *maps, black, tmp_path / "a.png", title="t")
+    row = imageio.imread(tmp_path / "a.png")[-60, :, 0]
+    starts = np.flatnonzero(np.diff(np.concatenate([[255], row, [255]]).astype(int)))
+    widths = starts[1::2] - starts[::2]
+    assert len(widths) == 3
+    assert len(set(widths.tolist())) == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "chosen"),
+    [(0, 3, []), (1, 3, [0]), (3, 3, [0, 1, 2]), (5, 3, [0, 2, 4]), (10, 4, [0, 3, 6, 9]), (100, 2, [0, 99])],
+)
+def test_items_are_chosen_evenly_with_the_first_and_the_last(count, most, chosen):
+    assert plots.evenly(range(count), most) == chosen
+
+
+def test_a_long_title_wraps_and_its_notes_are_below(tmp_path):
+    heights, widths = [], []
+    for title in ("short", "short\nnote", "a long title " * 20, "x" * 400):
+        plots.image_grid(torch.rand(1, 1, 8, 8), tmp_path / "a.png", title=title)
+        heights.append(imageio.imread(tmp_path / "a.png").shape[0])
+        widths.append(imageio.imread(tmp_path / "a.png").shape[1])
+    assert heights[0] < heights[1] < heights[2]
+    assert heights[1] < heights[3]
+    assert set(widths) == {plots.NARROWEST}
+
+
+def test_the_parts_of_a_row_stand_apart(tmp_path):
+    parts = [flat(0.0, size=64), flat(0.0, 0.0, size=64)]
+    plots.image_rows([("", parts)], tmp_path / "a.png", title="t", headers=("one", "two"))
+    row = imageio.imread(tmp_path / "a.png")[-40, :, 0]
+    black = np.flatnonzero(row == 0)
+    gaps = np.diff(black)
+    assert black[0] == 8
+    assert gaps[gaps > 1].tolist() == [plots.WIDE_GAP + 1, plots.GAP + 1]
+
+
 def test_pairs_put_each_original_above_its_reconstruction(tmp_path, monkeypatch):
     seen: list[tuple[str, torch.Tensor]] = []
     monkeypatch.setattr(plots, "image_rows", lambda rows, *args, **options: seen.extend(rows))
@@ -58,11 +127,33 @@ def test_pairs_put_each_original_above_its_reconstruction(tmp_path, monkeypatch)
     assert [images[:, 0, 0, 0].tolist() for _, images in seen[2:]] == [[10, 11], [110, 111]]
 
 
-def test_successive_codes_have_different_colors():
-    colors = [plots.code_color(code) for code in range(512)]
-    assert len(set(colors)) > 500
-    steps = np.abs(np.diff(np.array(colors), axis=0)).sum(axis=1)
-    assert steps.min() > 60
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a.astype(int) - b.astype(int)).sum())
+
+
+@pytest.mark.parametrize("means", [None, torch.full((60, 3), 0.5)])
+def test_near_vectors_have_like_colors_and_equal_ones_the_same(means):
+    torch.manual_seed(0)
+    groups = 5 * torch.randn(3, 8)
+    vectors = groups.repeat(20, 1) + 0.05 * torch.randn(60, 8)
+    vectors[3] = vectors[0]
+    colors = plots.vector_colors(vectors, means)
+    assert colors.shape == (60, 3)
+    assert colors.dtype == np.uint8
+    assert difference(colors[0], colors[3]) == 0
+    within = max(difference(colors[i], colors[i + 3]) for i in range(57))
+    between = min(difference(colors[i], colors[i + 1]) for i in range(59))
+    assert within < 40 < between
+
+
+def test_codes_of_bright_parts_of_an_image_are_bright():
+    colors = plots.vector_colors(torch.randn(10, 4), torch.linspace(0, 1, 10).unsqueeze(1).expand(10, 3))
+    assert colors[-1].mean() > 150 > 100 > colors[0].mean()
+
+
+@pytest.mark.parametrize("vectors", [torch.ones(5, 3), torch.zeros(1, 4), torch.randn(4, 1), torch.randn(2, 6)])
+def test_any_vectors_have_colors(vectors):
+    assert plots.vector_colors(vectors).shape == (len(vectors), 3)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 40])
@@ -95,21 +186,50 @@ def test_codebook_map_draws_used_codes_as_patches_and_unused_codes_as_crosses(tm
     assert red_pixels["all"] > red_pixels["some"] > red_pixels["none"] == 0
 
 
+def durations(path) -> list[int]:
+    return [imageio.immeta(path, index=i)["duration"] for i in range(len(imageio.imread(path, index=None)))]
+
+
 def test_animation_has_a_frame_for_each_epoch_and_pauses_at_the_end(tmp_path):
     frames = []
     for epoch in range(1, 5):
         frames.append(tmp_path / f"epoch_{epoch:03d}.png")
         plots.image_grid(torch.full((4, 1, 8, 8), epoch / 8), frames[-1], title=f"epoch {epoch}")
-    odd = tmp_path / "epoch_000.png"
-    plots.image_grid(torch.rand(30, 3, 8, 8), odd, title="another size")
     broken = tmp_path / "epoch_002b.png"
     broken.write_bytes(frames[0].read_bytes()[:100])
-    plots.training_animation(plots.read_frames([odd, broken, *frames]), tmp_path / "a.gif")
+    plots.training_animation(plots.read_frames([broken, *frames]), tmp_path / "a.gif")
     gif = imageio.imread(tmp_path / "a.gif", index=None)
-    assert len(gif) == 4  # without the frame of another size; GIF stores the pause as one long frame
+    assert len(gif) == 4
     assert not np.array_equal(gif[0], gif[1])
-    durations = [imageio.immeta(tmp_path / "a.gif", index=i)["duration"] for i in range(4)]
-    assert durations == [500, 500, 500, 2000]
+    assert durations(tmp_path / "a.gif") == [500, 500, 500, 2000]
+
+
+def test_frames_whose_title_takes_another_line_fit_those_before(tmp_path):
+    for name, lines in (("a", 1), ("b", 3)):
+        title = "\n".join("title" for _ in range(lines))
+        plots.image_grid(flat(*(1 - i / 8 for i in range(8)), size=8), tmp_path / f"{name}.png", title=title)
+    plots.training_animation(plots.read_frames([tmp_path / "a.png", tmp_path / "b.png"]), tmp_path / "a.gif")
+    first, second = imageio.imread(tmp_path / "a.gif", index=None)
+    assert first.shape == second.shape
+    assert np.array_equal(first[-60:], second[-60:])
+
+
+def test_an_animation_has_at_most_sixty_frames_with_the_first_and_the_last(tmp_path):
+    frames = [np.full((40, 40, 3), value, np.uint8) for value in range(150)]
+    plots.training_animation(frames, tmp_path / "a.gif")
+    gif = imageio.imread(tmp_path / "a.gif", index=None)
+    assert len(gif) == plots.MOST_FRAMES == 60
+    assert [int(frame[0, 0, 0]) for frame in (gif[0], gif[-1])] == [0, 149]
+    assert sum(durations(tmp_path / "a.gif")) < 13_000
+
+
+def test_an_animation_keeps_its_limit_of_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "LARGEST_GIF", 60_000)
+    monkeypatch.setattr(plots, "FEWEST_FRAMES", 4)
+    noise = np.random.default_rng(0).integers(0, 256, (20, 80, 100, 3), dtype=np.uint8)
+    plots.training_animation(list(noise), tmp_path / "a.gif")
+    assert 20_000 < (tmp_path / "a.gif").stat().st_size <= 60_000
+    assert len(imageio.imread(tmp_path / "a.gif", index=None)) >= 4
 
 
 EPOCHS = [{"kind": "epoch", "held_out_nmse": 2 / e, "held_out_rate": 5.0, "step": e} for e in (1, 2, 3)]
@@ -141,12 +261,36 @@ def test_each_curve_has_a_panel(tmp_path):
     assert widths[0] < widths[1]
 
 
+def drawn_curve(rows, tmp_path, monkeypatch) -> list[tuple[int, float]]:
+    """The points of the training curve of `nmse`."""
+    seen = []
+    monkeypatch.setattr(plots, "_save_chart", lambda figure, path: seen.append(figure.axes[0].lines[0].get_xydata()))
+    plots.curves(rows, tmp_path / "curves.png", title="t")
+    return [(int(step), value) for step, value in seen[0]]
+
+
+def test_a_short_window_at_the_end_of_an_epoch_is_no_point_of_its_own(tmp_path, monkeypatch):
+    # 46 steps an epoch, a window every 20 steps
+    steps = [20, 40, 46, 60, 80, 92, 100, 120, 138]
+    values = [1.0, 1.0, 0.1, 1.0, 1.0, 0.2, 1.0, 1.0, 0.0]
+    rows = [{"kind": "train", "step": step, "nmse": value} for step, value in zip(steps, values, strict=True)]
+    curve = drawn_curve(rows + EPOCHS, tmp_path, monkeypatch)
+    assert [step for step, _ in curve] == [20, 40, 60, 80, 100, 138]
+    expected = [1, 1, (6 * 0.1 + 14) / 20, 1, (12 * 0.2 + 8) / 20, 20 / 38]
+    assert [value for _, value in curve] == pytest.approx(expected)
+
+
+def test_whole_windows_are_drawn_as_they_were_logged(tmp_path, monkeypatch):
+    assert drawn_curve(STEPS + EPOCHS, tmp_path, monkeypatch) == [(1, 1), (2, 1 / 2), (3, pytest.approx(1 / 3))]
+
+
 def test_every_other_plot_is_written(tmp_path):
     images = torch.rand(3, 1, 8, 8)
     codes = torch.randint(9, (3, 2, 2))
-    plots.code_visualization(images, {"codes": codes}, images, tmp_path / "codes.png", title="t")
     maps = {"top": codes, "bottom": codes.repeat(1, 8, 8)}
-    plots.code_visualization(images, maps, images, tmp_path / "levels.png", title="t")
+    colors = {name: np.random.default_rng(0).integers(0, 256, (*m.shape, 3), np.uint8) for name, m in maps.items()}
+    plots.code_visualization(images, {"codes": codes}, {"codes": colors["top"]}, images, tmp_path / "c.png", title="t")
+    plots.code_visualization(images, maps, colors, images, tmp_path / "levels.png", title="t")
     plots.usage_chart(torch.tensor([[3, 0, 5]]), tmp_path / "usage.png", title="t")
     plots.scatter_2d([("a", torch.randn(50, 2)), ("b", torch.randn(50, 2))], tmp_path / "scatter.png", title="t")
     plots.posterior_map(torch.randn(20, 2), torch.arange(20) % 2, ["x", "y"], tmp_path / "classes.png", title="t")
@@ -157,19 +301,93 @@ def test_every_other_plot_is_written(tmp_path):
         assert imageio.imread(path)[..., :3].std() > 1, path.name
 
 
-ODD_NAMES = ["a$b^", "_hidden", "名前", "x{y}^\\z$", "long" * 60]
+ODD_NAMES = ["a$b^", "_hidden", "名前", "x{y}^\\z$", "long" * 60, "∑𝔸 é", "a\nb", "\udcff", "$$", "\\$"]
 
 
 def test_any_name_can_be_a_title_and_a_class(tmp_path, recwarn):
-    means, labels = torch.randn(20, 2), torch.arange(20) % len(ODD_NAMES)
-    for i, name in enumerate(ODD_NAMES):
-        plots.posterior_map(means, labels, ODD_NAMES, tmp_path / f"{i}.png", title=name)
-        plots.usage_chart(torch.tensor([[3, 0, 5]]), tmp_path / "usage.png", title=name)
-        plots.scatter_2d([("a", means)], tmp_path / "scatter.png", title=name)
-        plots.curves(EPOCHS, tmp_path / "curves.png", title=name)
-    plots.image_rows([(name, torch.rand(2, 1, 8, 8)) for name in ODD_NAMES], tmp_path / "rows.png", title="名前")
-    assert imageio.imread(tmp_path / "rows.png").shape[1] < 1000
-    assert imageio.imread(tmp_path / "0.png").shape[1] < 2000
+    means, labels, title = torch.randn(20, 2), torch.arange(20) % len(ODD_NAMES), "\n".join(ODD_NAMES)
+    plots.posterior_map(means, labels, ODD_NAMES, tmp_path / "map.png", title=title)
+    plots.usage_chart(torch.tensor([[3, 0, 5]] * 2), tmp_path / "usage.png", title=title, names=ODD_NAMES)
+    plots.scatter_2d([("a", means)], tmp_path / "scatter.png", title=title)
+    plots.curves(EPOCHS, tmp_path / "curves.png", title=title)
+    plots.image_rows([(name, torch.rand(2, 1, 8, 8)) for name in ODD_NAMES], tmp_path / "rows.png", title=title)
+    assert all(imageio.imread(path).shape[1] < 1500 for path in tmp_path.iterdir())
+    assert not [str(w.message) for w in recwarn]
+
+
+def test_names_are_shown_as_they_are_and_start_no_formula(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save_chart", lambda figure, path: figures.append(figure))
+    names = ["$x^2$", "a\\$b"]
+    plots.posterior_map(torch.randn(4, 2), torch.arange(4) % 2, names, tmp_path / "a.png", title="$y$ and $z$")
+    texts = [figures[0].get_suptitle(), *(text.get_text() for text in figures[0].axes[0].get_legend().get_texts())]
+    assert texts == ["$y$ and $z$", *names]
+    assert not figures[0]._suptitle.get_parse_math()
+    assert not any(text.get_parse_math() for text in figures[0].axes[0].get_legend().get_texts())
+
+
+@pytest.mark.parametrize("count", [1, 10, 11, 20, 21, 1000])
+def test_any_number_of_classes_has_colors_and_a_short_legend(tmp_path, monkeypatch, count):
+    figures = []
+    monkeypatch.setattr(plots, "_save_chart", lambda figure, path: figures.append(figure))
+    labels = torch.arange(-1, count)
+    names = [f"class {k}" for k in range(count)]
+    plots.posterior_map(torch.randn(count + 1, 2), labels, names, tmp_path / "a.png", title="t")
+    dots, legend = figures[0].axes[0].collections[0], figures[0].axes[0].get_legend()
+    assert len(dots.get_offsets()) == count + 1, "an example without a label is shown too"
+    assert len({tuple(color) for color in dots.get_facecolors()}) >= min(count + 1, 200)
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert len(shown) == min(count, plots.MOST_NAMED)
+    assert (shown[0], shown[-1]) == (names[0], names[-1])
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """A function that makes these files the only fonts."""
+    monkeypatch.setattr(fonts, "_files", {})
+
+    def install(*files: str) -> None:
+        fonts._files.clear()
+        monkeypatch.setattr(fonts, "_candidates", lambda: files)
+
+    return install
+
+
+DEJAVU, STIX = (font_manager.findfont(name) for name in ("DejaVu Sans", "STIXGeneral"))
+
+
+def test_characters_that_no_font_has_are_escaped(installed):
+    installed()
+    assert fonts.drawable("a 名 é\n") == "a \\u540d \\xe9\\n"
+    assert fonts.runs(fonts.drawable("a 名")) == [(None, "a \\u540d")]
+    installed("/nowhere.ttf", DEJAVU)
+    assert fonts.drawable("a 名 é") == "a \\u540d é"
+
+
+def test_each_character_gets_the_first_font_that_has_it(installed):
+    only_stix = next(c for c in map(chr, font_of(STIX)) if ord(c) > 0x2000 and ord(c) not in font_of(DEJAVU))
+    text = f"ab∑{only_stix}"
+    installed(DEJAVU, STIX)
+    assert fonts.drawable(text) == text
+    assert fonts.runs(text) == [(None, "ab"), (DEJAVU, "∑"), (STIX, only_stix)]
+    assert fonts.families(text) == ["DejaVu Sans", "STIXGeneral"]
+    installed(STIX)
+    assert fonts.runs(text) == [(None, "ab"), (STIX, f"∑{only_stix}")]
+
+
+def font_of(file: str) -> dict[int, int]:
+    """The character codes of a font."""
+    return font_manager.get_font(file).get_charmap()
+
+
+def test_text_of_other_fonts_leaves_ink_on_sheets_and_charts(tmp_path, installed, recwarn):
+    installed(DEJAVU, STIX)
+    inks = []
+    for title in ("", "∑𝔸"):
+        plots.image_grid(torch.ones(1, 3, 8, 8), tmp_path / "sheet.png", title=title)
+        inks.append(int((imageio.imread(tmp_path / "sheet.png") < 128).sum()))
+    assert inks[1] > inks[0] == 0
+    plots.usage_chart(torch.tensor([[3, 0, 5]]), tmp_path / "usage.png", title="∑𝔸")
     assert not [str(w.message) for w in recwarn]
 
 
@@ -177,7 +395,8 @@ def test_points_that_are_not_finite_are_left_out(tmp_path):
     points = torch.tensor([[1.0, 2.0], [torch.nan, 0.0], [torch.inf, 1.0]])
     for kept in (points, points[1:]):
         plots.posterior_map(kept, torch.full((len(kept),), -1), [], tmp_path / "map.png", title="t")
-    plots.scatter_2d([("data", torch.zeros(1, 2)), ("samples", points[1:])], tmp_path / "scatter.png", title="t")
+    for data in (torch.zeros(1, 2), points[1:]):
+        plots.scatter_2d([("data", data), ("samples", points[1:])], tmp_path / "scatter.png", title="t")
 
 
 def test_a_curve_that_reaches_zero_has_a_linear_axis(tmp_path, recwarn):

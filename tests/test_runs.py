@@ -67,7 +67,7 @@ def test_tensorboard_reads_scalars_images_histograms_and_hparams(tmp_path):
     run.close({"loss": 0.5})
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0, "images": 0, "histograms": 0})
     events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]  # the result adds no point
+    assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3]  # the result adds no point
     assert [event.value for event in events.Scalars("result/loss")] == [0.5]
     assert events.Tags()["images"] == ["samples"]
     assert events.Tags()["histograms"] == ["usage"]
@@ -87,7 +87,7 @@ def test_a_resumed_run_drops_what_was_logged_after_its_checkpoint(tmp_path):
     assert [row["loss"] for row in rows(tmp_path / "run")] == [1.0, 0.5, 7.0]
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0})
     events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+    assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3]
 
 
 def test_a_folder_that_contains_a_run_is_refused_and_unchanged(tmp_path):
@@ -174,7 +174,7 @@ def snapshot(folder: Path) -> dict[str, Any]:
     return {name: (p.read_bytes(), p.stat().st_mtime_ns) if p.is_file() else None for name, p in files.items()}
 
 
-def points(folder: Path, tag: str = "train/loss") -> list[tuple[int, float]]:
+def points(folder: Path, tag: str = "loss/train") -> list[tuple[int, float]]:
     """The points that TensorBoard reads."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}, purge_orphaned_data=True)
     events.Reload()

@@ -13,7 +13,7 @@ from vqvae.metrics import perplexity
 from vqvae.nets import NETS
 from vqvae.priors import PRIORS
 from vqvae.registry import signature
-from vqvae.stage_one import FEATURE_VECTORS, AutoencoderTraining
+from vqvae.stage_one import AutoencoderTraining
 
 LABELS = torch.zeros(4, dtype=torch.int64)
 ROWS = (
@@ -97,7 +97,7 @@ def test_the_bottleneck_is_fitted_to_the_features_of_enough_images():
     module = training()
     before = module.model.bottleneck.code_vectors().clone()
     module.initialize(batches)
-    assert asked == [FEATURE_VECTORS // 4]  # an image has 2x2 vectors
+    assert asked == [20_000 // 4]  # an image has 2x2 vectors
     vectors = module.model.bottleneck.code_vectors()
     assert not torch.equal(vectors, before)
     with torch.no_grad():

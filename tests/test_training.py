@@ -292,7 +292,7 @@ def test_best_keeps_the_lowest_held_out_loss(tmp_path):
     assert (last["best"], last["best_epoch"]) == (1.0, 2)
 
 
-def test_after_each_epoch_it_draws_stores_usage_and_prints_a_line(tmp_path, capsys):
+def test_after_each_epoch_it_draws_stores_usage_and_prints_a_row(tmp_path, capsys):
     drawn = []
     train(
         tmp_path / "run",
@@ -303,9 +303,10 @@ def test_after_each_epoch_it_draws_stores_usage_and_prints_a_line(tmp_path, caps
     assert drawn == [(1, 3), (2, 6)]
     assert checkpoint.read(tmp_path / "run")["usage"].tolist() == [[3, 0]]
     assert "held_out_usage" not in rows(tmp_path / "run")[-1]
-    printed = capsys.readouterr().out
-    assert "epoch   2 | train commitment " in printed
-    assert "| held-out commitment 7.0000 |" in printed
+    header, *printed, last = capsys.readouterr().out.splitlines()
+    assert header == "epoch  train commitment  held-out commitment  images/s"
+    assert [row.split()[0::2] for row in printed] == [["1", "7.0000"], ["2", "7.0000"]]
+    assert last.endswith("best.pt is epoch 1, of the lowest held-out loss")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):

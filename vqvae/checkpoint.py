@@ -27,6 +27,7 @@ from vqvae.autoencoder import SLOTS, Autoencoder, build_autoencoder
 from vqvae.config import FIELDS as SETTINGS
 from vqvae.config import PATHS, Config
 from vqvae.errors import UserError, one_line, printable, shown
+from vqvae.evaluation import MOST_POINTS
 from vqvae.files import open_file, whole_file
 from vqvae.registry import Choice, build, resolve
 
@@ -309,6 +310,7 @@ def _check_state(content: Mapping[str, Any]) -> None:
     if usage is not None:
         _need(isinstance(usage, Tensor) and usage.ndim == 2, "its usage must be the counts [levels, K] of codes")
         _need(bool((usage >= 0).all() and usage.isfinite().all()), "its usage must be counts")
+    _check_posterior(content)
     # entries that a run needs to go on
     for key in ("best_epoch", "best_step"):
         if content.get(key) is not None:
@@ -343,6 +345,22 @@ def _check_examples(content: Mapping[str, Any]) -> None:
         isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == images.shape[:1]
         and bool((labels >= low).all() and (labels < high).all()),
         f"its examples.labels must be {len(images)} integers from {low} to {high - 1}",
+    )  # fmt: skip
+
+
+def _check_posterior(content: Mapping[str, Any]) -> None:
+    """The means of a latent plane, which checkpoints of other models and of earlier versions lack."""
+    if content.get("posterior") is None:
+        return
+    posterior, classes = _entries(content["posterior"], "posterior"), max(len(content["data"]["classes"]), 1)
+    _need(set(posterior) == {"means", "labels"}, "its posterior must be means and labels")
+    means, labels = posterior["means"], posterior["labels"]
+    known = isinstance(means, Tensor) and means.dtype == torch.float32 and means.ndim == 2 and means.shape[1] == 2
+    _need(known and 0 < len(means) <= MOST_POINTS, f"its posterior.means must be [N, 2], N at most {MOST_POINTS:,}")
+    _need(
+        isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == means.shape[:1]
+        and bool((labels >= -1).all() and (labels < classes).all()),
+        f"its posterior.labels must be {len(means)} integers from -1 to {classes - 1}",
     )  # fmt: skip
 
 
@@ -403,10 +421,16 @@ def restore(content: dict[str, Any], name: str = "checkpoint", *, new_prior: Con
         raise UserError(f"{name}: its settings do not describe a model of vqvae") from None
     _check_fit(model, content["model"], name)
     usage = content.get("usage")
-    if usage is not None and (model.discrete is None or usage.shape[1] != model.discrete.num_codes):
+    if usage is not None and usage.shape != _usage_shape(model):
         raise UserError(f"{name}: its usage does not count the model's codes")
     model.load_state_dict(content["model"])
     return model.eval()
+
+
+def _usage_shape(model: Autoencoder) -> tuple[int, ...]:
+    """The shape `[levels, K]` of the counts of a model's codes; () without codes."""
+    codes = model.discrete
+    return () if codes is None else tuple(codes.usage(torch.zeros(1, *codes.grid, dtype=torch.int64)).shape)
 
 
 def verify(content: dict[str, Any], name: str) -> None:

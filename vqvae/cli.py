@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import inspect
+import io
 import math
 import os
 import signal
@@ -40,6 +41,9 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     threading.excepthook = _quiet_threads
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not fit the terminal's encoding
     try:
         with interrupts.raising():
             try:
@@ -112,7 +116,7 @@ def _failed(problem: OSError) -> int:
 def program(command: str) -> str:
     """How the user calls a command, for messages: `python train.py` in a checkout, `vqvae train` when installed."""
     called = Path(sys.argv[0])
-    if called.name == "vqvae":
+    if called.name.removesuffix(".exe") == "vqvae":
         return f"vqvae {command}"
     if called.parts[-2:] == ("vqvae", "__main__.py"):
         return f"python -m vqvae {command}"

@@ -99,7 +99,7 @@ class Bottleneck(nn.Module):
     code_dim: int  # D, channels of the decoder's input
     grid: tuple[int, int]  # (h, w) of the latent
     stochastic = False  # whether a draw may differ from the most likely latent
-    fits_start = False  # whether `initialize` wants features
+    start_vectors = 0  # feature vectors that `initialize` wants; 0 for none
 
     def forward(self, features: Tensor, step: int) -> Latent:
         raise NotImplementedError
@@ -126,7 +126,7 @@ class Discrete(Bottleneck):
     """
 
     num_codes: int  # K
-    fits_start = True
+    start_vectors = 20_000
 
     def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:
         """The decoder's input `[B, D, ...]` for codes `[B, h, w]`; with `levels`, from the first levels only."""
@@ -260,7 +260,7 @@ class Trainable(Protocol):
     """What the training loop needs of a module."""
 
     monitor: str  # the held-out metric whose lowest value makes best.pt
-    headline: tuple[str, ...]  # metrics worth a line on the terminal
+    headline: tuple[str, ...]  # metrics for the terminal, the most important first
 
     def __call__(self, batch: Tensor, labels: Tensor, step: int) -> TrainOutput: ...
 

@@ -10,6 +10,12 @@ import torch
 from vqvae.errors import OptionError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # parameters of mallopt, from glibc's malloc.h
+WITHOUT_FLOAT64 = {"mps"}  # types of devices
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The most precise type of floats that a device has."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def choose_device(name: str) -> torch.device:

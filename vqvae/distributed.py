@@ -61,7 +61,7 @@ def start(device: torch.device) -> None:
     # decisions of the host use gloo even with GPUs, so that no process waits for its device to take them
     _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115 (until the process ends)
 
 
 def _join(backend: str) -> None:

@@ -15,6 +15,8 @@ from vqvae import metrics
 from vqvae.autoencoder import Autoencoder, evaluating, unit_range
 from vqvae.contracts import Latent
 
+MOST_POINTS = 2**16  # posterior means that are kept for the plot of a latent plane
+
 
 @torch.no_grad()
 def evaluate(
@@ -25,7 +27,8 @@ def evaluate(
     metrics.py explains each metric. Nats are per image with one draw of z, a hard draw where training relaxes it. MSE,
     PSNR, code usage and active units are of the most likely z. `<metric>_se` is the standard error of a mean over
     images. With `iw_samples` = S the importance-weighted bound with S draws is computed too. Scalars that the
-    bottleneck monitors (commitment ...) are averaged; `usage` counts the codes, `[levels, K]`.
+    bottleneck monitors (commitment ...) are averaged; `usage` counts the codes, `[levels, K]`. Where the latent is a
+    plane, `posterior` has the `means` `[N, 2]` and `labels` `[N]` of all images, or of `MOST_POINTS` evenly chosen.
     """
     totals = metrics.Totals()
     with evaluating(model), seeded(seed):
@@ -51,7 +54,12 @@ def evaluate(
                 totals.add_latents(latent.need_z())
             else:
                 totals.add_usage(model.discrete.usage(latent.need_codes()))
-    return totals.results(facts_of(model))
+    results = totals.results(facts_of(model))
+    if model.discrete is None and model.bottleneck.code_dim == 2:
+        count = min(len(images), MOST_POINTS)
+        kept = torch.arange(count) * len(images) // count
+        results["posterior"] = {"means": torch.cat(totals.latents)[kept].float(), "labels": labels.cpu()[kept].long()}
+    return results
 
 
 @torch.no_grad()

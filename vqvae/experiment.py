@@ -1,10 +1,11 @@
 """A config becomes data, a model and a training run; a checkpoint becomes held-out metrics."""
 
 import contextlib
+import math
 import os
 import shlex
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,17 @@ import torch
 from torch import Tensor
 
 from vqvae import autoencoder, checkpoint, cli, data, distributed, interrupts, metrics, objectives, plots
-from vqvae.autoencoder import Autoencoder, build_autoencoder
+from vqvae.autoencoder import Autoencoder, build_autoencoder, unit_range
 from vqvae.config import FIELDS, Config, Fresh, Resumed, StageTwo, Start, configure, default_name, interval
 from vqvae.data import Dataset
 from vqvae.data.batches import augmentation, pixel_variance
 from vqvae.devices import choose_compile, choose_device, choose_precision
-from vqvae.errors import OptionError, UserError, naming, near_misses
+from vqvae.errors import OptionError, UserError, naming, near_misses, printable
 from vqvae.evaluation import evaluate
 from vqvae.files import make_folder, remove_parts, write_json
 from vqvae.presets import PRESETS
-from vqvae.registry import build
-from vqvae.runs import Lock, NullRun, Run, claim, claim_free, refuse_saved
+from vqvae.registry import brief, build
+from vqvae.runs import Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
 from vqvae.schedules import Schedule
 from vqvae.stage_one import AutoencoderTraining
 from vqvae.stage_two import PriorTraining, extract_codes
@@ -94,12 +95,15 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
     images_folder = plot_folder / "generated_samples"
 
     def on_start() -> None:
-        print(summary(config, plan, dataset, stage, folder, resumed))
+        print(summary(config, plan, dataset, stage, model, folder, resumed["step"] if resumed else 0))
         if distributed.rank() == 0:
+            if not resumed:
+                warn_of_few_updates(config, plan, len(stage.examples))
+            list_unreadable(folder, dataset.unreadable)
             make_folder(Path(config.plot_dir), "plot_dir")  # first, so that an error shows the folder as it was typed
             make_folder(plot_folder, "plot_dir")
             remove_parts(images_folder)
-            draw_originals(stage, run, facts["examples"]["images"], images_folder, new=not resumed)
+            draw_originals(stage, run, facts["examples"]["images"], images_folder)
 
     with contextlib.closing(run):
         try:
@@ -113,7 +117,9 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
     if results is None:
         print(f"interrupted; {how_to_go_on(folder)}")
         return None
-    print(f"done. Look at it: {cli.program('visualize')} --checkpoint {shlex.quote(str(folder / 'checkpoint.pt'))}")
+    print(f"done: {folder}, {plot_folder}")
+    print(f"look   {cli.program('visualize')} --checkpoint {shlex.quote(str(folder / 'checkpoint.pt'))}")
+    print(f"       tensorboard --logdir {shlex.quote(str(folder.parent))}")
     return folder
 
 
@@ -123,7 +129,7 @@ def choose_folders(given: Mapping[str, Any], config: Config, start: Start, lock:
     Names and places inside a checkpoint choose neither: it may come from anywhere.
     """
     folder = start.folder if isinstance(start, Resumed) else distributed.on_first(lambda: name_run(config, lock))
-    config.name = Path(os.path.abspath(folder)).name
+    config.name = printable(Path(os.path.abspath(folder)).name)  # of a folder that was renamed to anything
     if "plot_dir" not in given:
         config.plot_dir = Config.plot_dir
         FIELDS["plot_dir"].check(config.plot_dir)
@@ -183,9 +189,7 @@ def compare_data(before: Mapping[str, Any], now: Mapping[str, Any], config: Conf
         sizes = ["x".join(map(str, about["shape"])) for about in (now, before)]
         problem = f"the images are {sizes[0]}, and those of this run were {sizes[1]}; name the folder with its data"
         raise OptionError("", "data_dir", config.data_dir, problem)
-    if config.conditional and len(before["classes"]) != len(now["classes"]):
-        problem = f"the data have {len(now['classes'])} classes, and those of this run had {len(before['classes'])}"
-        raise OptionError("", "data_dir", config.data_dir, f"{problem}; name the folder with its data")
+    compare_classes(before["classes"], now["classes"], config)
     changes = [
         f"{old:,} {split} images then, {now['examples'][split]:,} now"
         for split, old in before.get("examples", now["examples"]).items()
@@ -200,6 +204,13 @@ def compare_data(before: Mapping[str, Any], now: Mapping[str, Any], config: Conf
             "would have taken",
             stacklevel=2,
         )
+
+
+def compare_classes(before: Sequence[str], now: Sequence[str], config: Config) -> None:
+    """Raise `OptionError` if a conditional prior would take the data's labels for those of other classes."""
+    if config.conditional and list(before) != list(now):
+        problem = f"the classes are {_listed(now) or 'unknown'}, and those of this run were {_listed(before)}"
+        raise OptionError("", "data_dir", config.data_dir, f"{problem}; name the folder with its data")
 
 
 def how_it_starts(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Start:
@@ -294,6 +305,7 @@ def stage_one(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
         evaluate=lambda: evaluate(model, test.images, test.labels, seed=config.seed),
         draw=(lambda: model.reconstruct(test.images[:EXAMPLES_KEPT])) if model.shows_images else None,
         caption="reconstructions",
+        originals=unit_range(test.images[:EXAMPLES_KEPT]) if model.shows_images else None,
         compiled=compiled,
     )
     return stage, model
@@ -341,12 +353,10 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
     return stage, model
 
 
-def draw_originals(stage: Stage, run: Run | NullRun, originals: Tensor, folder: Path, *, new: bool) -> None:
-    """Draw the held-out images that a stage's images are compared with; a new run logs them too."""
+def draw_originals(stage: Stage, run: Run | NullRun, originals: Tensor, folder: Path) -> None:
+    """Draw the held-out images that a stage's images are compared with."""
     if stage.draw is not None:
-        plots.image_grid(originals, folder / "original.png", title=f"{run.folder.name}: held-out originals")
-        if new:
-            run.log_images("originals", plots.montage(originals), 0)
+        plots.image_grid(originals, folder / "original.png", title=f"{printable(run.folder.name)}: held-out originals")
 
 
 def image_logger(stage: Stage, run: Run | NullRun, folder: Path) -> Callable[[int, int], None]:
@@ -361,28 +371,63 @@ def image_logger(stage: Stage, run: Run | NullRun, folder: Path) -> Callable[[in
             images = draw().cpu()
         stage.module.train()
         path = folder / f"epoch_{epoch:03d}.png"
-        plots.image_grid(images, path, title=f"{run.folder.name}: {stage.caption}, epoch {epoch}")
+        plots.image_grid(images, path, title=f"{printable(run.folder.name)}: {stage.caption}, epoch {epoch}")
+        if stage.originals is not None:  # next to each other, in TensorBoard
+            images = torch.stack([stage.originals, images], dim=1).flatten(0, 1)
         run.log_images(stage.caption, plots.montage(images), step)
 
     return log_images
 
 
 def summary(
-    config: Config, plan: Plan, dataset: Dataset, stage: Stage, folder: Path, resumed: dict[str, Any] | None
+    config: Config, plan: Plan, dataset: Dataset, stage: Stage, model: Autoencoder, folder: Path, step: int
 ) -> str:
-    """The run in five lines."""
+    """The run in a few lines; `step` is that of the checkpoint from which it is resumed, or 0."""
     shape = "x".join(map(str, dataset.train.images.shape[1:]))
     parameters = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
     processes = f" over {distributed.world()} processes" if distributed.world() > 1 else ""
+    chosen = {slot: str(brief(SLOTS[slot], getattr(config, slot))) for slot in autoencoder.SLOTS}
+    total, per_epoch = plan.total_steps(len(stage.examples)), plan.steps_per_epoch(len(stage.examples))
     return "\n".join([
-        f"run    {folder}" + (f", resumed at step {resumed['step']}" if resumed else ""),
+        f"run    {folder}" + (f", resumed at step {step:,}" if step else ""),
         f"data   {dataset.name}: {len(dataset.train.images):,} train, {len(dataset.test.images):,} held out, {shape}"
         + (f" ({dataset.note})" if dataset.note else ""),
-        f"model  {config.nets.name} nets, {config.bottleneck}",
-        f"       {config.likelihood.name} likelihood, {config.prior} prior; {parameters:,} parameters to train",
-        f"on     {plan.device}, {plan.precision}{', compiled' if stage.compiled else ''}, "
-        f"batch {config.batch_size}{processes}, seed {config.seed}",
+        *([f"       {len(dataset.classes):,} classes: {_listed(dataset.classes)}"] if dataset.classes else []),
+        f"model  {chosen['nets']} nets, {chosen['bottleneck']}; {parameters:,} parameters to train",
+        f"       {chosen['likelihood']} likelihood, {chosen['prior']} prior",
+        f"latent {describe_latent(model)}",
+        f"plan   {total:,} steps, {per_epoch:,} an epoch; batch {config.batch_size}{processes}, seed {config.seed}, "
+        f"{plan.device}, {plan.precision}{', compiled' if stage.compiled else ''}",
     ])  # fmt: skip
+
+
+def describe_latent(model: Autoencoder) -> str:
+    """The size of an image's latent."""
+    if model.discrete is None:
+        return f"{model.bottleneck.code_dim} dimensions"
+    tokens, codes = math.prod(model.bottleneck.grid), model.discrete.num_codes
+    h, w = model.bottleneck.grid
+    return f"{h}x{w} codes of {codes:,}: {tokens:,} tokens, {tokens * math.log2(codes):,.0f} bits"
+
+
+FEW_UPDATES, ENOUGH_UPDATES = 200, 2000
+
+
+def warn_of_few_updates(config: Config, plan: Plan, examples: int) -> None:
+    """Warn of a plan that is too short to learn much, unless its length was asked for."""
+    total = plan.total_steps(examples)
+    if total < FEW_UPDATES and config.max_steps is None and config.max_minutes is None:
+        batch = min(16, config.batch_size)
+        epochs = -(-ENOUGH_UPDATES // max(examples // batch, 1))
+        warnings.warn(
+            f"{total} updates are too few to learn much; try --batch-size {batch} --epochs {epochs}", stacklevel=2
+        )
+
+
+def _listed(names: Sequence[str], width: int = 60) -> str:
+    """Names, separated by commas; those that exceed the width are left out."""
+    text = ", ".join(names)
+    return text if len(text) <= width else f"{text[: width - 5].rpartition(', ')[0] or text[: width - 5]}, ..."
 
 
 def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | None) -> int:
@@ -396,9 +441,11 @@ def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | No
         content = checkpoint.read(path)
     config = configure(given, Resumed(path.parent, content), SLOTS)
     dataset = load_data(config)
+    compare_classes(content["data"]["classes"], dataset.classes, config)
     model = checkpoint.restore(content, str(path)).to(choose_device(config.device))
     results = evaluate(model, dataset.test.images, dataset.test.labels, iw_samples=iw_samples, seed=config.seed)
-    results.pop("usage", None)
+    for tensors in ("usage", "posterior"):
+        results.pop(tensors, None)
     if dataset.entropy is not None:
         results |= {"data_entropy": dataset.entropy, "gap": results["neg_elbo"] - dataset.entropy}
     table = {

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +15,8 @@ from typing import Any, BinaryIO
 from vqvae.errors import OptionError, UserError, one_line
 
 NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}  # full disk, limit of a file's size, quota
+WINDOWS = os.name == "nt"
+PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds between the attempts to replace a file that is open
 
 
 class NotWritten(UserError):
@@ -42,7 +45,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(raw.fileno())
         with writing(path):
-            os.replace(partial, path)
+            replace(partial, path)
             _sync_folder(path.parent)
     except Exception:
         if raw and raw.failure:
@@ -51,6 +54,16 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file, also over another one. Windows refuses that while any program has one open: wait a little."""
+    for pause in PAUSES if WINDOWS else ():
+        try:
+            return os.replace(source, target)
+        except PermissionError:  # a virus scanner, or a reader of a checkpoint
+            time.sleep(pause)
+    os.replace(source, target)
 
 
 def remove_parts(folder: Path, name: str = "*") -> None:
@@ -158,6 +171,8 @@ def claim_empty(folder: Path) -> Path:
 
 def cannot_write(path: Path, problem: Exception) -> NotWritten:
     way_out = "free some space, or name another place" if _no_room(problem) else "name another place"
+    if WINDOWS and isinstance(problem, PermissionError):
+        way_out = "close the programs that have it open, or name another place"
     return NotWritten(f"{path}: cannot be written ({one_line(problem)}); {way_out}")
 
 

@@ -55,9 +55,11 @@ class Metric(NamedTuple):
     per_example: "Callable[[Examples], Tensor | None] | None" = None  # values [B]
     whole_set: "Callable[[Split], float | None] | None" = None
     monitored: bool = False  # computed in training too
-    terminal: str = ""  # format on the terminal; "" prints nothing
+    label: str = ""  # short name on the terminal, which shows only metrics that have one
+    form: str = "{}"  # format of its values there
     curve: str = ""  # label of its curve; "" draws none
     logarithmic: bool = False
+    constant: bool = False  # the same after every epoch: no chart
 
 
 # per example
@@ -174,15 +176,15 @@ def perplexity(usage: "Tensor") -> "Tensor":
 TABLE = (
     Metric(
         "mse", "mean squared error of images in [0, 1]",
-        per_example=_mse, monitored=True, terminal="MSE {:.5f}",
+        per_example=_mse, monitored=True, label="MSE", form="{:.5f}",
     ),
     Metric(
         "nmse", "MSE / variance of the training data, as Sonnet prints it",
-        whole_set=_nmse, monitored=True, terminal="(/variance {:.4f})", curve="MSE / data variance", logarithmic=True,
+        whole_set=_nmse, monitored=True, label="MSE/var", form="{:.4f}", curve="MSE / data variance", logarithmic=True,
     ),
     Metric(
         "psnr", "peak signal-to-noise ratio in dB, averaged over images; higher is better",
-        per_example=_psnr, terminal="PSNR {:.2f} dB", curve="PSNR, dB",
+        per_example=_psnr, label="PSNR", form="{:.2f}", curve="PSNR, dB",
     ),
     Metric(
         "ssim", "structural similarity, averaged over images of 11x11 or more; at most 1, higher is better",
@@ -191,11 +193,11 @@ TABLE = (
     Metric(
         "neg_elbo", "-ELBO = -log p(x|z) + log q(z|x) - log p(z) in nats per image, one draw of z; lower is better; "
         "comparable between models with the same likelihood",
-        per_example=_neg_elbo, monitored=True, terminal="-ELBO {:,.2f} nats", curve="-ELBO, nats per image",
+        per_example=_neg_elbo, monitored=True, label="-ELBO", form="{:,.1f}", curve="-ELBO, nats per image",
     ),
     Metric(
         "bits_per_dim", "-ELBO in bits per pixel and channel, where the likelihood is a probability of 8-bit pixels",
-        whole_set=_bits_per_dim, terminal="{:.3f} bits/dim", curve="bits/dim",
+        whole_set=_bits_per_dim, label="bits/dim", form="{:.3f}", curve="bits/dim",
     ),
     Metric(
         "reconstruction_nats", "-log p(x|z)",
@@ -208,34 +210,34 @@ TABLE = (
     Metric("entropy", "-log q(z|x)", per_example=_entropy),
     Metric(
         "commitment", "mean squared distance between the encoder's vectors and their codes",
-        terminal="commitment {:.4f}", curve="commitment",
+        label="commitment", form="{:.4f}", curve="commitment",
     ),
     Metric(
         "perplexity", "exp of the entropy of code usage over the whole split: how many codes, used equally often, "
         "would be as varied; at most K, and near 1 the codebook has collapsed (batch_perplexity: of one batch)",
-        whole_set=_perplexity, monitored=True, terminal="perplexity {:.0f}", curve="perplexity of code usage",
+        whole_set=_perplexity, monitored=True, label="perplexity", form="{:,.0f}", curve="perplexity of code usage",
     ),
     Metric(
         "active_codes", "codes used at least once on the split",
-        whole_set=_active_codes, monitored=True, terminal="active {}", curve="active codes",
+        whole_set=_active_codes, monitored=True, label="active", form="{:,.0f}", curve="active codes",
     ),
-    Metric("codebook_size", "levels x K", whole_set=_codebook_size),
-    Metric("codes_per_image", "codes of one image", whole_set=_codes_per_image),
+    Metric("codebook_size", "levels x K", whole_set=_codebook_size, constant=True),
+    Metric("codes_per_image", "codes of one image", whole_set=_codes_per_image, constant=True),
     Metric(
         "active_units", "latent dimensions whose posterior mean varies over images by more than 0.01 (1509.00519, "
         "section 4); the others have collapsed onto the prior",
-        whole_set=_active_units, terminal="active units {}", curve="active latent units",
+        whole_set=_active_units, label="active", form="{:,.0f}", curve="active latent units",
     ),
     Metric(
         "bits_per_code", "the prior's cost of a code; log2 K is the cost without knowledge",
-        whole_set=_bits_per_code, monitored=True, terminal="{:.4f} bits/code", curve="bits per code",
+        whole_set=_bits_per_code, monitored=True, label="bits/code", form="{:.4f}", curve="bits per code",
     ),
-    Metric("uniform_bits_per_code", "log2 K", whole_set=_uniform_bits_per_code),
+    Metric("uniform_bits_per_code", "log2 K", whole_set=_uniform_bits_per_code, constant=True),
     Metric("code_bits_per_dim", "the prior's cost of an image's codes, per pixel and channel",
            whole_set=_code_bits_per_dim),
     Metric(
         "code_perplexity", "exp of the prior's nats per code",
-        whole_set=_code_perplexity, monitored=True, terminal="code perplexity {:.1f}",
+        whole_set=_code_perplexity, monitored=True, label="code perplexity", form="{:,.1f}",
     ),
     Metric(
         "iw_bound", "importance-weighted bound on -log p(x) with S draws (1509.00519, eq. 8), if asked for",
@@ -305,6 +307,11 @@ class Totals:
         return results
 
 
+def has_chart(name: str) -> bool:
+    """Whether a value is worth a chart: no standard error, and not the same after every epoch."""
+    return not name.endswith("_se") and not (name in METRICS and METRICS[name].constant)
+
+
 def for_json(numbers: Mapping[str, Any]) -> dict[str, Any]:
     """The same entries, with None for numbers that are not finite: JSON has no NaN and no infinity."""
     finite = {k: not isinstance(value, float) or math.isfinite(value) for k, value in numbers.items()}
@@ -312,15 +319,16 @@ def for_json(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def line(names: tuple[str, ...], numbers: Mapping[str, float]) -> str:
-    """The numbers worth a line on the terminal, in the order of `names`."""
-    return ", ".join(METRICS[name].terminal.format(numbers[name]) for name in names if name in numbers)
+    """Metrics with their labels on one line, in the order of `names`."""
+    shown = ((METRICS[name], numbers[name]) for name in names if name in numbers)
+    return ", ".join(f"{metric.label} {metric.form.format(value)}" for metric, value in shown)
 
 
 def explanations() -> str:
     """The metrics that the terminal shows, for `--help`."""
     import textwrap
 
-    shown = [m for m in TABLE if m.terminal]
+    shown = [m for m in TABLE if m.label]
     width = max(len(m.name) for m in shown) + 4
     wrapped = (
         textwrap.wrap(m.explanation, 118, initial_indent=f"  {m.name:{width - 2}}", subsequent_indent=" " * width)

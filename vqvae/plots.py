@@ -1,30 +1,41 @@
 """Plots: arrays in, an image file out. None needs a display.
 
 Images are `[N, C, H, W]`, uint8 or float in [0, 1], gray or color. Grids of images are composed pixel by pixel, which
-keeps them sharp; charts are drawn by matplotlib. Files are written whole or not at all; a file that cannot be written
+keeps small images sharp; large ones are reduced with antialiasing. Charts are drawn by matplotlib. The first line of a
+title is its headline; further lines are smaller. Files are written whole or not at all; a file that cannot be written
 raises `UserError`.
 
 N images, C channels, H W pixels, h w code grid, K codes, D code dimension.
 """
 
-import colorsys
 import contextlib
+import io
 import math
-import warnings
+import textwrap
 from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from vqvae import fonts
 from vqvae.files import whole_file
 from vqvae.metrics import METRICS
 
 Color = tuple[int, int, int]  # red, green, blue, 0 to 255
-PAPER, INK, MUTED = (255, 255, 255), (30, 30, 30), (120, 120, 120)
-GAP = 2  # pixels between the images of a montage
+Item = TypeVar("Item")
+PAPER, INK, MUTED = (255, 255, 255), (30, 30, 30), (110, 110, 110)
+GAP, WIDE_GAP = 2, 14  # pixels between the images of a montage, and between the parts of a row
+NARROWEST, WIDEST = 480, 4000  # pixels across a grid of images
+LARGEST_TILE = 256  # pixels; larger images are reduced
+MOST_NAMED = 20  # classes in a legend
+MOST_FRAMES, FEWEST_FRAMES, LARGEST_GIF = 60, 16, 2_000_000  # of an animation; bytes
+LONGEST_SIDE = 1000  # pixels of a frame
 
 
 def pixels(images: Tensor) -> np.ndarray:
@@ -54,24 +65,59 @@ def display_scale(images: Tensor, target: int = 64) -> int:
     return max(1, round(target / max(images.shape[-2:])))
 
 
+def evenly(items: Sequence[Item], most: int) -> list[Item]:
+    """At most `most` (2 or more) of the items, evenly spaced, with the first and the last one."""
+    count = min(len(items), most)
+    return [items[i * (len(items) - 1) // max(count - 1, 1)] for i in range(count)]
+
+
+def _tiles(images: Tensor, columns: int) -> Tensor:
+    """A montage of images at a size that suits `columns` of them: small ones enlarged, large ones reduced."""
+    longest, room = max(images.shape[-2:]), max(16, min(LARGEST_TILE, WIDEST // columns))
+    if longest <= room:
+        return montage(images, columns, min(display_scale(images), room // longest))
+    size = [max(1, round(side * room / longest)) for side in images.shape[-2:]]
+    values = images.detach().cpu().float() / (255 if images.dtype == torch.uint8 else 1)
+    return montage(F.interpolate(values, size, mode="bilinear", antialias=True), columns)
+
+
 def image_grid(images: Tensor, path: Path, *, title: str, columns: int = 8) -> None:
     """Images in rows of `columns`, under a title."""
     image_rows([("", images)], path, title=title, columns=columns)
 
 
-def image_rows(rows: Sequence[tuple[str, Tensor]], path: Path, *, title: str, columns: int = 10) -> None:
-    """Rows of a label and its images, which wrap after `columns`."""
-    rows = [(_short(label), images) for label, images in rows]
-    blocks = [montage(images, columns, display_scale(images)).permute(1, 2, 0).numpy() for _, images in rows]
+def image_rows(
+    rows: Sequence[tuple[str, Tensor | Sequence[Tensor]]],
+    path: Path,
+    *,
+    title: str,
+    columns: int = 10,
+    headers: Sequence[str] = (),
+) -> None:
+    """Rows of a label and its images, which wrap after `columns`.
+
+    A row may consist of several parts, which stand side by side with a wider gap, each below its header.
+    """
+    rows = [(short(label), [images] if isinstance(images, Tensor) else images) for label, images in rows]
+    blocks = []
+    for _, parts in rows:
+        tiles = [_tiles(part, columns).permute(1, 2, 0).numpy() for part in parts]
+        gap = np.full((len(tiles[0]), WIDE_GAP, 3), PAPER, np.uint8)
+        blocks.append([block for tile in tiles for block in (gap, tile)][1:])
     margin = max((_text_width(label) for label, _ in rows), default=0)
     margin = margin + 12 if margin else 0
-    width = max(margin + max(block.shape[1] for block in blocks), _text_width(title, 16)) + 16
-    top = 30
-    sheet = _Sheet(width, top + sum(block.shape[0] + 6 for block in blocks) + 2, title)
-    for (label, _), block in zip(rows, blocks, strict=True):
-        sheet.paste(block, 8 + margin, top)
-        sheet.text((8, top + block.shape[0] // 2), label, anchor="lm")
-        top += block.shape[0] + 6
+    top = 18 if headers else 0
+    width = 8 + margin + max(sum(block.shape[1] for block in line) for line in blocks) + 8
+    sheet = _Sheet(width, top + sum(line[0].shape[0] + 6 for line in blocks) + 2, title)
+    for (label, _), line in zip(rows, blocks, strict=True):
+        left = 8 + margin
+        for i, block in enumerate(line):
+            sheet.paste(block, left, top)
+            if headers and top == 18 and i % 2 == 0:
+                sheet.text((left + block.shape[1] // 2, 8), headers[i // 2], MUTED, size=12)
+            left += block.shape[1]
+        sheet.text((8, top + line[0].shape[0] // 2), label, anchor="lm")
+        top += line[0].shape[0] + 6
     sheet.save(path)
 
 
@@ -85,53 +131,78 @@ def pairs(originals: Tensor, reconstructions: Tensor, path: Path, *, title: str,
 
 
 def code_visualization(
-    images: Tensor, maps: Mapping[str, Tensor], reconstructions: Tensor, path: Path, *, title: str
+    images: Tensor,
+    maps: Mapping[str, Tensor],
+    colors: Mapping[str, np.ndarray],
+    reconstructions: Tensor,
+    path: Path,
+    *,
+    title: str,
 ) -> None:
-    """Each image, its code maps `[N, h, w]` and its reconstruction, side by side.
+    """Each image, its code maps `[N, h, w]` in their colors `[N, h, w, 3]` (uint8), and its reconstruction, in a row.
 
-    Colors stand for codes; large cells also show the code's number.
+    Large cells also show the code's number.
     """
     longest = max(max(codes.shape[1:]) for codes in maps.values())
-    cell = 26 if longest <= 10 else max(1, 208 // longest)
-    side = max(cell * longest, 104)
+    side = max(images.shape[-2:])
+    # images and maps get one size, where small images are enlarged by an integer
+    side = side * max(1, round(208 / side)) if side <= LARGEST_TILE else longest * max(1, LARGEST_TILE // longest)
+    side = max(side, longest)
     headers = ("image", *maps, "reconstruction")
     per_row = 2 if len(images) > 1 and len(maps) == 1 else 1
     panel = len(headers) * (side + 8) + 16
     rows = -(-len(images) // per_row)
-    sheet = _Sheet(max(per_row * panel + 8, _text_width(title, 16) + 16), 52 + rows * (side + 10), title)
+    sheet = _Sheet(per_row * panel, 24 + rows * (side + 10), title)
     for i, (image, reconstruction) in enumerate(zip(pixels(images), pixels(reconstructions), strict=True)):
-        top = 50 + i // per_row * (side + 10)
+        top = 22 + i // per_row * (side + 10)
         lefts = [8 + i % per_row * panel + j * (side + 8) for j in range(len(headers))]
         if i < per_row:
             for left, header in zip(lefts, headers, strict=True):
-                sheet.text((left + side // 2, 40), header, MUTED)
-        sheet.paste(image, lefts[0], top, (side, side))
-        sheet.paste(reconstruction, lefts[-1], top, (side, side))
-        for left, codes in zip(lefts[1:-1], maps.values(), strict=True):
-            _code_map(sheet, codes[i].cpu().numpy(), left, top, side)
+                sheet.text((left + side // 2, 10), header, MUTED)
+        sheet.paste(image, lefts[0], top, side)
+        sheet.paste(reconstruction, lefts[-1], top, side)
+        for left, name in zip(lefts[1:-1], maps, strict=True):
+            _code_map(sheet, maps[name][i].cpu().numpy(), colors[name][i], left, top, side)
     sheet.save(path)
 
 
-def _code_map(sheet: "_Sheet", codes: np.ndarray, left: int, top: int, side: int) -> None:
-    """Draw codes `[h, w]` as square cells, centered in a square of `side` pixels."""
+def _code_map(sheet: "_Sheet", codes: np.ndarray, colors: np.ndarray, left: int, top: int, side: int) -> None:
+    """Draw codes `[h, w]` as cells of their colors `[h, w, 3]`, centered in a square of `side` pixels."""
     h, w = codes.shape
+    sheet.paste(colors, left, top, side)
     cell = max(1, side // max(h, w))
-    left, top = left + (side - cell * w) // 2, top + (side - cell * h) // 2
-    colors = np.array([[code_color(int(code)) for code in row] for row in codes], np.uint8)
-    sheet.paste(colors, left, top, (cell * w, cell * h))
     if cell < 24:  # too small for a number
         return
+    left, top = left + (side - cell * w) // 2, top + (side - cell * h) // 2
     for (row, column), code in np.ndenumerate(codes):
         center = (left + column * cell + cell // 2, top + row * cell + cell // 2)
-        bright = sum(code_color(int(code))) > 380
+        bright = colors[row, column] @ (0.3, 0.6, 0.1) > 128
         sheet.text(center, str(code), INK if bright else PAPER, size=11)
 
 
-def code_color(code: int) -> Color:
-    """A color for a code. Successive codes differ in hue by the golden ratio, and in lightness."""
-    hue, lightness = code * 0.6180339887 % 1, (0.35, 0.55, 0.75)[code % 3]
-    red, green, blue = (round(255 * value) for value in colorsys.hls_to_rgb(hue, lightness, 0.7))
-    return red, green, blue
+def vector_colors(vectors: Tensor, means: Tensor | None = None) -> np.ndarray:
+    """Colors `[N, 3]` (uint8) for vectors `[N, D]`: near vectors get like colors, equal ones the same.
+
+    The base is the `means` `[N, 3]` in [0, 1], the mean color of what each vector stands for, or else a gray whose
+    lightness is the first principal component of the vectors. The next two components shift it along opponent colors.
+    """
+    x = vectors.detach().cpu().double().nan_to_num()
+    x = x - x.mean(dim=0)
+    x = x / x.abs().max().clamp(min=1e-300)
+    _, sizes, directions = torch.linalg.svd(x, full_matrices=False)
+    directions = directions[sizes > 1e-6 * sizes[:1]][:3]
+    largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
+    scores = x @ (directions * largest.sign()).T  # signs of components are arbitrary
+    scores = F.pad(scores, (0, 3 - scores.shape[1]))  # [N, 3]
+    spread = scores.std(dim=0, correction=0)
+    spread = torch.maximum(spread, 0.2 * spread[0]).clamp(min=1e-300)  # a component that hardly varies stays faint
+    scores = (scores / (2 * spread)).clamp(-1, 1)
+    if means is None:
+        base, first, second = 0.55 + 0.33 * scores[:, :1], scores[:, 1:2], scores[:, 2:]
+    else:
+        base, first, second = 0.2 + 0.65 * means.cpu(), scores[:, :1], scores[:, 1:2]
+    rgb = base + 0.25 * (first * torch.tensor([1.0, -0.5, -1.0]) + second * torch.tensor([-0.2, 0.6, -1.0]))
+    return (255 * rgb.clamp(0, 1)).round().to(torch.uint8).numpy()
 
 
 def embed_plane(vectors: Tensor, seed: int = 0) -> np.ndarray:
@@ -139,7 +210,7 @@ def embed_plane(vectors: Tensor, seed: int = 0) -> np.ndarray:
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    x = vectors.detach().float().cpu().numpy()
+    x = vectors.detach().float().cpu().nan_to_num().numpy()
     distinct = len(np.unique(x, axis=0))
     if distinct < 2:
         return np.zeros((len(x), 2))
@@ -164,50 +235,44 @@ def codebook_map(vectors: Tensor, usage: Tensor | None, patches: Tensor, path: P
     counts = np.ones(len(points)) if usage is None else usage.double().numpy()
     share = counts / max(counts.max(), 1)
     largest = float(np.clip(2.2 * side / math.sqrt(len(points)) / 2, 10, 90))
-    sheet = _Sheet(side, bottom + 60, title)
-    tiles = pixels(patches)
-    for k in np.argsort(-share):  # small patches last, on top
-        x, y = int(points[k, 0]), int(points[k, 1]) + 40
-        if counts[k] == 0:
-            sheet.draw.line((x - 3, y - 3, x + 3, y + 3), MUTED)
-            sheet.draw.line((x - 3, y + 3, x + 3, y - 3), MUTED)
-            continue
-        size = max(6, round(largest * math.sqrt(share[k])))
-        left, top = x - size // 2, y - size // 2
-        sheet.draw.rectangle((left - 1, top - 1, left + size, top + size), outline=MUTED)
-        sheet.paste(tiles[k], left, top, (size, size))
     method = "t-SNE" if len(points) >= 5 else "PCA"
     note = f"{method} of {len(points)} codes, each as the patch it decodes to"
     if usage is not None:
-        note += f"; area proportional to held-out usage; {int((counts == 0).sum())} unused codes (x)"
-    sheet.text((8, bottom + 48), note, MUTED, anchor="lm")
+        unused = int((counts == 0).sum())
+        note += f"; area proportional to held-out usage; {unused} unused code{'' if unused == 1 else 's'} (x)"
+    sheet = _Sheet(side, bottom, f"{title}\n{note}")
+    tiles = pixels(patches)
+    for k in np.argsort(-share, kind="stable"):  # small patches last, on top
+        x, y = int(points[k, 0]), int(points[k, 1])
+        if counts[k] == 0:
+            sheet.cross(x, y)
+            continue
+        size = max(6, round(largest * math.sqrt(share[k])))
+        sheet.frame(x - size // 2, y - size // 2, size)
+        sheet.paste(tiles[k], x - size // 2, y - size // 2, size, exact=True)
     sheet.save(path)
 
 
-def usage_chart(usage: Tensor, path: Path, *, title: str) -> None:
-    """Share of positions that use each code, for the counts `[levels, K]`; codes sorted by decreasing usage."""
+def usage_chart(usage: Tensor, path: Path, *, title: str, names: Sequence[str] = ()) -> None:
+    """Share of positions that use each code, for the counts `[levels, K]`; codes sorted by decreasing usage.
+
+    `names` are those of the levels, if there are several.
+    """
     counts = usage.double().sort(dim=1, descending=True).values.numpy()
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     figure, axes = _chart((8, 4))
-    lines = []
     for level, share in enumerate(shares):
         used = share[share > 0]
         perplexity = float(np.exp(-(used * np.log(used)).sum()))
-        name = f"level {level + 1}" if len(shares) > 1 else ""
-        lines.append(
-            f"{name + ': ' if name else ''}perplexity {perplexity:.1f} of {shares.shape[1]}, {len(used)} codes in use"
-        )
+        label = f"perplexity {perplexity:.1f} of {shares.shape[1]}, {len(used)} codes in use"
+        label = f"{names[level]}: {label}" if len(shares) > 1 else label
         share = share[: len(used) + 1]  # the other codes have no area
-        axes.fill_between(np.arange(len(share)), share, step="mid", color=f"C{level}", alpha=0.6, label=name or None)
-    axes.axhline(1 / shares.shape[1], color="#cc6677", linestyle="--", label="uniform usage")
-    axes.set(
-        xlabel="codes, by decreasing usage",
-        ylabel="share of held-out positions",
-        title=_literal(title),
-        xlim=(0, shares.shape[1]),
-    )
-    lines.append("perplexity: effective number of codes")
-    axes.legend(loc="upper right", frameon=False, title="\n".join(lines), alignment="right")
+        axes.fill_between(np.arange(len(share)), share, step="mid", color=f"C{level}", alpha=0.6, label=label)
+    axes.axhline(1 / shares.shape[1], color="#cc6677", linestyle="--", label=f"uniform usage, 1 / {shares.shape[1]}")
+    axes.set(xlabel="codes, by decreasing usage", ylabel="share of held-out positions", xlim=(0, shares.shape[1]))
+    note = "perplexity: effective number of codes"
+    _plain(axes.legend(loc="upper right", frameon=False, title=note, alignment="right"))
+    _headline(figure, title)
     _save_chart(figure, path)
 
 
@@ -230,15 +295,18 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None
     """
     names = curve_names(rows)
     trained, epochs = _split(rows)
+    steps = [0, *(row["step"] for row in trained)]
+    longest = max((after - before for before, after in pairwise(steps)), default=0)
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
     figure, grid = _chart((4.2 * columns, 3.1 * lines), lines, columns)
     panels = np.atleast_1d(grid).flatten()
     for axes, name in zip(panels, names, strict=False):
-        training = [(row["step"], row[name]) for row in trained if name in row]
+        training = _whole_windows([(row["step"], row[name]) for row in trained if name in row], longest)
         held_out = [(row["step"], row[f"held_out_{name}"]) for row in epochs if f"held_out_{name}" in row]
         if training:
-            axes.plot(*zip(*training, strict=True), linewidth=1, color="C0", label="train")
+            marker = "." if len(training) < 3 else None
+            axes.plot(*zip(*training, strict=True), linewidth=1, marker=marker, color="C0", label="train")
         axes.plot(*zip(*held_out, strict=True), marker=".", color="C1", label="held-out")
         shown = [value for _, value in held_out]
         shown += list(np.percentile([value for _, value in training], (0, 95))) if training else []
@@ -250,8 +318,28 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None
         axes.legend(frameon=False)
     for axes in panels[len(names) :]:
         axes.set_axis_off()
-    figure.suptitle(_literal(title))
+    _headline(figure, title)
     _save_chart(figure, path)
+
+
+def _whole_windows(points: Sequence[tuple[int, float]], longest: int) -> list[tuple[int, float]]:
+    """Join windows, given by their last step and mean, until each averages at least `longest` steps.
+
+    Training logs a shorter window at the end of an epoch. As a point of its own its noise would look like a dip.
+    """
+    windows: list[tuple[int, int, float]] = []  # last step, steps, mean
+    previous = 0
+    for step, value in points:
+        window, previous = (step, max(step - previous, 1), value), step
+        windows.append(_join(windows.pop(), window) if windows and windows[-1][1] < longest else window)
+    if len(windows) > 1 and windows[-1][1] < longest:
+        windows[-2:] = [_join(*windows[-2:])]
+    return [(step, mean) for step, _, mean in windows]
+
+
+def _join(a: tuple[int, int, float], b: tuple[int, int, float]) -> tuple[int, int, float]:
+    """One window of two successive ones."""
+    return b[0], a[1] + b[1], a[2] + (b[2] - a[2]) * (b[1] / (a[1] + b[1]))
 
 
 def _split(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
@@ -260,107 +348,223 @@ def _split(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], 
 
 
 def read_frames(paths: Sequence[Path]) -> list[np.ndarray]:
-    """The PNG files `paths` as `[H, W, 3]` uint8. Files that cannot be read are left out."""
+    """The PNG files `paths` as `[H, W, 3]` uint8, at most `LONGEST_SIDE` pixels a side.
+
+    Files that cannot be read are left out.
+    """
     from PIL import Image
 
     frames = []
     for path in filter(Path.is_file, paths):
         with contextlib.suppress(Exception), Image.open(path, formats=["PNG"]) as image:  # Pillow raises anything
-            frames.append(np.asarray(image.convert("RGB")))
+            frame = image.convert("RGB")
+            frame.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+            frames.append(np.asarray(frame))
     return frames
 
 
-def training_animation(frames: Sequence[np.ndarray], path: Path, *, seconds_per_frame: float = 0.5) -> None:
-    """The frames, `[H, W, 3]` uint8, as a GIF. Frames that differ in size from the last one are left out."""
-    import imageio.v3 as imageio
+def training_animation(frames: Sequence[np.ndarray], path: Path) -> None:
+    """The frames, `[H, W, 3]` uint8, as a GIF of about ten seconds at most, which pauses at its end.
 
-    images = [frame for frame in frames if frame.shape == frames[-1].shape]
-    images += [images[-1]] * 3  # pause at the end
+    Of more than `MOST_FRAMES`, evenly chosen ones are shown; fewer and smaller ones if the file would else exceed
+    `LARGEST_GIF` bytes.
+    """
+    from PIL import Image
+
+    chosen = evenly(frames, MOST_FRAMES)
+    height, width = np.max([frame.shape[:2] for frame in chosen], axis=0)
+    images = []
+    for frame in chosen:  # a title may wrap into a second line
+        images.append(Image.new("RGB", (int(width), int(height)), PAPER))
+        images[-1].paste(Image.fromarray(frame), (0, int(height) - len(frame)))
+    while len(data := _gif(images)) > LARGEST_GIF:
+        excess = len(data) / LARGEST_GIF * 1.05
+        if len(images) > FEWEST_FRAMES:
+            images = evenly(images, max(FEWEST_FRAMES, int(len(images) / excess)))
+        else:
+            size = [max(1, int(side / math.sqrt(excess))) for side in images[0].size]
+            images = [image.resize((size[0], size[1]), Image.Resampling.LANCZOS) for image in images]
     with whole_file(path) as file:
-        imageio.imwrite(file, np.stack(images), extension=".gif", duration=int(1000 * seconds_per_frame), loop=0)
+        file.write(data)
+
+
+def _gif(images: Sequence[Any]) -> bytes:
+    """Images of Pillow as a GIF."""
+    duration = int(min(500, 10_000 / len(images)))
+    first, *others = (image.quantize(256, dither=0) for image in images)  # dithering is noise, which packs badly
+    buffer = io.BytesIO()
+    durations = [duration] * len(others) + [duration + 1500]
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
+    return buffer.getvalue()
 
 
 def scatter_2d(panels: Sequence[tuple[str, Tensor]], path: Path, *, title: str) -> None:
     """Scatter plots of labeled points `[N, 2]`, side by side on equal axes. Points that are not finite are left out."""
     panels = [(label, points[points.isfinite().all(dim=1)]) for label, points in panels]
-    figure, grid = _chart((4.2 * len(panels), 4.4), 1, len(panels))
+    figure, grid = _chart((4.2 * len(panels), 4.2), 1, len(panels))
     everything = torch.cat([points for _, points in panels]).numpy()
-    low, high = np.percentile(everything, [0.2, 99.8], axis=0)
+    low, high = np.percentile(everything, [0.2, 99.8], axis=0) if len(everything) else np.zeros((2, 2))
     center, half = (low + high) / 2, (high - low).max() / 2 * 1.1 or 1.0
     for axes, (label, points) in zip(np.atleast_1d(grid), panels, strict=True):
         axes.scatter(*points.numpy().T, s=4, alpha=0.5, color="#4477aa", linewidths=0)
         axes.set(title=label, aspect="equal", xlim=(center[0] - half, center[0] + half))
         axes.set(ylim=(center[1] - half, center[1] + half), xlabel="$x_1$", ylabel="$x_2$")
-    figure.suptitle(_literal(title))
+    _headline(figure, title)
     _save_chart(figure, path)
 
 
-def posterior_map(means: Tensor, labels: Tensor, classes: Sequence[str], path: Path, *, title: str) -> None:
+def posterior_map(
+    means: Tensor, labels: Tensor, classes: Sequence[str], path: Path, *, title: str, rings: bool = False
+) -> None:
     """Scatter plot of posterior means `[N, 2]`, colored by their labels `[N]` if there are classes.
 
-    Means that are not finite are left out.
+    Means that are not finite are left out. `rings` shows 1, 2 and 3 standard deviations of a standard normal prior.
     """
-    figure, axes = _chart((6.4, 5.6))
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Circle
+
+    figure, axes = _chart((7, 6))
     finite = means.isfinite().all(dim=1)
-    x, labels = means[finite].numpy(), labels[finite]
+    x = means[finite].numpy()
+    area = float(np.clip(30_000 / max(len(x), 1), 2, 16))
+    style: dict[str, Any] = {"s": area, "alpha": 0.85 if len(x) < 2000 else 0.6, "linewidths": 0}
     if classes:
-        dots = [
-            axes.scatter(*x[labels.numpy() == k].T, s=8, color=f"C{k % 10}", linewidths=0) for k in range(len(classes))
-        ]
-        names = [_literal(_short(name)) for name in classes]
-        place: dict[str, Any] = {"title": "class", "loc": "center left", "bbox_to_anchor": (1, 0.5)}
-        axes.legend(dots, names, **place, frameon=False, markerscale=2)
+        palette = class_colors(len(classes))
+        axes.scatter(*x.T, c=[palette[k] if k >= 0 else (0.6, 0.6, 0.6) for k in labels[finite].tolist()], **style)
+        named = evenly(range(len(classes)), MOST_NAMED)
+        dots = [Line2D([], [], marker="o", linestyle="", color=palette[k]) for k in named]
+        names = [short(classes[k]) for k in named]
+        heading = "class" if len(named) == len(classes) else f"{len(named)} of {len(classes)} classes"
+        place: dict[str, Any] = {"title": heading, "loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        _plain(axes.legend(dots, names, **place, frameon=False))
     else:
-        axes.scatter(*x.T, s=8, color="#4477aa", linewidths=0)
+        axes.scatter(*x.T, color="#4477aa", **style)
+    for radius in (1, 2, 3) if rings else ():
+        axes.add_patch(Circle((0, 0), radius, fill=False, color="#999999", linewidth=0.6, zorder=0))
     reach = max(3.5, float(np.abs(x).max(initial=0)) * 1.05)  # equal axes show a collapsed latent as a line
-    axes.set(xlabel="$z_1$", ylabel="$z_2$", title=_literal(title))
-    axes.set(aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach))
+    axes.set(xlabel="$z_1$", ylabel="$z_2$", aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach))
+    _headline(figure, title)
     _save_chart(figure, path)
+
+
+def class_colors(count: int) -> list[Any]:
+    """Colors of classes, which differ as far as their number allows."""
+    from matplotlib import colormaps
+
+    if count > 20:
+        return [colormaps["turbo"](k / (count - 1)) for k in range(count)]
+    return [colormaps["tab10" if count <= 10 else "tab20"](k) for k in range(count)]
 
 
 class _Sheet:
-    """A white image of `height` x `width` pixels with a title, to paste images and write text on."""
+    """A white image with a title, and room for `width` x `height` pixels of images and text below it.
+
+    A sheet is at least `NARROWEST` wide, and a title that does not fit wraps.
+    """
 
     def __init__(self, width: int, height: int, title: str):
         from PIL import Image, ImageDraw
 
-        self.image = Image.new("RGB", (width, height), PAPER)
+        width = max(width, NARROWEST)
+        headline, *notes = title.split("\n")
+        lines = [(line, 16, INK) for line in _wrap(headline, width - 16, 16)]
+        lines += [(line, 12, MUTED) for note in notes for line in _wrap(note, width - 16, 12)]
+        self.top = 10 + sum(size + 6 for _, size, _ in lines)
+        self.image = Image.new("RGB", (width, self.top + height), PAPER)
         self.draw = ImageDraw.Draw(self.image)
-        self.text((8, 15), title, size=16, anchor="lm")
+        y = 6 - self.top
+        for line, size, color in lines:
+            self.text((8, y + size // 2 + 2), line, color, size=size, anchor="lm")
+            y += size + 6
 
     def text(self, at: tuple[int, int], text: str, color: Color = INK, *, size: int = 13, anchor: str = "mm") -> None:
-        """Write text at (x, y). `anchor` is Pillow's: "mm" centers the text, "lm" starts it there."""
-        self.draw.text(at, text, color, _font(size), anchor=anchor)
+        """Write text centered at (x, y), or with the anchor "lm" from there."""
+        ascent, descent = _font(None, size).getmetrics()
+        x = at[0] - (_text_width(text, size) / 2 if anchor == "mm" else 0)
+        y = self.top + at[1] + (ascent - descent) / 2
+        for file, piece in fonts.runs(fonts.drawable(text)):
+            self.draw.text((x, y), piece, color, _font(file, size), anchor="ls")
+            x += _font(file, size).getlength(piece)
 
-    def paste(self, block: np.ndarray, left: int, top: int, size: tuple[int, int] | None = None) -> None:
-        """Paste pixels `[H, W, 3]` uint8, scaled to `size` (width, height) without interpolation."""
+    def paste(self, block: np.ndarray, left: int, top: int, side: int | None = None, *, exact: bool = False) -> None:
+        """Paste pixels `[H, W, 3]` uint8; with `side`, in the middle of a square of that size.
+
+        Small blocks are enlarged by an integer, or with `exact` to fill the square; large ones are reduced with
+        antialiasing.
+        """
         from PIL import Image
 
         tile = Image.fromarray(block)
-        self.image.paste(tile if size is None else tile.resize(size, Image.Resampling.NEAREST), (left, top))
+        if side is not None:
+            longest = max(tile.size)
+            factor = side / longest if exact or longest > side else side // longest
+            size = [max(1, round(pixels * factor)) for pixels in tile.size]
+            method = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
+            tile = tile.resize((size[0], size[1]), method)
+            left, top = left + (side - size[0]) // 2, top + (side - size[1]) // 2
+        self.image.paste(tile, (left, self.top + top))
+
+    def frame(self, left: int, top: int, side: int) -> None:
+        """Outline a square."""
+        self.draw.rectangle((left - 1, self.top + top - 1, left + side, self.top + top + side), outline=MUTED)
+
+    def cross(self, x: int, y: int) -> None:
+        """Mark a point."""
+        y += self.top
+        self.draw.line((x - 3, y - 3, x + 3, y + 3), MUTED)
+        self.draw.line((x - 3, y + 3, x + 3, y - 3), MUTED)
 
     def save(self, path: Path) -> None:
         with whole_file(path) as file:
             self.image.save(file, format="PNG")
 
 
-def _font(size: int) -> Any:
+@cache
+def _font(file: str | None, size: int) -> Any:
     from PIL import ImageFont
 
-    return ImageFont.load_default(size)
+    return ImageFont.load_default(size) if file is None else ImageFont.truetype(file, size)
 
 
 def _text_width(text: str, size: int = 13) -> int:
-    return math.ceil(_font(size).getlength(text))
+    return math.ceil(sum(_font(file, size).getlength(piece) for file, piece in fonts.runs(fonts.drawable(text))))
 
 
-def _short(name: str, limit: int = 40) -> str:
+def _wrap(text: str, width: int, size: int) -> list[str]:
+    """The text in lines that are at most `width` pixels wide, broken at spaces or within long words."""
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if _text_width(longer, size) <= width:
+            lines[-1] = longer
+            continue
+        lines.append("")
+        for character in word:
+            if _text_width(lines[-1] + character, size) > width:
+                lines.append("")
+            lines[-1] += character
+    return [line for line in lines if line] or [""]
+
+
+def short(name: str, limit: int = 40) -> str:
+    """The name, or its beginning."""
     return name if len(name) <= limit else f"{name[: limit - 3]}..."
 
 
-def _literal(text: str) -> str:
-    """The text as matplotlib shows it unchanged: dollar signs would start a formula."""
-    return text.replace("$", r"\$")
+def _plain(legend: Any) -> None:
+    """Show a legend's names as they are: a dollar sign starts no formula, and each script gets its font."""
+    for text in legend.get_texts():
+        name = fonts.drawable(text.get_text())
+        text.set(text=name, parse_math=False, fontfamily=fonts.families(name))
+
+
+def _headline(figure: Any, title: str) -> None:
+    """Put a title above all panels of a figure, which grows by its lines."""
+    width, height = figure.get_size_inches()
+    longest = int(12 * width)  # characters of 11 points
+    text = "\n".join(textwrap.fill(fonts.drawable(line), longest) for line in title.split("\n"))
+    figure.set_size_inches(width, height + 0.2 * (text.count("\n") + 1))
+    figure.suptitle(text, fontsize=11, parse_math=False, fontfamily=fonts.families(text))
 
 
 def _chart(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
@@ -374,6 +578,5 @@ def _chart(size: tuple[float, float], rows: int = 1, columns: int = 1) -> tuple[
 
 
 def _save_chart(figure: Any, path: Path) -> None:
-    with whole_file(path) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # names in scripts that the font lacks
+    with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=110, bbox_inches="tight")

@@ -111,7 +111,13 @@ PRESETS = {
     "vqvae-gated-pixelcnn": Preset(
         f"{HENRHOI_SOURCE}: its VQ-VAE, then a Gated PixelCNN on the codes",
         HENRHOI_VQVAE | {"lr": "8e-4", "batch_size": 64, "epochs": 30},
-        {"prior": "gated-pixelcnn", "lr": "8e-4", "batch_size": 64, "epochs": 30, "patience": 5},
+        {
+            "prior": "gated-pixelcnn channels=256 layers=13 kernel=7",
+            "lr": "8e-4",
+            "batch_size": 64,
+            "epochs": 30,
+            "patience": 5,
+        },
     ),
     "vae-2d-1": Preset(f"{HENRHOI_SOURCE}, 2-D VAE, data set 1", VAE_2D | {"dataset": "gauss2d set=1"}),
     "vae-2d-2": Preset(f"{HENRHOI_SOURCE}, 2-D VAE, data set 2", VAE_2D | {"dataset": "gauss2d set=2"}),

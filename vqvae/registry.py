@@ -315,6 +315,12 @@ def resolve(slot: Slot, choice: Choice, typed: Collection[str] | None = None) ->
     return Choice(choice.name, values)
 
 
+def brief(slot: Slot, choice: Choice) -> Choice:
+    """The choice with those options only that differ from their defaults."""
+    known = signature(find(slot, choice.name)).options
+    return Choice(choice.name, {k: value for k, value in choice.options.items() if value != known[k].default})
+
+
 def build(slot: Slot, choice: Choice, context: Mapping[str, Any]) -> Any:
     """Construct the chosen member from its options and the context it asks for.
 

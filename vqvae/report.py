@@ -1,4 +1,4 @@
-"""A checkpoint becomes plots: one function per plot, listed in `PLOTS`.
+"""A checkpoint becomes plots and a page that shows them: one function per plot, listed in `PLOTS`.
 
 Images come from the checkpoint, which stores some of the held-out split, so no data set is needed.
 
@@ -8,25 +8,32 @@ B examples, C channels, H W pixels, h w code grid.
 import argparse
 import math
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from vqvae import checkpoint, plots
-from vqvae.autoencoder import Autoencoder
+from vqvae import checkpoint, page, plots
+from vqvae.autoencoder import Autoencoder, unit_range
 from vqvae.contracts import Discrete
 from vqvae.devices import choose_device
-from vqvae.errors import OptionError, naming, near_misses
-from vqvae.files import make_folder
+from vqvae.errors import OptionError, naming, near_misses, printable
+from vqvae.files import make_folder, write_text
+from vqvae.metrics import METRICS
 from vqvae.runs import LOG, read_metrics
 
 MOST_CODES = 16_384  # that the plot of the codebook shows; t-SNE of more takes many minutes
+MOST_CLASSES = 40  # that have a row of samples
+MOST_LEVELS = 8  # of codes that are shown one by one
+PAGE = "index.html"
 
 
 class NotApplicable(Exception):
@@ -41,7 +48,6 @@ class Report:
     content: dict[str, Any]  # of the checkpoint
     logs: Path  # the run's folder, with metrics.jsonl
     options: argparse.Namespace
-    progress: Callable[[int, int], None]  # gets the codes sampled so far, and their total
 
     @property
     def images(self) -> Tensor:
@@ -65,10 +71,53 @@ class Report:
     @property
     def name(self) -> str:
         """The run's name, that of its folder."""
-        return Path(os.path.abspath(self.logs)).name or "run"
+        return printable(Path(os.path.abspath(self.logs)).name) or "run"
 
-    def title(self, text: str) -> str:
-        return f"{self.name}: {text}"
+    @property
+    def prior(self) -> str:
+        return self.content["config"]["prior"]["name"]
+
+    @property
+    def held_out(self) -> int:
+        """The number of images in the held-out split, as far as the checkpoint knows it."""
+        return self.content["data"].get("examples", {}).get("test", len(self.images))
+
+    def title(self, text: str, *notes: str) -> str:
+        return "\n".join((f"{self.name}: {text}", " · ".join(filter(None, notes)))).strip()
+
+    def tokens(self) -> str:
+        """The codes of an image in words, such as `7x7 codes, K = 512`; the dimensions of a continuous latent."""
+        bottleneck = self.model.discrete
+        if bottleneck is None:
+            dimensions = self.model.bottleneck.code_dim
+            return f"latent of {dimensions} dimension{'s' if dimensions > 1 else ''}"
+        # a sequence has a width of 1
+        shapes = {name: tuple(level.shape[1:]) for name, level in _levels(bottleneck).items()}
+        sizes = {name: f"{h}x{w}" if w > 1 else str(h) for name, (h, w) in shapes.items()}
+        if len(sizes) == 1:
+            size = sizes.popitem()[1]
+            words = f"{size} code{'' if size == '1' else 's'}"
+        elif len(set(sizes.values())) == 1:
+            words = f"{len(sizes)} levels of {sizes.popitem()[1]} codes"
+        else:
+            words = " + ".join(f"{size} {name}" for name, size in sizes.items()) + " codes"
+        return f"{words}, K = {bottleneck.num_codes:,}"
+
+    def sampling(self, label: int | None = None) -> str:
+        """How samples are drawn, in words."""
+        words = [f"temperature {self.options.temperature:g}"]
+        if self.options.top_k:
+            words.append(f"the {self.options.top_k} likeliest codes")
+        if label is not None:
+            words.append(f"class {plots.short(self.classes[label])}")
+        elif self.conditional:
+            words.append("classes in turn")
+        return ", ".join(words)
+
+    def need_trained_prior(self) -> None:
+        """Samples of a prior that knows nothing look like noise, and are drawn only when asked for."""
+        if self.prior == "uniform" and not self.options.only:
+            raise NotApplicable("the uniform prior knows nothing of the data; train a prior on the codes first")
 
     def need_images(self) -> None:
         if not self.model.shows_images:
@@ -84,6 +133,18 @@ class Report:
         if self.model.discrete is not None:
             raise NotApplicable("the latent consists of codes, and is not continuous")
 
+    def need_plane(self) -> None:
+        self.need_continuous_latent()
+        if self.model.bottleneck.code_dim != 2:
+            raise NotApplicable("the latent does not have two dimensions")
+
+    def posterior(self) -> tuple[Tensor, Tensor]:
+        """Posterior means `[N, 2]` and labels `[N]` of the held-out split, or of the examples in an old checkpoint."""
+        kept = self.content.get("posterior")
+        if kept is not None:
+            return kept["means"], kept["labels"]
+        return self.model.posterior_mean(self.images).flatten(1).cpu(), self.labels
+
     def generator(self, seed_offset: int = 0) -> torch.Generator:
         return torch.Generator(self.model.device).manual_seed(self.options.seed + seed_offset)
 
@@ -92,63 +153,110 @@ class Report:
 
         A conditional prior without `labels` gets the class chosen by the user, or else all classes in turn.
         """
-        if self.model.discrete is not None:
-            options |= {"top_k": self.options.top_k, "progress": self.progress}
         if self.conditional and "labels" not in options:
             label = self.options.label
             labels = torch.arange(n) % len(self.classes) if label is None else torch.full((n,), label)
             options["labels"] = labels.to(self.model.device)
-        generator = self.generator(seed_offset)
-        return self.model.sample(n, temperature=self.options.temperature, generator=generator, **options)
+        options |= {"temperature": self.options.temperature, "generator": self.generator(seed_offset)}
+        if self.model.discrete is None:
+            return self.model.sample(n, **options)
+        # closed before anything is printed; it appears only where sampling takes long
+        with tqdm(desc="sampling", unit="code", delay=2, disable=None, leave=False) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            return self.model.sample(n, top_k=self.options.top_k, progress=progress, **options)
+
+
+def _levels(bottleneck: Discrete) -> dict[str, Tensor]:
+    """Where the codes of each level are in the grid: indices into its flattened form, one map `[1, h, w]` a level."""
+    return bottleneck.maps(torch.arange(math.prod(bottleneck.grid)).view(1, *bottleneck.grid))
+
+
+def _some(names: list[str]) -> str:
+    """A note for the title of a plot that cannot show all levels."""
+    return f"{MOST_LEVELS} of {len(names)} levels" if len(names) > MOST_LEVELS else ""
 
 
 def original(report: Report, path: Path) -> None:
-    """Held-out images."""
     report.need_images()
-    plots.image_grid(report.images, path, title=report.title("held-out originals"))
+    title = report.title("held-out originals", f"{len(report.images)} of {report.held_out:,}")
+    plots.image_grid(report.images, path, title=title)
 
 
 def reconstructions(report: Report, path: Path) -> None:
-    """Held-out images and their reconstructions."""
     report.need_images()
     images = report.images[:50]
-    title = report.title("held-out originals and reconstructions")
+    title = report.title("held-out originals and reconstructions", report.tokens())
     plots.pairs(images, report.model.reconstruct(images), path, title=title)
 
 
 def code_visualization(report: Report, path: Path) -> None:
-    """Held-out images, their codes as colors, and their reconstructions."""
     report.need_images()
     bottleneck = report.need_codes()
     codes = report.model.encode(report.images[:8])
-    if len(bottleneck.maps(codes)) > 1:
+    names = list(_levels(bottleneck))
+    if len(names) > 1:
         codes = codes[:4]
-    title = report.title(f"images and their codes (K = {bottleneck.num_codes})")
-    images = report.images[: len(codes)]
-    plots.code_visualization(images, bottleneck.maps(codes), report.model.decode(codes), path, title=title)
+    images, levels = report.images[: len(codes)], bottleneck.maps(codes)
+    maps = {name: levels[name] for name in plots.evenly(names, MOST_LEVELS)}
+    title = report.title("images and their codes", report.tokens(), _some(names), "like colors, like codes")
+    colors = code_colors(bottleneck, maps, images)
+    plots.code_visualization(images, maps, colors, report.model.decode(codes), path, title=title)
+
+
+def code_colors(bottleneck: Discrete, maps: Mapping[str, Tensor], images: Tensor) -> dict[str, np.ndarray]:
+    """Colors `[N, h, w, 3]` (uint8) of each level's codes `[N, h, w]` for N images: like vectors have like colors.
+
+    A code's vector is the decoder's mean input for an image with that code at every position of the level. The colors
+    are based on the mean color of the images' parts that have the code.
+    """
+    colors = {}
+    positions, x = _levels(bottleneck), unit_range(images)
+    x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+    for name, level in maps.items():
+        used, cells = level.cpu().flatten().unique(return_inverse=True)
+        vectors = []
+        for some in used.split(256):
+            grids = torch.zeros(len(some), math.prod(bottleneck.grid), dtype=torch.int64)
+            grids[:, positions[name].flatten()] = some.unsqueeze(1)
+            grids = grids.view(-1, *bottleneck.grid).to(level.device)
+            vectors.append(bottleneck.embed(grids).flatten(2).mean(dim=2))
+        h, w = level.shape[1:]
+        means = None
+        if w > 1:  # in a sequence (w = 1) codes have no position in the image
+            parts = F.adaptive_avg_pool2d(x, (h, w)).movedim(1, -1).reshape(-1, 3)  # [N h w, 3]
+            sums = torch.zeros(len(used), 3).index_add_(0, cells, parts)
+            means = (sums / cells.bincount().unsqueeze(1))[cells]
+        of_cells = torch.cat(vectors)[cells.to(level.device)]  # [N h w, D], so that frequent codes count more
+        colors[name] = plots.vector_colors(of_cells, means).reshape(*level.shape, 3)
+    return colors
 
 
 def levels(report: Report, path: Path) -> None:
-    """Reconstructions from the first level of codes, from the first two levels, and so on."""
     report.need_images()
     bottleneck = report.need_codes()
     images = report.images[:10]
     codes = report.model.encode(images)
-    names = list(bottleneck.maps(codes))
+    names = list(_levels(bottleneck))
     if len(names) == 1:
         raise NotApplicable("the codes have a single level")
     rows = [("originals", images)]
-    for count, name in enumerate(names, 1):
-        rows.append((f"up to {name}", report.model.decode_latents(bottleneck.embed(codes, levels=count))))
-    plots.image_rows(rows, path, title=report.title("reconstructions from the first levels of codes"))
+    for count in plots.evenly(range(1, len(names) + 1), MOST_LEVELS):
+        label = f"{names[0]} only" if count == 1 else f"up to {names[count - 1]}"
+        label = "all levels" if count == len(names) else label
+        rows.append((label, report.model.decode_latents(bottleneck.embed(codes, levels=count))))
+    title = report.title("reconstructions from the first levels of codes", report.tokens(), _some(names))
+    plots.image_rows(rows, path, title=title)
 
 
 def codebook(report: Report, path: Path) -> None:
-    """The codebook in the plane, each code as the patch it decodes to."""
     report.need_images()
     bottleneck = report.need_codes()
     h, w = bottleneck.grid
-    if len(bottleneck.maps(torch.zeros(1, h, w, dtype=torch.int64))) > 1:
+    if len(_levels(bottleneck)) > 1:
         raise NotApplicable("a code's image depends on the codes of the other levels")
     if bottleneck.num_codes > MOST_CODES:
         raise NotApplicable(f"there are {bottleneck.num_codes:,} codes, and the plot shows at most {MOST_CODES:,}")
@@ -166,59 +274,64 @@ def codebook(report: Report, path: Path) -> None:
 
 
 def usage(report: Report, path: Path) -> None:
-    """How often the held-out split uses each code."""
-    report.need_codes()
+    bottleneck = report.need_codes()
     if report.content["usage"] is None:
         raise NotApplicable("only a stage-one checkpoint written after an evaluation has the code usage")
-    plots.usage_chart(report.content["usage"], path, title=report.title("code usage over the whole held-out split"))
+    names = list(_levels(bottleneck))
+    shown = plots.evenly(range(len(names)), MOST_LEVELS)
+    title = report.title("code usage over the whole held-out split", report.tokens(), _some(names))
+    counts = report.content["usage"][shown]
+    plots.usage_chart(counts, path, title=title, names=[names[level] for level in shown])
 
 
 def curves(report: Report, path: Path) -> None:
-    """Metrics over the training steps."""
     log = report.logs / LOG
     rows = read_metrics(log)
     if not plots.curve_names(rows):
-        raise NotApplicable(f"{log} has too few evaluations")
-    plots.curves(rows, path, title=report.title("training"))
+        raise NotApplicable(f"{log} has too few evaluations to draw a curve")
+    plots.curves(rows, path, title=report.title("metrics over training"))
 
 
 def training_animation(report: Report, path: Path) -> None:
-    """The images drawn after each epoch, as a GIF."""
     trained = Path(report.content["plots"])
     source = (trained if trained.is_dir() else Path("plots") / report.name) / "generated_samples"
-    frames = plots.read_frames(sorted(source.glob("epoch_*.png")))
+    names = ((re.fullmatch(r"epoch_(\d+)\.png", found.name), found) for found in source.glob("epoch_*.png"))
+    numbered = sorted((int(match[1]), found) for match, found in names if match)
+    # later ones are of an earlier run with this name
+    frames = plots.read_frames(
+        plots.evenly([f for n, f in numbered if n <= report.content["epoch"]], plots.MOST_FRAMES)
+    )
     if not frames:
         raise NotApplicable(f"{source} has no images epoch_*.png")
     plots.training_animation(frames, path)
 
 
 def samples(report: Report, path: Path) -> None:
-    """Samples of the prior."""
     report.need_images()
-    prior = report.content["config"]["prior"]["name"]
-    untrained = " (not trained on images: train a prior with --prior)" if prior == "uniform" else ""
-    title = report.title(f"samples of the {prior} prior{untrained}")
-    columns = math.ceil(math.sqrt(report.options.samples))
-    plots.image_grid(report.sample(report.options.samples), path, title=title, columns=columns)
+    report.need_trained_prior()
+    count = report.options.samples
+    title = report.title(f"samples of the {report.prior} prior", report.sampling(report.options.label), report.tokens())
+    plots.image_grid(report.sample(count), path, title=title, columns=math.ceil(math.sqrt(count)))
 
 
 def class_rows(report: Report, path: Path) -> None:
-    """Samples of each class."""
     report.need_images()
     if not report.conditional:
         raise NotApplicable("the prior is not conditioned on classes")
-    labels = torch.arange(len(report.classes)).repeat_interleave(10).to(report.model.device)
+    chosen = plots.evenly(range(len(report.classes)), MOST_CLASSES)
+    labels = torch.tensor(chosen).repeat_interleave(10).to(report.model.device)
     images = report.sample(len(labels), labels=labels).split(10)
-    rows = list(zip(report.classes, images, strict=True))
-    plots.image_rows(rows, path, title=report.title("samples of each class"))
+    rows = [(report.classes[label], row) for label, row in zip(chosen, images, strict=True)]
+    some = "each class" if len(chosen) == len(report.classes) else f"{len(chosen)} of {len(report.classes)} classes"
+    title = report.title(f"samples of {some}", f"temperature {report.options.temperature:g}", report.tokens())
+    plots.image_rows(rows, path, title=title)
 
 
 def completions(report: Report, path: Path) -> None:
-    """Held-out images whose first half of codes (with levels: the top level) is kept, and the rest sampled."""
     report.need_images()
     bottleneck = report.need_codes()
     if report.content["kind"] != "prior":
-        raise NotApplicable("needs a prior trained on codes (stage two)")
+        raise NotApplicable("only a prior that was trained on codes (stage two) completes images")
     images, labels = report.images[:10], report.labels[:10].to(report.model.device)
     codes = report.model.encode(images)
     h, w = bottleneck.grid
@@ -227,7 +340,7 @@ def completions(report: Report, path: Path) -> None:
     rows = [("originals", images), ("reconstructions", report.model.reconstruct(images))]
     top = bottleneck.maps(codes).get("top")
     if top is not None:
-        kept, explanation = top.shape[1], "codes of the top level kept, those of the bottom level sampled"
+        kept, explanation = top.shape[1], "the top codes kept, the bottom codes sampled"
         rows.append(("given", report.model.decode_latents(bottleneck.embed(codes, levels=1))))
     else:
         kept, explanation = h // 2, "codes of the top half kept, the rest sampled"
@@ -239,30 +352,28 @@ def completions(report: Report, path: Path) -> None:
     for i in range(4):
         completed = report.sample(len(images), seed_offset=i, given=(codes, kept), **options)
         rows.append((f"completion {i + 1}", completed))
-    plots.image_rows(rows, path, title=report.title(explanation))
+    title = report.title(explanation, f"temperature {report.options.temperature:g}", report.tokens())
+    plots.image_rows(rows, path, title=title)
 
 
 def interpolations(report: Report, path: Path) -> None:
-    """Decoded points on the line between the latents of two held-out images."""
     report.need_images()
     report.need_continuous_latent()
     count = min(10, len(report.images) // 2)
     if count == 0:
         raise NotApplicable("the checkpoint has a single held-out image")
     start, end = report.images[:count], report.images[count : 2 * count]
-    z = [report.model.posterior_mean(x) for x in (start, end)]
+    weights = torch.linspace(0, 1, 8, device=report.model.device).view(-1, 1, 1, 1)
     rows = []
-    for i in range(len(start)):
-        weights = torch.linspace(0, 1, 10, device=z[0].device)[1:-1].view(-1, 1, 1, 1)
-        between = report.model.decode_latents((1 - weights) * z[0][i] + weights * z[1][i]).cpu()
-        ends = [x[i : i + 1].float() / 255 for x in (start, end)]
-        rows.append(("", torch.cat([ends[0], between, ends[1]])))
-    title = report.title("interpolations between two held-out images, left and right")
-    plots.image_rows(rows, path, title=title)
+    for a, b in zip(start.split(1), end.split(1), strict=True):
+        from_a, to_b = report.model.posterior_mean(a), report.model.posterior_mean(b)
+        rows.append(("", [a, report.model.decode_latents(torch.lerp(from_a, to_b, weights)), b]))
+    title = report.title("interpolations between two held-out images", report.tokens())
+    headers = ("image A", "from the reconstruction of A to the reconstruction of B", "image B")
+    plots.image_rows(rows, path, title=title, headers=headers)
 
 
 def traversals(report: Report, path: Path) -> None:
-    """The latent of a held-out image, one dimension varied at a time."""
     report.need_images()
     report.need_continuous_latent()
     if len(report.images) == 1:
@@ -274,55 +385,146 @@ def traversals(report: Report, path: Path) -> None:
         z = means[:1].repeat(9, 1, 1, 1)
         # in standard deviations over the examples: under a learned prior latents need not have unit variance
         z[:, unit, 0, 0] = center[unit] + spread[unit] * torch.linspace(-3, 3, 9, device=z.device)
-        rows.append((f"z{unit + 1}, ± 3 s.d.", report.model.decode_latents(z)))
-    title = report.title("one latent dimension varied at a time, those of largest variance, from one held-out image")
+        rows.append((f"z{unit + 1}", report.model.decode_latents(z)))
+    title = report.title(
+        "the latent of a held-out image, one dimension varied at a time",
+        "from -3 to +3 standard deviations over held-out images",
+        f"{len(rows)} of {center.numel()} dimensions, those of largest variance first",
+    )
     plots.image_rows(rows, path, title=title)
 
 
 def scatter_2d(report: Report, path: Path) -> None:
-    """Held-out points and samples, with and without the decoder's noise."""
     model = report.model
     if model.shows_images:
         raise NotApplicable("the examples are images, not points")
-    count = min(1000, len(report.images))
-    draws = model.prior.sample(count, generator=report.generator())
-    params = model.decoder(draws if model.discrete is None else model.discrete.embed(draws))
-    panels = [
-        ("held-out data", report.images[:count]),
-        ("samples with decoder noise", model.likelihood.sample(params)),
-        ("samples without noise: decoder means", model.likelihood.mean(params)),
-    ]
-    points = [(label, x.detach().cpu().flatten(1)) for label, x in panels]
-    plots.scatter_2d(points, path, title=report.name)
+    points = report.images[:1000]
+    panels = [("held-out data", points), ("reconstructions", model.reconstruct(points))]
+    if report.prior != "uniform" or report.options.only:
+        options = {"temperature": report.options.temperature, "generator": report.generator()}
+        draws = model.prior.sample(len(points), **options)
+        params = model.decoder(draws if model.discrete is None else model.discrete.embed(draws))
+        panels.append(("samples with decoder noise", model.likelihood.sample(params)))
+        panels.append(("samples without noise: decoder means", model.likelihood.mean(params)))
+    panels = [(label, x.detach().cpu().flatten(1)) for label, x in panels]
+    notes = [f"{len(points):,} of {report.held_out:,} held-out points", report.tokens()]
+    if len(panels) > 2:
+        notes.append(f"samples of the {report.prior} prior, {report.sampling()}")
+    plots.scatter_2d(panels, path, title=report.title("data and model", *notes))
 
 
 def posterior_map(report: Report, path: Path) -> None:
-    """Posterior means in the plane, for latents of two dimensions."""
-    report.need_continuous_latent()
-    if report.model.bottleneck.code_dim != 2:
-        raise NotApplicable("the latent does not have two dimensions")
-    means = report.model.posterior_mean(report.images).flatten(1).cpu()
-    title = report.title("posterior means of held-out examples")
-    plots.posterior_map(means, report.labels, report.classes, path, title=title)
+    report.need_plane()
+    means, labels = report.posterior()
+    total = max(report.held_out, len(means))
+    share = f"{len(means):,} of {total:,}" if len(means) < total else f"all {total:,}" if total > 1 else "1"
+    normal = report.prior == "normal"
+    title = report.title(
+        "posterior means in the latent plane",
+        f"{share} held-out example{'' if total == 1 else 's'}",
+        "rings: 1, 2 and 3 standard deviations of the prior" if normal else "",
+    )
+    plots.posterior_map(means, labels, report.classes, path, title=title, rings=normal)
 
 
-PLOTS: dict[str, Callable[[Report, Path], None]] = {
-    "original.png": original,
-    "reconstructions.png": reconstructions,
-    "code_visualization.png": code_visualization,
-    "levels.png": levels,
-    "codebook.png": codebook,
-    "usage.png": usage,
-    "curves.png": curves,
-    "training_animation.gif": training_animation,
-    "samples.png": samples,
-    "class_rows.png": class_rows,
-    "completions.png": completions,
-    "interpolations.png": interpolations,
-    "traversals.png": traversals,
-    "scatter_2d.png": scatter_2d,
-    "posterior_map.png": posterior_map,
-}
+def latent_grid(report: Report, path: Path) -> None:
+    report.need_images()
+    report.need_plane()
+    shares = torch.linspace(0.025, 0.975, 20)
+    if report.prior == "normal":
+        axes, of_what = torch.special.ndtri(shares).expand(2, -1), "the normal prior"
+    else:
+        means = report.posterior()[0]
+        axes, of_what = means[means.isfinite().all(dim=1)].quantile(shares, dim=0).T, "the posterior means"
+    up, right = torch.meshgrid(axes[1].flip(0), axes[0], indexing="ij")  # z2 grows upwards
+    z = torch.stack([right, up], dim=-1).view(-1, 2, 1, 1).to(report.model.device)
+    title = report.title(
+        "the latent plane, decoded",
+        "z1 grows to the right, z2 upwards",
+        f"20x20 quantiles of {of_what}, from 2.5% to 97.5%",
+    )
+    plots.image_grid(
+        torch.cat([report.model.decode_latents(some) for some in z.split(100)]), path, title=title, columns=20
+    )
+
+
+class Plot(NamedTuple):
+    """A row of `PLOTS`."""
+
+    draw: Callable[[Report, Path], None]  # raises NotApplicable
+    heading: str
+    reading: str  # one sentence: how to read it
+
+
+PLOTS: dict[str, Plot] = {
+    "original.png": Plot(
+        original, "Held-out images", "These images were not trained on; all other plots of images start from them."
+    ),
+    "reconstructions.png": Plot(
+        reconstructions, "Reconstructions",
+        "Compare each row of originals with the row of reconstructions below it: what differs is lost in the latent.",
+    ),
+    "code_visualization.png": Plot(
+        code_visualization, "Codes of images",
+        "Each cell is the code of one position, and codes whose vectors are near have like colors: areas of one color "
+        "are areas that the model describes alike.",
+    ),
+    "levels.png": Plot(
+        levels, "Levels of codes",
+        "Every row adds a level of codes to the row above: what changes is what that level describes.",
+    ),
+    "codebook.png": Plot(
+        codebook, "Codebook",
+        "Each code is the patch that it decodes to, and codes whose vectors are near lie together; large patches are "
+        "used often, and a cross is a code without use.",
+    ),
+    "usage.png": Plot(
+        usage, "Code usage",
+        "A curve that stays near the dashed line uses the whole codebook; one that falls steeply uses few codes.",
+    ),
+    "curves.png": Plot(
+        curves, "Metrics over training",
+        "Held-out curves that turn while those of training go on show overfitting; curves that still fall ask for more "
+        "epochs.",
+    ),
+    "training_animation.gif": Plot(
+        training_animation, "Training, epoch by epoch",
+        "The same held-out images or samples after each epoch: details appear as training goes on.",
+    ),
+    "samples.png": Plot(
+        samples, "Samples",
+        "New images, drawn from the prior and decoded: good ones look like the data, and none like the others.",
+    ),
+    "class_rows.png": Plot(
+        class_rows, "Samples by class", "Each row has ten samples of one class, which should show that class and vary."
+    ),
+    "completions.png": Plot(
+        completions, "Completions",
+        "Each column starts from the same given half: completions should fit it and differ from each other.",
+    ),
+    "interpolations.png": Plot(
+        interpolations, "Interpolations",
+        "Each row decodes points on the line between the latents of two images: in a smooth latent space every step "
+        "looks like data.",
+    ),
+    "traversals.png": Plot(
+        traversals, "Latent dimensions",
+        "Each row changes one dimension of the latent: what changes along the row is what that dimension encodes.",
+    ),
+    "scatter_2d.png": Plot(
+        scatter_2d, "Data and model in the plane",
+        "Reconstructions and samples should cover the same region as the data, as densely.",
+    ),
+    "posterior_map.png": Plot(
+        posterior_map, "Latent plane",
+        "Each dot is a held-out example: classes that form separate clouds are told apart by the latent alone, and the "
+        "whole should fill the prior.",
+    ),
+    "latent_grid.png": Plot(
+        latent_grid, "Latent plane, decoded",
+        "Each image is decoded from its place in the plane of the plot above: neighbors should change gradually.",
+    ),
+}  # fmt: skip
 
 
 def draw(options: argparse.Namespace) -> None:
@@ -343,31 +545,93 @@ def draw(options: argparse.Namespace) -> None:
         raise OptionError("", "top_k", options.top_k, "the model's latent is continuous and has no codes; leave it out")
     _check_label(options.label, len(content["data"]["classes"]) if content["config"]["conditional"] else 0)
     # names and places inside a checkpoint do not choose where anything is written: it may come from anywhere
-    run = Path(os.path.abspath(path)).parent.name or "run"
+    run = printable(Path(os.path.abspath(path)).parent.name) or "run"
     folder = make_folder(Path(options.plot_dir or "plots") / run, "plot_dir")
-    with tqdm(desc="sampling", unit="code", disable=None, leave=False) as bar:
+    report = Report(model, content, path.parent, options)
+    drawn, left_out = [], []
+    for name, plot in PLOTS.items():
+        if options.only and name not in options.only:
+            continue
+        torch.manual_seed(options.seed + 1)  # for the decoder's noise; the prior's generator has `seed` itself
+        try:
+            plot.draw(report, folder / name)
+        except NotApplicable as reason:
+            left_out.append((name, str(reason)))
+            if options.only:
+                print(f"{name}: not drawn: {reason}", file=sys.stderr)
+            continue
+        drawn.append(name)
+        print(printable(str(folder / name)))
+    if not options.only:  # else the page of all plots stays, and shows what was drawn again
+        write_text(folder / PAGE, run_page(report, folder, drawn, left_out))
+        print(printable(str(folder / PAGE)))
+    plural = "" if len(drawn) == 1 else "s"
+    print(printable(f"{len(drawn)} plot{plural} of {run} (step {content['step']:,}) in {folder}"))
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
 
-        report = Report(model, content, path.parent, options, progress)
-        drawn = 0
-        for name, plot in PLOTS.items():
-            if options.only and name not in options.only:
-                continue
-            bar.reset()
-            torch.manual_seed(options.seed + 1)  # for the decoder's noise; the prior's generator has `seed` itself
-            try:
-                plot(report, folder / name)
-            except NotApplicable as reason:
-                if options.only:
-                    print(f"{name}: not drawn: {reason}", file=sys.stderr)
-                continue
-            drawn += 1
-            print(folder / name)
-    plural = "" if drawn == 1 else "s"
-    print(f"{drawn} plot{plural} of {run} (step {content['step']:,}) in {folder}")
+def run_page(report: Report, folder: Path, drawn: list[str], left_out: list[tuple[str, str]]) -> str:
+    """The HTML page of a run: what it is, its plots in `folder`, its metrics and its settings."""
+    from PIL import Image
+
+    content, model = report.content, report.model
+    data, config = content["data"], content["config"]
+    counts = data.get("examples", {})
+    sizes = [
+        f"{counts[split]:,} {word}" for split, word in (("train", "train"), ("test", "held out")) if split in counts
+    ]
+    shape = "x".join(map(str, data["shape"]))
+    codes = model.discrete
+    bits = f", {math.prod(codes.grid) * math.log2(codes.num_codes):,.0f} bits an image" if codes is not None else ""
+    facts = [
+        ("run", f"{report.name}, step {content['step']:,}, epoch {content['epoch']:,}"),
+        ("data", f"{data['name']}: {', '.join([*sizes, shape])}" + (f" ({data['note']})" if data["note"] else "")),
+        ("latent", report.tokens() + bits),
+        ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
+        (
+            "model",
+            ", ".join(f"{config[slot]['name']} {slot}" for slot in ("nets", "bottleneck", "prior", "likelihood")),
+        ),
+    ]
+    shown = []
+    for name in drawn:
+        with Image.open(folder / name) as image:
+            shown.append(page.Shown(name, PLOTS[name].heading, PLOTS[name].reading, image.size))
+    rows = [row for row in read_metrics(report.logs / LOG) if row["kind"] == "epoch" and row["step"] <= content["step"]]
+    tables = [
+        page.Table(
+            "Settings", ("setting", "value"), [(key, "", (_setting(v),)) for key, v in config.items() if v is not None]
+        )
+    ]
+    if rows:
+        heading = f"Metrics after epoch {rows[-1].get('epoch', 0):,}"
+        tables.insert(0, page.Table(heading, ("metric", "train", "held out"), _metric_rows(rows[-1]), numbers=True))
+    return page.html(report.name, facts, shown, left_out, tables)
+
+
+def _metric_rows(row: dict[str, Any]) -> list[tuple[str, str, tuple[str, str]]]:
+    """Name, explanation, training value and held-out value of every metric in a row of metrics.jsonl."""
+    logged = dict.fromkeys(key.removeprefix("train_").removeprefix("held_out_") for key in row)
+    table = []
+    for name in sorted(logged, key=lambda name: list(METRICS).index(name) if name in METRICS else len(METRICS)):
+        trained, held_out, error = (
+            row.get(key) for key in (f"train_{name}", f"held_out_{name}", f"held_out_{name}_se")
+        )
+        if name.endswith("_se") or (trained is None and held_out is None):
+            continue
+        cell = "" if held_out is None else f"{held_out:,.4g}"
+        if held_out is not None and error and error > 0:  # as many decimals as the error's first digit has
+            decimals = min(max(0, -math.floor(math.log10(error))), 9)
+            cell = f"{held_out:,.{decimals}f} ± {error:.{decimals}f}"
+        explanation = METRICS[name].explanation if name in METRICS else ""
+        table.append((name, explanation, ("" if trained is None else f"{trained:,.4g}", cell)))
+    return table
+
+
+def _setting(value: Any) -> str:
+    """A setting of a run in words."""
+    if isinstance(value, dict):
+        return " ".join([value["name"], *(f"{key}={option}" for key, option in value["options"].items())])
+    return str(value)
 
 
 def _check_label(label: int | None, classes: int) -> None:

@@ -12,13 +12,15 @@ import shutil
 import socket
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from vqvae import checkpoint
-from vqvae.errors import OptionError, UserError, naming
+from vqvae.errors import OptionError, UserError, naming, printable
 from vqvae.files import (
     append,
     cannot_write,
@@ -29,15 +31,24 @@ from vqvae.files import (
     write_text,
     writing,
 )
-from vqvae.metrics import for_json
+from vqvae.metrics import for_json, has_chart
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+try:
+    import msvcrt
+except ImportError:  # all others
+    msvcrt = None  # type: ignore[assignment]
 
+BEYOND = 2**30  # the byte that is locked on Windows: beyond the text, because what is locked cannot be read
 LOCK, LAST, BEST = ".lock", "checkpoint.pt", "best.pt"
 LOG = "metrics.jsonl"
+COMPARED = (
+    "dataset", "nets", "bottleneck", "prior", "likelihood", "objective", "lr", "batch_size", "epochs", "seed"
+)  # fmt: skip
+UNREADABLE = "unreadable.txt"
 EVENTS = "events.out.tfevents."  # and the second at which the file was begun, the host, the process, a number
 
 
@@ -46,7 +57,7 @@ class Busy(UserError):
 
 
 class Lock:
-    """The right to write in a run's folder: `flock` on its file `.lock`, which ends with the process.
+    """The right to write in a run's folder: a lock on its file `.lock`, which ends with the process.
 
     `take` takes it, the end of the block releases it. If the run did not begin (`keep`), what `take` made is removed.
     """
@@ -77,6 +88,8 @@ class Lock:
                 os.close(file)
                 other = f"another process ({holder})" if holder else "another process"
                 raise Busy(f"{folder}: {other} writes this run; wait until it ends, or stop it")
+            if fcntl is None:  # Windows, where nobody can remove a file that is open
+                break
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.fstat(file), os.stat(self.path)):  # else its holder removed it in between
                     break
@@ -88,13 +101,11 @@ class Lock:
     def _lock(self, file: int) -> bool:
         """Whether the file could be locked; also true where nothing can be locked."""
         try:
-            if fcntl is None:
-                raise OSError("this system has no flock")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_file(file)
         except BlockingIOError:
             return False
         except OSError as problem:
-            reason = "this system" if fcntl is None else f"the file system ({problem.strerror})"
+            reason = f"the file system ({problem.strerror})" if fcntl or msvcrt else "this system"
             message = f"{self.path}: {reason} has no locks; see to it that no other process writes this run"
             warnings.warn(message, stacklevel=4)
         return True
@@ -104,7 +115,8 @@ class Lock:
         self.kept = True
         with contextlib.suppress(OSError):
             os.ftruncate(self._file, 0)
-            os.pwrite(self._file, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
+            os.lseek(self._file, 0, os.SEEK_SET)
+            os.write(self._file, f"{os.getpid()} on {socket.gethostname()}".encode())
 
     def __exit__(self, *error: object) -> None:
         self.release()
@@ -112,11 +124,34 @@ class Lock:
     def release(self) -> None:
         if self._file < 0:
             return
+        if fcntl:
+            self._remove()  # before another process can take the lock
+        os.close(self._file)
+        if not fcntl:
+            self._remove()  # Windows removes no file that is open
+        self._file = -1
+
+    def _remove(self) -> None:
+        """Remove what `take` made, if the run did not begin."""
         with contextlib.suppress(OSError):  # a folder that is not empty stays
             for path in () if self.kept else self._made:
                 path.rmdir() if path.is_dir() else path.unlink()
-        os.close(self._file)
-        self._file = -1
+
+
+def _lock_file(file: int) -> None:
+    """Lock an open file. Raises `BlockingIOError` if another process has it, `OSError` where there are no locks."""
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    elif msvcrt:
+        os.lseek(file, BEYOND, os.SEEK_SET)  # it locks from here
+        try:
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except PermissionError as problem:
+            raise BlockingIOError(*problem.args) from None
+        finally:
+            os.lseek(file, 0, os.SEEK_SET)
+    else:
+        raise OSError("neither kind of lock")
 
 
 def refuse_saved(folder: Path) -> None:
@@ -210,14 +245,33 @@ class Run:
             self.board.flush()
         return best_is_there
 
-    def log(self, kind: str, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """Append a line to metrics.jsonl, and log each metric as TensorBoard scalar `kind/name`."""
+    def log(
+        self,
+        kind: str,
+        step: int,
+        epoch: int,
+        metrics: Mapping[str, float],
+        settings: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Append a line to metrics.jsonl with metrics, and settings that change during training, such as the rate.
+
+        TensorBoard gets `name/train` and `name/held_out`, which stand together, and `schedule/name`. Training metrics
+        averaged over an epoch, standard errors and constants have no chart.
+        """
         self.step = step
-        row = {"kind": kind, "step": step, "epoch": epoch, **for_json(metrics)}
+        row = {"kind": kind, "step": step, "epoch": epoch, **for_json({**metrics, **settings})}
         append(self.folder / LOG, json.dumps(row) + "\n")
         with self._events():
             for name, value in metrics.items():
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+                if kind == "train":
+                    self.board.add_scalar(f"{name}/train", value, step)
+                elif name.startswith("held_out_"):
+                    if has_chart(short := name.removeprefix("held_out_")):
+                        self.board.add_scalar(f"{short}/held_out", value, step)
+                elif not name.startswith("train_"):
+                    self.board.add_scalar(f"{kind}/{name}", value, step)
+            for name, value in settings.items():
+                self.board.add_scalar(f"schedule/{name}", value, step)
 
     def _events(self) -> contextlib.AbstractContextManager[None]:
         """Within it, errors of TensorBoard's writer become a line about the events; its thread hands them on."""
@@ -264,18 +318,15 @@ class Run:
         return resumed["step"] == best
 
     def close(self, results: dict[str, float] | None = None) -> None:
-        """Flush TensorBoard and give the lock back. Final results go to the HParams tab, together with the settings."""
+        """Flush TensorBoard and give the lock back. The final metrics go to the HParams tab, next to ten settings."""
         board, self.board = self.board, None
         try:
             if board and results:
-                settings: dict[str, Any] = {}
-                for key, value in self.facts["config"].items():
-                    if isinstance(value, dict):
-                        settings |= {key: value["name"]} | {f"{key}.{k}": v for k, v in value["options"].items()}
-                    elif value is not None:
-                        settings[key] = value
+                config = self.facts["config"]
+                settings = {name: _text(config[name]) for name in COMPARED if name in config}
+                order = sorted(filter(has_chart, results), key=lambda name: (name != "psnr", name != "mse"))
                 # tags of their own: under a metric's tag they would add a point to its curve
-                named = {f"result/{name}": value for name, value in results.items()}
+                named = {f"result/{name}": results[name] for name in order}
                 with self._events():
                     board.add_hparams(settings, named, run_name=".", global_step=self.step)
         finally:
@@ -303,6 +354,13 @@ class Run:
             write_text(path, "".join(f"{json.dumps(row)}\n" for row in kept))
 
 
+def _text(value: Any) -> Any:
+    """A setting in a table: a choice with its options as words."""
+    if not isinstance(value, dict):
+        return "" if value is None else value
+    return " ".join([value["name"], *(f"{key}={option}" for key, option in value["options"].items())])
+
+
 class NullRun(Run):
     """A run that writes nothing, for every process except the first."""
 
@@ -312,7 +370,14 @@ class NullRun(Run):
     def start(self, resumed: dict[str, Any] | None = None) -> bool:
         return True
 
-    def log(self, kind: str, step: int, epoch: int, metrics: dict[str, float]) -> None:
+    def log(
+        self,
+        kind: str,
+        step: int,
+        epoch: int,
+        metrics: Mapping[str, float],
+        settings: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         pass
 
     def histogram(self, name: str, values: Tensor, step: int) -> None:
@@ -334,6 +399,16 @@ class NullRun(Run):
         pass
 
 
+def list_unreadable(folder: Path, unreadable: Mapping[str, str]) -> None:
+    """Name the files of the data that cannot be read, with the reasons, in a file of the run, and warn of them."""
+    path = folder / UNREADABLE
+    if unreadable:
+        write_text(path, "".join(f"{printable(f'{name}: {reason}')}\n" for name, reason in unreadable.items()))
+        warnings.warn(f"unreadable files left out of the data: {len(unreadable):,}; {path} names them", stacklevel=2)
+    else:
+        path.unlink(missing_ok=True)  # of an earlier start
+
+
 def order_events(folder: Path) -> None:
     """Rename event files of this second or later, so that the next one comes last.
 
@@ -345,7 +420,8 @@ def order_events(folder: Path) -> None:
         second, _, rest = path.name.removeprefix(EVENTS).partition(".")
         if not second.isdigit() or int(second) <= limit:
             break
-        path.rename(path.with_name(f"{EVENTS}{limit:010d}.{rest}"))
+        with contextlib.suppress(PermissionError):  # on Windows, TensorBoard has it open
+            path.rename(path.with_name(f"{EVENTS}{limit:010d}.{rest}"))
         limit -= 1
 
 

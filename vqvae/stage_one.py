@@ -14,15 +14,13 @@ from vqvae.autoencoder import Autoencoder, unit_range
 from vqvae.contracts import Objective, TrainOutput
 from vqvae.evaluation import facts_of
 
-FEATURE_VECTORS = 20_000  # that a bottleneck fits its start to
-
 
 class AutoencoderTraining(nn.Module):
     """Batches of images to a loss and metrics."""
 
     monitor = "neg_elbo"
     headline = (
-        "mse", "nmse", "psnr", "neg_elbo", "bits_per_dim", "commitment", "perplexity", "active_codes", "active_units"
+        "mse", "psnr", "perplexity", "active_codes", "active_units", "neg_elbo", "bits_per_dim", "commitment", "nmse"
     )  # fmt: skip
 
     def __init__(self, model: Autoencoder, objective: Objective):
@@ -61,10 +59,11 @@ class AutoencoderTraining(nn.Module):
     def initialize(self, batches: Callable[[int], Tensor]) -> None:
         """Let the bottleneck fit its start to features; `batches(n)` gives n training images."""
         model = self.model
-        if not model.bottleneck.fits_start:
+        wanted = model.bottleneck.start_vectors
+        if not wanted:
             return
         h, w = model.bottleneck.grid
-        images = batches(-(-FEATURE_VECTORS // (h * w)))
+        images = batches(-(-wanted // (h * w)))
         model.bottleneck.initialize(torch.cat([model.features(unit_range(tile)) for tile in images.split(128)]))
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:

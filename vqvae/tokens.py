@@ -4,6 +4,7 @@ N images, B batch, C channels, S pixels per side; `grid` is the bottleneck's cod
 """
 
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,15 +22,19 @@ from vqvae.archives import read_arrays, size_of
 from vqvae.autoencoder import Autoencoder
 from vqvae.checkpoint import weights_checksum
 from vqvae.contracts import Discrete
-from vqvae.data import image_folder
+from vqvae.data.decoding import read_image
+from vqvae.data.listing import list_images
 from vqvae.devices import choose_device
-from vqvae.errors import OptionError, UserError, one_line
-from vqvae.files import cannot_write, open_file, whole_file
+from vqvae.errors import OptionError, UserError, one_line, printable
+from vqvae.files import WINDOWS, cannot_write, open_file, whole_file
 from vqvae.registry import Choice, resolve
 
 FIELDS = ("codes", "num_codes", "grid", "image_shape", "files", "model")
 COLORS = {1: "gray", 3: "RGB"}  # what an image file can store, by number of channels
 ALWAYS_DECODED = 1_000_000  # images that a file of any size may contain; larger files contain up to one per byte
+NOT_ON_WINDOWS = re.compile(
+    r'[<>:"|?*\x00-\x1f]|[ .]$|^(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)', re.IGNORECASE
+)  # in a part of a path
 READERS = 4  # threads that read image files; decoding releases Python's lock
 
 
@@ -57,7 +62,8 @@ class ImageFolder:
         need_images(model, "input", folder)
         self.folder, self.batch_size = folder, batch_size
         self.channels, self.size, _ = model.image_shape
-        self.files = image_folder.image_files(folder, "input")[:limit]
+        files, self.unlisted = list_images(folder, "input")
+        self.files = files[:limit]
         self.names: list[str] = []
 
     def __len__(self) -> int:
@@ -65,6 +71,8 @@ class ImageFolder:
 
     def __iter__(self) -> Iterator[Tensor]:
         parts = [self.files[i : i + self.batch_size] for i in range(0, len(self.files), self.batch_size)]
+        for name, reason in self.unlisted.items():
+            _skip(name, reason)
         with ThreadPoolExecutor(READERS) as pool:
             ahead: list[tuple[Path, Future]] = []
             for part in [*parts, []]:  # the threads read the next batch while the model encodes this one
@@ -78,7 +86,7 @@ class ImageFolder:
         return {"files": np.array(self.names, dtype=str)}
 
     def _read(self, path: Path) -> np.ndarray:
-        return image_folder.read_image(path, self.size, self.channels)
+        return read_image(path, self.size, self.channels)
 
     def _readable(self, jobs: list[tuple[Path, Future]]) -> list[np.ndarray]:
         images = []
@@ -88,7 +96,7 @@ class ImageFolder:
                 images.append(job.result())
                 self.names.append(name)
             except Exception as problem:  # decoders raise anything on a damaged file
-                tqdm.write(f"{name!r}: skipped, cannot be read ({one_line(problem, 120)})", file=sys.stderr)
+                _skip(name, one_line(problem, 120))
         return images
 
 
@@ -108,6 +116,8 @@ class DatasetSplit:
         choice = resolve(data.SLOT, choice)
         size = model.image_shape[1] if model.shows_images and choice.name != "gauss2d" else None  # points have no size
         dataset = data.load(choice.name, data_dir=Path(data_dir), image_size=size, limit=limit, **choice.options)
+        for name, reason in dataset.unreadable.items():
+            _skip(name, reason)
         self.images, self.labels = getattr(dataset, split)
         self.batch_size = batch_size
         if tuple(self.images.shape[1:]) != model.image_shape:
@@ -123,6 +133,10 @@ class DatasetSplit:
 
     def columns(self) -> dict[str, np.ndarray]:
         return {"files": np.array([], dtype=str), "labels": self.labels.numpy()}
+
+
+def _skip(name: str, reason: str) -> None:
+    tqdm.write(f"{name!r}: skipped, cannot be read ({printable(reason)})", file=sys.stderr)
 
 
 def load_model(path: str, device: str) -> Autoencoder:
@@ -265,8 +279,13 @@ def image_names(path: Path, files: np.ndarray, count: int) -> list[str]:
     return names
 
 
-def _possible(name: str) -> bool:
-    """Whether the parts of a path can be written as bytes, at most 255 each, as usual file systems demand."""
+def _possible(name: str, windows: bool = WINDOWS) -> bool:
+    """Whether the parts of a path can be written as bytes, at most 255 each, as usual file systems demand.
+
+    Windows takes some names for devices, writes others to where no program finds them, and changes some endings.
+    """
+    if windows and any(map(NOT_ON_WINDOWS.search, Path(name).parts)):
+        return False
     try:
         return all(len(os.fsencode(part)) <= 255 for part in Path(name).parts)
     except UnicodeEncodeError:  # halves of a surrogate pair

@@ -5,6 +5,7 @@ checkpoint takes the same steps as one that never stopped. With several processe
 of every batch, whose size does not depend on their number, and draws its own noise.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -12,19 +13,20 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, autocast, nn
-from tqdm import tqdm
 
-from vqvae import distributed, metrics
+from vqvae import distributed
 from vqvae.contracts import TrainOutput
 from vqvae.data.batches import batch_indices
-from vqvae.devices import keep_memory
+from vqvae.devices import keep_memory, widest_float
 from vqvae.errors import OptionError, UserError
 from vqvae.interrupts import Interrupt
 from vqvae.optimizer import adamw
+from vqvae.progress import Progress, duration
 from vqvae.runs import NullRun, Run
 from vqvae.schedules import Schedule
 
 MOST_SKIPPED = 10  # updates in a row, with on_nan=skip
+KEPT = ("usage", "posterior")  # tensors among the held-out metrics, which plots show
 
 
 class Plan(NamedTuple):
@@ -72,9 +74,9 @@ class Means:
 
     def add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
-            total = self.sums.get(name)
-            precise = torch.float32 if value.device.type == "mps" else torch.float64  # MPS has no float64
-            self.sums[name] = value.to(precise) if total is None else total.to(value.device) + value
+            total, precise = self.sums.get(name), widest_float(value.device)
+            # sums of a checkpoint are on the CPU, and may be more precise than this device allows
+            self.sums[name] = value.to(precise) if total is None else total.to(precise).to(value.device) + value
         self.count += 1
 
     def values(self) -> dict[str, Tensor]:
@@ -124,9 +126,10 @@ class Stage(NamedTuple):
     module: Any  # an nn.Module that keeps contracts.Trainable
     examples: Tensor  # [N, ...], images or codes
     labels: Tensor  # [N] int64
-    evaluate: Callable[[], dict[str, Any]]  # held-out metrics; a tensor `usage` goes into the checkpoint
+    evaluate: Callable[[], dict[str, Any]]  # held-out metrics; entries of KEPT go into the checkpoint
     draw: Callable[[], Tensor] | None  # images [N, C, H, W] in [0, 1] to show after each epoch
     caption: str  # what those images are
+    originals: Tensor | None = None  # [N, C, H, W] in [0, 1], what those images reconstruct
     compiled: bool = False
 
 
@@ -158,16 +161,19 @@ def fit(
     if loop.step == 0:
         seed_step(plan.seed, -1, plan.device.type)
         order = loop.order(batch_size=1, epoch=0).flatten()
-        stage.module.initialize(lambda n: take(loop.examples, distributed.share(order[:n]), plan.device))
-    with Interrupt() as interrupt, loop.bar:
+        with loop.progress.working("start"):
+            stage.module.initialize(lambda n: take(loop.examples, distributed.share(order[:n]), plan.device))
+    with Interrupt() as interrupt, contextlib.closing(loop.progress):
         while loop.step < loop.total:
             if loop.train_epoch(interrupt):
-                results = loop.close_epoch(distributed.on_first(stage.evaluate), after_epoch)
+                with loop.progress.working("evaluation"):
+                    results = loop.close_epoch(distributed.on_first(stage.evaluate), after_epoch)
             if any(distributed.any_of(interrupt.wanted)) and loop.step < loop.total:
                 return None
             if plan.patience and loop.epoch - loop.best_epoch >= plan.patience:
-                loop.bar.write(f"no better held-out metric for {plan.patience} epochs: best.pt is of {loop.best_epoch}")
+                loop.progress.write(f"no better epoch for {plan.patience} epochs")
                 break
+        loop.finish()
     return results
 
 
@@ -185,7 +191,7 @@ class Loop:
             self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.epoch = state.get("step", 0), state.get("epoch", 0)  # epoch: those evaluated so far
         self.best, self.best_epoch = state.get("best", math.inf), state.get("best_epoch", 0)
-        self.usage = state.get("usage")
+        self.kept = {name: state.get(name) for name in KEPT}
         self.epoch_means, self.window = Means(state.get("epoch_means")), Means(state.get("window"))
         self.per_epoch, self.total = plan.steps_per_epoch(len(examples)), plan.total_steps(len(examples))
         # checkpoints of an earlier version have no best_step
@@ -193,12 +199,13 @@ class Loop:
         self.deadline = time.perf_counter() + 60 * plan.max_minutes if plan.max_minutes else math.inf
         self.speed = 0.0  # images/s since the epoch began
         self.health, self.skipped, self.saved_step = Health(), 0, self.step
-        self.bar = tqdm(total=self.total, initial=self.step, unit="step", disable=distributed.rank() > 0 or None)
+        quiet = distributed.rank() > 0
+        self.progress = Progress(self.total, self.step, module.headline, quiet=quiet)
 
     def train_epoch(self, interrupt: Interrupt) -> bool:
         """Train to the end of the epoch or of the run; False if interrupted before that, with everything saved."""
         plan, epoch = self.plan, self.step // self.per_epoch
-        self.bar.set_description(f"epoch {epoch + 1}/{math.ceil(self.total / self.per_epoch)}", refresh=False)
+        self.progress.epoch(epoch + 1, math.ceil(self.total / self.per_epoch))
         order = self.order(plan.batch_size, epoch)
         first, started = self.step, time.perf_counter()
         saved = started
@@ -256,7 +263,7 @@ class Loop:
             self.window.add(monitored)
         self.optimizer.zero_grad()
         self.step += 1
-        self.bar.update()
+        self.progress.step(self.step)
 
     def _skip(self, buffers: list[Tensor]) -> None:
         """Undo what the forward pass did to the buffers (EMA codebooks, batch norm) and take no update."""
@@ -265,7 +272,7 @@ class Loop:
             raise UserError(f"{MOST_SKIPPED} steps in a row up to step {self.step} were not finite; {self._kept()}")
         for buffer, value in zip(self.module.buffers(), buffers, strict=True):
             buffer.copy_(value)
-        self.bar.write(f"step {self.step}: the loss or the gradient is not finite; the update is skipped")
+        self.progress.write(f"step {self.step}: the loss or the gradient is not finite; the update is skipped")
 
     def need_finite(self) -> None:
         """Raise `UserError` if anything that a checkpoint would hold is not finite. Synchronizes with the device."""
@@ -287,8 +294,12 @@ class Loop:
             if problem := self.health.problem():
                 raise UserError(f"{problem}; {self._kept()}")
             means = self.module.summary(self.window.values())
-            self.run.log("train", self.step, self.epoch, means)
-            self.bar.set_postfix_str(metrics.line(self.module.headline, means), refresh=False)
+            settings = {
+                "lr": self.plan.lr(self.step - 1, self.total),
+                **scheduled(self.module, self.step - 1, self.total),
+            }
+            self.run.log("train", self.step, self.epoch, means, settings)
+            self.progress.show(means)
             self.window = Means()
 
     def close_epoch(self, results: dict[str, Any], after_epoch: Callable[[int, int], None]) -> dict[str, float]:
@@ -298,12 +309,12 @@ class Loop:
         self.epoch = math.ceil(self.step / self.per_epoch)
         trained = self.module.summary(self.epoch_means.values())
         self.epoch_means = Means()
-        self.usage = results.pop("usage", None)
+        self.kept = {name: results.pop(name, None) for name in KEPT}
         numbers = {f"train_{name}": value for name, value in trained.items()}
         numbers |= {f"held_out_{name}": value for name, value in results.items()}
         self.run.log("epoch", self.step, self.epoch, numbers | {"images_per_s": self.speed})
-        if self.usage is not None:
-            self.run.histogram("held_out_usage", self.usage, self.step)
+        if self.kept["usage"] is not None:
+            self.run.histogram("held_out_usage", self.kept["usage"], self.step)
         after_epoch(self.epoch, self.step)
         better = results[self.module.monitor] < self.best
         if better:
@@ -311,11 +322,17 @@ class Loop:
         self.save()
         if better:
             self.run.save_best()  # last, so that it is never of steps that a resumed run takes again
-        self.bar.write(
-            f"epoch {self.epoch:3d} | train {metrics.line(self.module.headline, trained)} | "
-            f"held-out {metrics.line(self.module.headline, results)} | {self.speed:,.0f} images/s"
-        )
+        self.progress.row(self.epoch, trained, results, self.speed)
         return results
+
+    def finish(self) -> None:
+        """Print how long it took and which epoch is the best."""
+        best = (
+            f"; best.pt is epoch {self.best_epoch}, of the lowest held-out {self.module.monitor}"
+            if self.best_step
+            else ""
+        )
+        self.progress.write(f"{duration(self.progress.seconds())}{best}")
 
     def save(self) -> None:
         """Write a checkpoint; raises `UserError` instead of writing one that is not finite."""
@@ -328,7 +345,7 @@ class Loop:
             "best": self.best,
             "best_epoch": self.best_epoch,
             "best_step": self.best_step,
-            "usage": self.usage,
+            **self.kept,
             "epoch_means": self.epoch_means.state(),
             "window": self.window.state(),
         }
@@ -340,6 +357,13 @@ def _resident(examples: Tensor, labels: Tensor, device: torch.device) -> tuple[T
     """The whole data set on an accelerator if it is under 4 GiB, so that a batch is only an index."""
     fits = device.type != "cpu" and examples.nbytes < 4 << 30
     return (examples.to(device), labels.to(device)) if fits else (examples, labels)
+
+
+def scheduled(module: nn.Module, step: int, total: int) -> dict[str, float]:
+    """The values at a step of all options of a module that change during training."""
+    options = ((name, value) for part in module.modules() for name, value in vars(part).items())
+    changing = {name: value for name, value in options if isinstance(value, Schedule) and len(set(value.values())) > 1}
+    return {name: schedule(step, total) for name, schedule in changing.items()}
 
 
 def take(tensor: Tensor, index: Tensor, device: torch.device) -> Tensor:

@@ -204,7 +204,7 @@ def image_folder(file: str, raw: bytes | Callable[[Path], None], place: Path) ->
 
 
 def check_images(place: Path) -> None:
-    images, paths, _ = cached_images(place / "images", 16, 3)
+    images, paths, *_ = cached_images(place / "images", 16, 3)
     assert images.dtype == torch.uint8
     assert tuple(images.shape[1:]) == (3, 16, 16)
     assert len(images) == len(paths) >= 2
@@ -544,7 +544,7 @@ def damaged_cache(which: str, seed: int, place: Path) -> None:
 
 
 def check_cache(place: Path) -> None:
-    images, paths, _ = cached_images(place / "images", 16, 3)
+    images, paths, *_ = cached_images(place / "images", 16, 3)
     assert sorted(paths) == ["a.png", "b.png", "c.png"], paths
     assert np.array_equal(images.numpy(), np.load(place / "expected.npy")), "other images"
 

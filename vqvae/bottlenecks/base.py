@@ -32,8 +32,8 @@ class Projection(nn.Conv2d):
         super().__init__(channels, code_dim, 1)
 
     @torch.no_grad()
-    def standardize(self, features: Tensor) -> None:
-        """Rescale and shift the output channels to mean 0 and variance 1 over features `[B, channels, h, w]`.
+    def standardize(self, features: Tensor, spread: float = 1.0) -> None:
+        """Shift and rescale the output channels to mean 0 and deviation `spread` over features `[B, channels, h, w]`.
 
         Data-dependent initialization (1602.07868, section 3). The first features are small: without it, all vectors
         would get the fixed code nearest to the origin, which may pass no gradient to the encoder.
@@ -41,8 +41,8 @@ class Projection(nn.Conv2d):
         vectors = distributed.gather_rows(vectors_of(self(features)))
         std, mean = torch.std_mean(vectors, dim=0, correction=min(1, len(vectors) - 1))  # one vector varies by 0
         std = torch.where(std > 1e-6, std, 1.0)  # a channel that does not vary is only shifted
-        self.weight.div_(std.view(-1, 1, 1, 1))
-        self.bias.sub_(mean).div_(std)
+        self.weight.div_(std.view(-1, 1, 1, 1)).mul_(spread)
+        self.bias.sub_(mean).div_(std).mul_(spread)
 
 
 class FixedCodes(Discrete):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.bottlenecks.base import Projection, vectors_of
-from vqvae.bottlenecks.codebook import Codebook, EMAOptions
+from vqvae.bottlenecks.codebook import Codebook, EMAOptions, enough_vectors
 from vqvae.bottlenecks.gradients import straight_through
 from vqvae.contracts import Discrete, Latent
 from vqvae.errors import OptionError
@@ -63,6 +63,7 @@ class CategoricalPosterior(Discrete):
         super().__init__()
         self.options, self.by_distance = options, options.posterior == "distance"
         self.num_codes, self.code_dim, self.grid = options.num_codes, options.code_dim, grid
+        self.start_vectors = enough_vectors(options.num_codes)
         self.projection: nn.Module
         if self.by_distance:
             self.projection = nn.Identity() if channels == self.code_dim else Projection(channels, self.code_dim)
@@ -245,7 +246,7 @@ class Gumbel(CategoricalPosterior):
         uniform = torch.rand(self.options.num_samples, *log_p.shape, device=log_p.device)
         minus_noise = uniform.clamp_(min=torch.finfo(uniform.dtype).tiny).log_().neg_().log_()
         relaxed = ((log_p - minus_noise) / self.temperature(step, self.total_steps)).softmax(-1)  # [S, B, h, w, K]
-        relaxed = relaxed.clamp(1e-6, 1 - 1e-6)
+        relaxed = relaxed.to(log_p.dtype).clamp(1e-6, 1 - 1e-6)
         w = relaxed
         if self.options.hard:
             one_hot = F.one_hot(relaxed.argmax(-1), self.num_codes).to(log_p.dtype)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae import distributed
-from vqvae.bottlenecks.base import CodeOptions
+from vqvae.bottlenecks.base import CodeOptions, Projection
 from vqvae.bottlenecks.nearest import nearest_code
 from vqvae.contracts import count_codes
 from vqvae.registry import Range
@@ -41,6 +41,17 @@ class CodebookOptions(EMAOptions):
     codebook: Annotated[
         Literal["ema", "gradient"], "update of the codes: running means of their vectors, or the optimizer"
     ] = "ema"
+    spread: Annotated[
+        float, Range(0), "standard deviation to which init=kmeans scales the projected features first; 0: leaves them"
+    ] = 0.0
+
+    def prepare(self, projection: nn.Module, features: Tensor) -> None:
+        """Standardize the projection's output for features `[B, channels, h, w]`, where k-means is to find the codes.
+
+        The first features are small and soon grow: codes fitted to them would be far from the next ones, and die.
+        """
+        if self.init == "kmeans" and self.spread and isinstance(projection, Projection):
+            projection.standardize(features, self.spread)
 
 
 class Codebook(nn.Module):
@@ -116,6 +127,7 @@ class Codebook(nn.Module):
 
         Without `sums` the optimizer trains the vectors. f `[N, D]` are the vectors onto which dead codes may move.
         """
+        n = n.to(self.counts)  # of a model in float64
         n, sums = distributed.sum_over(n), None if sums is None else distributed.sum_over(sums)
         if not self.forgets_start:
             first = (self.debias == 0).float()
@@ -161,29 +173,64 @@ def first_codebook(init: str, num_codes: int, code_dim: int) -> Tensor:
 
 
 def kmeans_codebook(vectors: Tensor, num_codes: int) -> Tensor:
-    """K centers `[K, D]` of vectors `[N, D]`: k-means++ and ten Lloyd iterations (scikit-learn), seeded by torch.
+    """K centers `[K, D]` of vectors `[N, D]`, by k-means (scikit-learn), seeded by torch.
 
-    The first process fits the vectors of all processes and sends them the centers. Fewer vectors than codes are
-    repeated with a jitter of 1% of their standard deviation. Codes of equal vectors may be equal.
+    k-means++ and ten Lloyd iterations; from 8,192 codes on, mini-batches that start at random vectors, with a progress
+    bar; from 92,682 codes on, random vectors. The first process fits the vectors of all processes and sends them the
+    centers. If there are fewer different vectors than codes, they are repeated with a jitter of 1% of their standard
+    deviation, so that no two centers are equal.
     """
     vectors = distributed.gather_rows(vectors)
-    if distributed.rank() == 0:
-        return distributed.broadcast(_kmeans(vectors, num_codes))
-    return distributed.broadcast(vectors.new_empty(num_codes, vectors.shape[1]))
-
-
-def _kmeans(vectors: Tensor, num_codes: int) -> Tensor:
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-
+    if distributed.rank() > 0:
+        return distributed.broadcast(vectors.new_empty(num_codes, vectors.shape[1]))
     seed = int(torch.randint(2**31, ()))
     points = vectors.detach().float().cpu()
     if len(points) < num_codes:
-        repeats = points[torch.randint(len(points), (num_codes - len(points),))]
-        std = points.std(correction=min(1, points.numel() - 1))  # a single number varies by 0
-        points = torch.cat([points, repeats + 0.01 * std * torch.randn_like(repeats)])
+        points = _with_jittered_copies(points, num_codes)
+    fit = _minibatch_kmeans if num_codes >= MANY_CODES else _kmeans
+    centers = fit(points, num_codes, seed)
+    distinct = centers.unique(dim=0)
+    if len(distinct) < num_codes:
+        centers = _with_jittered_copies(distinct, num_codes)
+    return distributed.broadcast(centers.to(vectors))
+
+
+MANY_CODES = 8192  # for which k-means++ takes minutes
+MOST_DISTANCES = 2**33  # that mini-batches compute: half a minute on two cores
+
+
+def enough_vectors(num_codes: int) -> int:
+    """How many vectors k-means should get: 20,000, or four per code as far as it uses them."""
+    return max(20_000, min(4 * num_codes, MOST_DISTANCES // num_codes))
+
+
+def _with_jittered_copies(points: Tensor, count: int) -> Tensor:
+    """Points `[N, D]`, and as many jittered copies of random ones as make them `count`."""
+    repeats = points[torch.randint(len(points), (count - len(points),))]
+    std = points.std(correction=min(1, points.numel() - 1))  # a single number varies by 0
+    return torch.cat([points, repeats + 0.01 * torch.where(std > 0, std, 1.0) * torch.randn_like(repeats)])
+
+
+def _kmeans(points: Tensor, num_codes: int, seed: int) -> Tensor:
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
     kmeans = KMeans(num_codes, init="k-means++", n_init=1, max_iter=10, random_state=seed, algorithm="lloyd")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # of fewer distinct vectors than codes
         kmeans.fit(points.numpy())
-    return torch.from_numpy(kmeans.cluster_centers_).to(vectors)
+    return torch.from_numpy(kmeans.cluster_centers_)
+
+
+def _minibatch_kmeans(points: Tensor, num_codes: int, seed: int) -> Tensor:
+    from sklearn.cluster import MiniBatchKMeans
+    from tqdm import tqdm
+
+    start = points[torch.randperm(len(points))[:num_codes]]
+    kmeans = MiniBatchKMeans(num_codes, init=start.numpy(), n_init=1, random_state=seed, reassignment_ratio=0)
+    batch = max(8192, num_codes)  # scikit-learn takes no fewer than num_codes
+    order = torch.cat([torch.randperm(len(points)) for _ in range(2)])[: MOST_DISTANCES // num_codes]
+    for index in tqdm(order.split(batch), desc="k-means", unit="batch", leave=False, disable=None):
+        if len(index) >= num_codes:
+            kmeans.partial_fit(points[index].numpy())
+    return torch.from_numpy(getattr(kmeans, "cluster_centers_", start.numpy()))

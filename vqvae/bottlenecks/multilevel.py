@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vqvae import distributed
 from vqvae.bottlenecks.base import Projection, vectors_of
-from vqvae.bottlenecks.codebook import Codebook, CodebookOptions
+from vqvae.bottlenecks.codebook import Codebook, CodebookOptions, enough_vectors
 from vqvae.bottlenecks.gradients import straight_through
 from vqvae.bottlenecks.vq import VQ, VQOptions
 from vqvae.contracts import Discrete, Latent
@@ -50,6 +50,7 @@ class MultiCodebook(Discrete):
         super().__init__()
         self.options, self.levels = options, levels
         self.num_codes, self.code_dim = options.num_codes, options.code_dim
+        self.start_vectors = enough_vectors(options.num_codes)
         self.grid = (grid[0], grid[1] * levels)
         self.projection = Projection(channels, self.code_dim)
         books = nn.ModuleList(Codebook(options, dim, learns=options.codebook) for _ in range(levels))
@@ -132,6 +133,7 @@ class ResidualVQ(MultiCodebook):
 
     @torch.no_grad()
     def initialize(self, features: Tensor) -> None:
+        self.options.prepare(self.projection, features)
         rest = vectors_of(self.projection(features))
         for book in self.codebooks:
             book.initialize(rest)
@@ -178,6 +180,7 @@ class GroupedVQ(MultiCodebook):
 
     @torch.no_grad()
     def initialize(self, features: Tensor) -> None:
+        self.options.prepare(self.projection, features)
         for book, part in zip(self.codebooks, self.projection(features).chunk(self.levels, 1), strict=True):
             book.initialize(vectors_of(part))
 
@@ -213,6 +216,7 @@ class Hierarchy(Discrete):
             raise OptionError("", "bottleneck", "hierarchy", problem)
         hidden, code_dim = options.hidden, options.code_dim
         self.num_codes, self.code_dim = options.num_codes, 2 * code_dim
+        self.start_vectors = enough_vectors(options.num_codes)
         self.fine, self.grid = grid, (h // 2 + 2 * h, w // 2)
         level = VQOptions(**{name: value for name, value in asdict(options).items() if name != "hidden"})
         self.down = nn.Sequential(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vqvae import distributed
 from vqvae.bottlenecks.base import CodeOptions, Projection, entropy, vectors_of
-from vqvae.bottlenecks.codebook import Codebook, CodebookOptions, kmeans_codebook
+from vqvae.bottlenecks.codebook import Codebook, CodebookOptions, enough_vectors, kmeans_codebook
 from vqvae.bottlenecks.gradients import GRADIENTS, Gradient
 from vqvae.bottlenecks.nearest import nearest_code
 from vqvae.contracts import Discrete, Latent
@@ -35,6 +35,7 @@ class NearestCode(Discrete):
         super().__init__()
         self.options, self.gradient_estimator = options, GRADIENTS[options.gradient]
         self.num_codes, self.code_dim, self.grid = options.num_codes, options.code_dim, grid
+        self.start_vectors = enough_vectors(options.num_codes)
         self.projection: nn.Module = Projection(channels, self.code_dim) if projection else nn.Identity()
 
     def project(self, features: Tensor) -> Tensor:
@@ -97,6 +98,7 @@ class VQ(NearestCode):
     the entropy of soft usage, mean_n softmax_k(-||f_n - e_k||^2 / temperature) (2310.05737, second term of eq. 5).
     """
 
+    options: VQOptions
     unit_norm = False
 
     @checked
@@ -118,6 +120,7 @@ class VQ(NearestCode):
 
     @torch.no_grad()
     def initialize(self, features: Tensor) -> None:
+        self.options.prepare(self.projection, features)
         self.codebook.initialize(vectors_of(self.project(features)))
 
     def code_vectors(self) -> Tensor:
@@ -188,9 +191,9 @@ class SimVQ(NearestCode):
             self.mapping.weight.copy_(scale * torch.eye(self.code_dim))
             return
         vectors = distributed.gather_rows(vectors)
-        covariance = torch.cov(vectors.T, correction=min(1, len(vectors) - 1)).double().cpu()
+        covariance = torch.cov(vectors.T, correction=min(1, len(vectors) - 1)).cpu().double()  # MPS has no float64
         variances, axes = torch.linalg.eigh(covariance.view(self.code_dim, self.code_dim))
-        self.mapping.weight.copy_(scale * axes * variances.clamp(min=0).sqrt() @ axes.T)
+        self.mapping.weight.copy_((scale * axes * variances.clamp(min=0).sqrt() @ axes.T).float())
 
     def code_vectors(self) -> Tensor:
         return self.mapping(self.frozen)

@@ -16,7 +16,8 @@ examples
   vqvae encode --checkpoint logs/vqvae-folder --input ~/Pictures --output codes.npz --batch-size 256
 
 A folder may be larger than memory, because images are read a batch at a time. Each image is cropped to a square, scaled
-to the model's size, and converted to gray for a gray model. Unreadable files are named and skipped.
+to the model's size, and converted to gray for a gray model. Links to folders are followed, hidden files are not read.
+Unreadable files are named and skipped.
 
 codes.npz contains
   codes        [N, *grid] uint16, or int32 for codebooks of more than 65,536 codes

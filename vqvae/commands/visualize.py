@@ -20,7 +20,7 @@ plots, each drawn if it applies to the model
   models of images
     original.png            held-out images
     reconstructions.png     held-out images and their reconstructions
-    samples.png             samples of the prior
+    samples.png             samples of the prior; of the uniform prior, which knows nothing, only with --only
     class_rows.png          samples of each class, if the prior is conditional
   models with codes
     code_visualization.png  held-out images and their codes
@@ -29,13 +29,16 @@ plots, each drawn if it applies to the model
     levels.png              reconstructions from the first levels of codes, if there are several
     completions.png         images completed from half of their codes, if the prior was trained on codes
   models with a continuous latent
-    interpolations.png      images between two held-out images
+    interpolations.png      images between the reconstructions of two held-out images
     traversals.png          one latent dimension varied at a time
-    posterior_map.png       posterior means, if the latent has two dimensions
-    scatter_2d.png          data and samples, if the data are points
+    posterior_map.png       posterior means of the held-out split, if the latent has two dimensions
+    latent_grid.png         the plane of such a latent, decoded
+  models of points
+    scatter_2d.png          data, reconstructions and samples
 
-Images come from the checkpoint, so no data set is needed. Plots without samples do not use --samples, --temperature,
---top-k, --class and --seed.
+The page index.html shows all plots, how to read them, and the run's metrics and settings. With --only it stays as it
+is. Images come from the checkpoint, so no data set is needed. Plots without samples do not use --samples,
+--temperature, --top-k, --class and --seed.
 """
 
 

@@ -5,6 +5,7 @@ N images, C channels, H W pixels.
 
 import hashlib
 import zlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ class Dataset(NamedTuple):
     classes: tuple[str, ...] = ()  # names of the labels 0, 1, ...; empty for a data set without labels
     note: str = ""  # shown next to the metrics: how the data differ from what the name promises
     entropy: float | None = None  # nats per example, where the generating density is known
+    unreadable: Mapping[str, str] = {}  # names of files that were left out, and why they cannot be read
 
     def fingerprint(self) -> str:
         """32 hexadecimal digits that change with any pixel or label of either split."""

@@ -3,6 +3,9 @@
 C channels, S pixels a side.
 """
 
+import contextlib
+import importlib
+import importlib.util
 import math
 import os
 import warnings
@@ -14,9 +17,14 @@ import numpy as np
 from vqvae.files import open_file
 
 if TYPE_CHECKING:
-    from PIL import ImageFile
+    from PIL import Image, ImageFile
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no other decoder is tried
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no other decoder is tried, except those of PACKAGES
+PACKAGES = {"HEIF": "pillow-heif", "AVIF": "pillow-avif-plugin"}  # format -> the optional package that reads it
+BRANDS = {
+    "AVIF": {b"avif", b"avis"},
+    "HEIF": {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"},
+}  # of the formats in PACKAGES, in their first bytes
 MOST_MEMORY = 500 * 2**20  # bytes to decode one image
 LARGEST_FILE = 240 * 2**20  # bytes; a decoder may read the file twice
 BITS_PER_SAMPLE, TILE_WIDTH, TILE_LENGTH = 258, 322, 323  # tags of TIFF
@@ -25,7 +33,8 @@ BITS_PER_SAMPLE, TILE_WIDTH, TILE_LENGTH = 258, 322, 323  # tags of TIFF
 def read_image(path: Path, size: int, channels: int) -> np.ndarray:
     """An image file as `[C, S, S]` uint8: rotated as its EXIF data say, transparency on white, cropped square.
 
-    Raises any exception for a file that is no image, or one that takes more than 500 MB to decode.
+    Pixels of 16 and 32 bits are scaled as `_eight_bits` says. Raises any exception for a file that is no image, or one
+    that takes more than 500 MB to decode.
     """
     from PIL import Image, ImageOps
 
@@ -37,12 +46,7 @@ def read_image(path: Path, size: int, channels: int) -> np.ndarray:
         image: Image.Image = _open(file)
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):  # 16 or 32 bits per pixel, which PIL would clip to 8
-            values = np.array(image, dtype=np.float64)
-            white = 65535 if image.mode.startswith("I") else max(float(values.max()), 1e-9)
-            if not math.isfinite(white):
-                raise ValueError("pixels that are not finite")
-            values *= 255 / white
-            image = Image.fromarray(values.round(out=values).clip(0, 255, out=values).astype(np.uint8))
+            image = _eight_bits(image)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image if image.mode == "RGBA" else image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -54,23 +58,81 @@ def read_image(path: Path, size: int, channels: int) -> np.ndarray:
     return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
 
 
+def _eight_bits(image: "Image.Image") -> "Image.Image":
+    """A gray image of 16 or 32 bits as one of 8 bits, where equal values of different files stay equal.
+
+    White is 65535 for integers. For floats it is 1, 255 or 65535: the first that no pixel exceeds. Raises `ValueError`
+    for pixels that are below 0, above 65535, or not finite.
+    """
+    from PIL import Image
+
+    values = np.array(image, dtype=np.float64)
+    low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("pixels that are not finite")
+    whites, slack = ((1, 255, 65535), 0.001) if image.mode == "F" else ((65535,), 0)  # filters overshoot a little
+    white = next((white for white in whites if high <= (1 + slack) * white), None)
+    if white is None or low < -slack * white:
+        raise ValueError(f"pixels from {low:g} to {high:g}; save it with 8 or 16 bits, or with floats from 0 to 1")
+    values *= 255 / white
+    return Image.fromarray(values.round(out=values).clip(0, 255, out=values).astype(np.uint8))
+
+
+def optional_formats() -> list[str]:
+    """The formats in PACKAGES that can be read here."""
+    from PIL import features
+
+    built_in = {"AVIF"} if importlib.util.find_spec("PIL.AvifImagePlugin") and features.check("avif") else set()
+    return [name for name in PACKAGES if name in built_in or importlib.util.find_spec(_module(name))]
+
+
+def _module(name: str) -> str:
+    return PACKAGES[name].removesuffix("-plugin").replace("-", "_")
+
+
+def _optional_format(file: BinaryIO) -> str | None:
+    """The format in PACKAGES that a file has, made known to Pillow, or None.
+
+    Raises `ValueError` that names the package if it is not installed.
+    """
+    start = file.read(64)
+    file.seek(0)
+    brands = {start[at : at + 4] for at in range(8, min(int.from_bytes(start[:4], "big"), 64), 4)}
+    name = next((name for name, known in BRANDS.items() if known & brands), None)
+    if start[4:8] != b"ftyp" or name is None:
+        return None
+    if name not in optional_formats():
+        kind = "HEIC" if name == "HEIF" else name
+        raise ValueError(f"{kind}, which needs a package: pip install {PACKAGES[name]}")
+    with contextlib.suppress(ImportError):  # Pillow's own
+        module = importlib.import_module(_module(name))
+        if name == "HEIF":
+            module.register_heif_opener()
+    return name
+
+
 def _open(file: BinaryIO) -> "ImageFile.ImageFile":
     """The image of a file, not yet decoded, if it can be decoded within bounds.
 
     The bytes per pixel are the peaks of `read_image`, measured for every format and mode: 4 in memory, the rest for
-    copies, for coefficients of progressive JPEG (6), for float64 (8), and for the canvases of WebP (12).
+    copies, for coefficients of progressive JPEG (6), for float64 (8), and for the canvases of WebP and AVIF (12).
     """
     from PIL import Image, UnidentifiedImageError
 
+    optional = _optional_format(file)
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=(optional,) if optional else FORMATS)
     except UnidentifiedImageError:
-        raise ValueError(f"no image in {', '.join(FORMATS)}") from None
+        file.seek(0)
+        if file.read(4) in (b"II*\0", b"MM\0*"):
+            raise ValueError("a TIFF of a kind that Pillow does not read, or damaged; save it as PNG") from None
+        raise ValueError(f"no image in {optional or ', '.join(FORMATS)}") from None
     tags = getattr(image, "tag_v2", {})
     plain = image.mode in ("1", "L", "P", "RGB") and "transparency" not in image.info
     shallow = max(tags.get(BITS_PER_SAMPLE, (8,))) <= 8
     pixels = max(image.width * image.height, tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0))
-    memory = pixels * (21 if image.format == "WEBP" or image.mode in ("I", "F") else 10 if plain and shallow else 14)
+    large = image.format in ("WEBP", "AVIF") or image.mode in ("I", "F")
+    memory = pixels * (21 if large else 10 if plain and shallow else 14)
     if memory > MOST_MEMORY:
         raise ValueError(
             f"{image.width}x{image.height} pixels take more than {MOST_MEMORY >> 20} MB; save it at a smaller size"

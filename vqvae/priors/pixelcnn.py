@@ -195,10 +195,10 @@ class GatedPixelCNN(AutoregressivePrior):
         num_codes: int,
         grid: tuple[int, int],
         num_classes: int,
-        channels: Annotated[int, Range(1), "channels of both stacks"] = 256,
-        layers: Annotated[int, Range(1), "gated layers after the input layer"] = 13,
+        channels: Annotated[int, Range(1), "channels of both stacks (256 published)"] = 64,
+        layers: Annotated[int, Range(1), "gated layers after the input layer (13 published)"] = 5,
         embedding: Annotated[int, Range(1), "channels of the code embedding"] = 64,
-        kernel: Kernel = 7,
+        kernel: Kernel = 5,
         head: Annotated[int, Range(1), "width of the 1x1 convolution before the logits"] = 512,
         dropout: Annotated[float, Range(0, below=1), "dropout on each horizontal branch"] = 0.0,
     ):

@@ -1,0 +1,137 @@
+"""Which files below a folder are images, and which of its folders are splits and classes."""
+
+import itertools
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from vqvae.errors import OptionError, one_line
+
+SUFFIXES = {
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".heic", ".heif", ".hif", ".avif"),  # some of which need a package, see decoding.py
+}
+# of other programs, beside all names that begin with a dot
+HIDDEN = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
+SPLITS = [{"train", "training"}, {"test", "testing"}, {"val", "valid", "validation"}]  # folders, in any case
+
+
+class Listing(NamedTuple):
+    """What is below a folder. Names are relative to it, with `/` between their parts on every system."""
+
+    files: list[Path]  # sorted by path
+    unlisted: dict[str, str]  # names of folders that cannot be listed, and why
+
+
+def list_images(folder: Path, option: str) -> Listing:
+    """All image files below a folder. Named pipes, devices and sockets are left out.
+
+    Files and folders whose names begin with a dot are left out, and so are those in `HIDDEN`. Links to folders are
+    followed after all other folders, those that contain the link excepted, and no folder is entered twice.
+
+    Raises `OptionError` for the option that chose the folder, if it cannot be listed or has no image files.
+    """
+    try:
+        if not folder.is_dir():
+            raise OptionError("", option, folder, "no such folder; name the one with the images")
+        os.scandir(folder).close()
+    except OSError as problem:
+        raise OptionError("", option, folder, f"cannot be listed ({one_line(problem)})") from None
+    files: list[Path] = []
+    unlisted: dict[str, str] = {}
+    folders, links, entered = [folder], list[Path](), set[str]()
+    while folders or links:
+        current = folders.pop() if folders else links.pop(0)
+        real = os.path.realpath(current)
+        if real in entered:
+            continue
+        entered.add(real)
+        try:
+            with os.scandir(current) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError as problem:
+            unlisted[f"{current.relative_to(folder).as_posix()}/"] = one_line(problem, 120)
+            continue
+        for entry in entries:
+            path = current / entry.name
+            if entry.name.startswith(".") or entry.name in HIDDEN:
+                continue
+            if not _is_folder(entry):
+                if path.suffix.lower() in SUFFIXES and _may_be_file(path):
+                    files.append(path)
+            elif not entry.is_symlink():
+                folders.append(path)
+            elif not _contains(os.path.realpath(path), real):
+                links.append(path)
+    if not files:
+        endings = ", ".join(sorted(SUFFIXES))
+        closed = f", and folders that cannot be listed: {len(unlisted):,}" if unlisted else ""
+        raise OptionError("", option, folder, f"has no image files ({endings}){closed}; name a folder with some")
+    return Listing(sorted(files), unlisted)
+
+
+def _contains(folder: str, other: str) -> bool:
+    """Whether a real path is another one or a folder above it."""
+    return os.path.join(other, "").startswith(os.path.join(folder, ""))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _may_be_file(path: Path) -> bool:
+    """Whether reading a path would read a file, or would say why it cannot be read: a link may lead nowhere."""
+    try:
+        return path.is_file() or not path.exists()
+    except OSError:
+        return True
+
+
+class Layout(NamedTuple):
+    """How folders arrange images: which are splits, and which are classes. `animals/train/cats/1.png` has all of them.
+
+    Names are relative to the folder with all images, with `/` between their parts.
+    """
+
+    above: int  # folders that all images share, or that are splits: the next one is the class
+    train: frozenset[str]  # splits: folders, relative to the folder with all images; empty where none are
+    held_out: frozenset[str]
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> "Layout":
+        """The layout of the image files of these names."""
+        parents = [name.split("/")[:-1] for name in names]
+        pairs = zip(min(parents), max(parents), strict=False)
+        shared = [one for one, other in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        tops = {parent[len(shared)] for parent in parents if len(parent) > len(shared)}
+        splits = [{top for top in tops if top.casefold() in known} for known in SPLITS]
+        above = len(shared) + bool(tops and tops == set.union(*splits))
+        train, held_out = splits[0], splits[1] or splits[2]
+        if not (train and held_out):
+            return cls(above, frozenset(), frozenset())
+        both = (frozenset("/".join([*shared, top]) for top in split) for split in (train, held_out))
+        return cls(len(shared) + 1, *both)
+
+    def split(self, name: str) -> str | None:
+        """`train` or `test`, by folder; None without such folders, and for an image outside them."""
+        for split, folders in (("train", self.train), ("test", self.held_out)):
+            if any(name.startswith(f"{folder}/") for folder in folders):
+                return split
+        return None
+
+    def label(self, name: str) -> str | None:
+        """The folder that is an image's class, or None."""
+        parts = name.split("/")[self.above :]
+        return parts[0] if len(parts) > 1 else None
+
+
+def in_order(classes: Iterable[str]) -> list[str]:
+    """Names of classes in the order of their labels: that of numbers if all are numbers, else that of the alphabet."""
+    names = sorted(set(classes))
+    numbers = all(re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?", name) for name in names)
+    return sorted(names, key=float) if numbers else names

@@ -1,0 +1,169 @@
+"""Bottlenecks as layers of one's own model: `quantize = VQ(64, 512); out = quantize(z)`.
+
+B batch, N vectors, D channels, h w grid, K codes, Q levels.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vqvae.bottlenecks import BOTTLENECKS
+from vqvae.contracts import Discrete
+from vqvae.errors import OptionError
+from vqvae.registry import Choice, Member, Slot, build, signature
+
+SLOT = Slot("bottleneck", BOTTLENECKS)
+# the hierarchy has to know the size of the grid when it is made
+LAYERS = [name for name, member in BOTTLENECKS.items() if issubclass(member, Discrete) and name != "hierarchy"]
+
+
+class Quantized(NamedTuple):
+    """The output of a layer; `z, codes, loss = quantize(x)` works too."""
+
+    z: Tensor  # like the input; gradients pass to the input by the bottleneck's estimator
+    codes: Tensor  # int64, [B, h, w] or [B, N]; with Q > 1 levels [..., Q]
+    loss: Tensor  # scalar, to add to the loss of the model
+    stats: dict[str, Tensor]  # detached scalars to monitor
+
+
+class Quantizer(nn.Module):
+    """Any bottleneck with codes as a layer, for features `[B, D, h, w]` or sequences `[B, N, D]`.
+
+    In training, the first batch fits the codebook (k-means, or what the bottleneck's start is) and every batch updates
+    it. In evaluation nothing changes, and each vector gets its most likely code. All of it is in `state_dict()`, and
+    what is loaded goes on: only a layer that was never trained fits its start.
+
+    Vectors of another dimension than `code_dim` (default: D) go through a 1x1 convolution, and z through another one
+    back to D channels.
+
+        quantize = Quantizer("residual", 64, num_codes=256, quantizers=4)
+        out = quantize(features)
+        loss = model_loss + out.loss
+
+    name         a row of `python train.py --list bottlenecks`, except gaussian and hierarchy
+    dim          D, channels of the input
+    total_steps  training steps after which schedules without a length of their own end
+    options      those of the bottleneck; `num_samples` is 1 unless given
+
+    Raises `OptionError`, a ValueError, for options out of range.
+    """
+
+    steps: Tensor  # scalar int64, training batches so far
+
+    def __init__(self, name: str, dim: int, *, total_steps: int = 100_000, **options: Any):
+        super().__init__()
+        if name not in LAYERS:
+            raise OptionError(
+                "", "name", name, f"is no bottleneck with codes at each position; known: {', '.join(LAYERS)}"
+            )
+        member: Member = BOTTLENECKS[name]
+        known_options = signature(member).options
+        if "code_dim" in known_options:
+            options.setdefault("code_dim", dim)
+            if "projection" in known_options and options["code_dim"] == dim:
+                options.setdefault("projection", False)
+        if "num_samples" in known_options:
+            options.setdefault("num_samples", 1)
+        context = {"channels": dim, "grid": (1, 1), "total_steps": total_steps}
+        self.dim = dim
+        self.bottleneck: Discrete = build(SLOT, Choice(name, options), context)
+        if self.bottleneck.startup_flows() is not None:
+            raise OptionError(
+                name, "iaf_flows", options["iaf_flows"], "flows need the size of the grid; leave them out"
+            )
+        code_dim = self.bottleneck.code_dim
+        self.output: nn.Module = nn.Identity() if code_dim == dim else nn.Conv2d(code_dim, dim, 1)
+        self.levels = self.bottleneck.grid[1]  # Q
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._step: int | None = None  # steps as a plain number, which no GPU has to be waited for
+        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "_step", None))
+
+    @property
+    def num_codes(self) -> int:
+        """K."""
+        return self.bottleneck.num_codes
+
+    @property
+    def codebook(self) -> Tensor:
+        """The code vectors `[K, code_dim]`, of the first level if there are several."""
+        return self.bottleneck.code_vectors()
+
+    def forward(self, x: Tensor) -> Quantized:
+        """Quantize features `[B, D, h, w]` or a sequence `[B, N, D]`; raises ValueError for other shapes."""
+        channel = {3: 2, 4: 1}.get(x.dim())
+        if channel is None or x.shape[channel] != self.dim:
+            raise ValueError(f"the input is {list(x.shape)}; it must be [B, {self.dim}, h, w] or [B, N, {self.dim}]")
+        features = x.mT.unsqueeze(3) if x.dim() == 3 else x
+        if self.training:
+            step = int(self.steps) if self._step is None else self._step
+            if step == 0:
+                self.bottleneck.initialize(features.detach())
+            latent = self.bottleneck(features, step)
+            self._step = step + 1
+            self.steps.add_(1)
+        else:
+            latent = self.bottleneck.quantize(features)
+        codes = latent.need_codes().unflatten(2, (-1, self.levels))  # [B, h, w, Q]
+        codes = codes.squeeze(2) if x.dim() == 3 else codes
+        z = self._output(latent.need_z().to(x.dtype), sequence=x.dim() == 3)
+        return Quantized(z, codes.squeeze(-1) if self.levels == 1 else codes, latent.loss, latent.stats)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """z of codes as `forward` returns them, `[B, D, h, w]` or `[B, N, D]`.
+
+        Raises ValueError for codes out of range, and for other shapes.
+        """
+        levels = f", {self.levels}" if self.levels > 1 else ""
+        axes = codes.dim() - bool(levels)
+        if axes not in (2, 3) or (levels and codes.shape[-1] != self.levels):
+            raise ValueError(f"the codes are {list(codes.shape)}; they must be [B, h, w{levels}] or [B, N{levels}]")
+        codes = (codes if levels else codes.unsqueeze(-1)).long()
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.num_codes:
+            found = f"{int(codes.min())} to {int(codes.max())}"
+            raise ValueError(f"codes must be from 0 to {self.num_codes - 1}, not {found}")
+        grid = codes.unsqueeze(2) if axes == 2 else codes  # [B, h, w, Q]
+        tensors = [*self.parameters(), *self.buffers()]
+        dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
+        return self._output(self.bottleneck.embed(grid.flatten(2)).to(dtype), sequence=axes == 2)
+
+    def _output(self, z: Tensor, *, sequence: bool) -> Tensor:
+        """z `[B, code_dim, h, w]` in the shape of the input."""
+        z = self.output(z)
+        return z.squeeze(3).mT if sequence else z
+
+
+class VQ(Quantizer):
+    """Vector quantization with an EMA codebook (1711.00937): `VQ(dim, num_codes)`."""
+
+    def __init__(self, dim: int, num_codes: int = 512, **options: Any):
+        super().__init__("vq", dim, num_codes=num_codes, **options)
+
+
+class ResidualVQ(Quantizer):
+    """Residual quantization (2107.03312): `ResidualVQ(dim, num_codes, quantizers=4)`; codes are `[..., Q]`."""
+
+    def __init__(self, dim: int, num_codes: int = 512, **options: Any):
+        super().__init__("residual", dim, num_codes=num_codes, **options)
+
+
+class SimVQ(Quantizer):
+    """A learned linear map of a fixed codebook (2411.02038): `SimVQ(dim, num_codes)`."""
+
+    def __init__(self, dim: int, num_codes: int = 512, **options: Any):
+        super().__init__("simvq", dim, num_codes=num_codes, **options)
+
+
+class FSQ(Quantizer):
+    """Finite scalar quantization (2309.15505): `FSQ(dim, levels=(8, 5, 5, 5))`."""
+
+    def __init__(self, dim: int, levels: Sequence[int] = (8, 8, 8), **options: Any):
+        super().__init__("fsq", dim, levels=",".join(map(str, levels)), **options)
+
+
+class LFQ(Quantizer):
+    """Lookup-free quantization (2310.05737): `LFQ(dim, bits=9)`, with 2^bits codes."""
+
+    def __init__(self, dim: int, bits: int = 9, **options: Any):
+        super().__init__("lfq", dim, bits=bits, **options)

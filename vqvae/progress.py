@@ -1,0 +1,116 @@
+"""The terminal during training: a bar, a table with a row per epoch, and what else is at work. All fits 80 columns."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+
+from tqdm import tqdm
+
+from vqvae.metrics import METRICS, line
+
+WIDTH = 80
+BAR = "{desc} {percentage:3.0f}% {bar} {elapsed}<{remaining}"
+FIRST, LAST = 5, 25  # steps between which the speed is measured for the first estimate
+
+
+class Progress:
+    """Progress over `total` steps, of which `done` are done. `quiet` shows no bar; nor does output to a file."""
+
+    def __init__(self, total: int, done: int, names: tuple[str, ...], *, quiet: bool):
+        self.names = names  # of the metrics to show, the most important first
+        self.columns: list[str] = []  # of the table, and their widths, once its header is printed
+        self.widths: list[int] = []
+        self.begun, self.started_at, self.first_time = time.perf_counter(), done, 0.0
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            desc="start",
+            bar_format=BAR,
+            dynamic_ncols=True,
+            disable=True if quiet else None,
+            leave=False,
+        )
+
+    def write(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.bar.write(text)
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def epoch(self, number: int, count: int) -> None:
+        """Name the epoch that begins."""
+        self.bar.set_description_str(f"epoch {number}/{count}", refresh=False)
+
+    def step(self, done: int) -> None:
+        """Count a step. After the first few, print how long the rest will take."""
+        self.bar.update()
+        taken, rest = done - self.started_at, self.bar.total - done
+        if taken == FIRST:
+            self.first_time = time.perf_counter()
+        elif taken == LAST and rest > LAST and not self.widths:
+            seconds = (time.perf_counter() - self.first_time) * rest / (LAST - FIRST)
+            self.write(f"time   about {duration(seconds)}, and the evaluation after each epoch")
+
+    def show(self, means: Mapping[str, float]) -> None:
+        """Show the two most important metrics next to the bar."""
+        present = [name for name in self.names if name in means]
+        self.bar.bar_format = f"{BAR}  {line(tuple(present[:2]), means)}"
+
+    @contextlib.contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Show what is at work in the block. Its time does not count into the estimate."""
+        if self.bar.disable:
+            yield
+            return
+        before, begun = self.bar.desc, time.perf_counter()
+        self.bar.set_description_str(what)
+        try:
+            yield
+        finally:
+            self.bar.set_description_str(before, refresh=False)
+            pause = time.perf_counter() - begun
+            self.bar.start_t += pause
+            self.bar.last_print_t += pause
+
+    def row(self, epoch: int, trained: Mapping[str, float], held_out: Mapping[str, float], speed: float) -> None:
+        """Print an epoch's row of the table; the first also prints the header."""
+        if not self.widths:
+            self.columns = columns(self.names, held_out)
+            labels = [METRICS[name].label for name in self.columns]
+            both = [f"{split} {label}" for label in labels[:1] for split in ("train", "held-out")]
+            titles = ["epoch", *both, *labels[1:], "images/s"]
+            self.widths = [max(len(title), 8) if title != "epoch" else 5 for title in titles]
+            self.write("  ".join(f"{title:>{width}}" for title, width in zip(titles, self.widths, strict=True)))
+        values = [(name, trained) for name in self.columns[:1]] + [(name, held_out) for name in self.columns]
+        cells = [METRICS[name].form.format(numbers[name]) if name in numbers else "" for name, numbers in values]
+        cells = [str(epoch), *cells, f"{speed:,.0f}"]
+        self.write("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, self.widths, strict=True)))
+
+    def seconds(self) -> float:
+        """Seconds since the start of this process's training."""
+        return time.perf_counter() - self.begun
+
+
+def columns(names: tuple[str, ...], held_out: Mapping[str, float]) -> list[str]:
+    """The metrics with a column in the table: the most important that fit."""
+    chosen: list[str] = []
+    used = 5 + 10  # the epoch, and images/s
+    for name in names:
+        if name not in held_out:
+            continue
+        label = METRICS[name].label
+        titles = [f"train {label}", f"held-out {label}"] if not chosen else [label]
+        used += sum(2 + max(len(title), 8) for title in titles)
+        if used >= WIDTH:
+            break
+        chosen.append(name)
+    return chosen
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: `40 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
