@@ -46,8 +46,7 @@ def test_a_model_of_other_precision_does_nearly_the_same(name, dtype, agreeing):
     names: dict[str, Any] = fitting(name) | ({"prior": "made-flow"} if name == "gaussian" else {"prior": "transformer"})
     model, batch, labels = make(**names).eval(), images(20), torch.zeros(20, dtype=torch.int64)
     with torch.no_grad():
-        if model.bottleneck.fits_start:
-            model.bottleneck.initialize(model.features(images(200) / 255))
+        model.bottleneck.initialize(model.features(images(200) / 255))
     other = copy.deepcopy(model).to(getattr(torch, dtype))
     before = {key: value.clone() for key, value in other.state_dict().items()}
     if model.discrete is None:
