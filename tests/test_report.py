@@ -361,9 +361,10 @@ def test_titles_say_tokens_temperature_and_class(tmp_path):
     conditional = content()
     conditional["config"]["conditional"], conditional["data"]["classes"] = True, ["cat", "dog"]
     found = reporting(make(), tmp_path, **conditional)
-    assert found.sampling() == "temperature 1, classes in turn"
-    found.options.temperature, found.options.top_k = 0.5, 3
-    assert found.sampling(1) == "temperature 0.5, the 3 likeliest codes, class dog"
+    assert (found.sampling(), found.sampled_class()) == ("temperature 1", "classes in turn")
+    found.options.temperature, found.options.top_k, found.options.label = 0.5, 3, 1
+    assert (found.sampling(), found.sampled_class()) == ("temperature 0.5, the 3 likeliest codes", "class dog")
+    assert reporting(make(), tmp_path, **content()).sampled_class() == ""
 
 
 def test_the_levels_of_a_hierarchy_have_one_set_of_names(folder, monkeypatch):
