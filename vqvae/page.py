@@ -38,6 +38,8 @@ td.number { white-space: nowrap }
   dl { grid-template-columns: 1fr; gap: 0 }
   dd { margin-bottom: .4rem }
   td.number { white-space: normal }
+  table { table-layout: fixed }
+  th:first-child { width: 44% }
 }
 """
 

@@ -377,13 +377,16 @@ def training_animation(frames: Sequence[np.ndarray], path: Path) -> None:
     for frame in chosen:  # a title may wrap into a second line
         images.append(Image.new("RGB", (int(width), int(height)), PAPER))
         images[-1].paste(Image.fromarray(frame), (0, int(height) - len(frame)))
-    while len(data := _gif(images)) > LARGEST_GIF:
-        excess = len(data) / LARGEST_GIF * 1.05
-        if len(images) > FEWEST_FRAMES:
-            images = evenly(images, max(FEWEST_FRAMES, int(len(images) / excess)))
-        else:
-            size = [max(1, int(side / math.sqrt(excess))) for side in images[0].size]
+    data, excess = b"", len(images) * len(_gif(images[-1:])) / LARGEST_GIF  # an estimate: all frames take seconds
+    while not data or excess > 1:
+        if excess > 1 and len(images) > FEWEST_FRAMES:
+            kept = max(FEWEST_FRAMES, int(len(images) / excess))
+            images, excess = evenly(images, kept), excess * kept / len(images)
+        if excess > 1:
+            size = [max(1, int(side / math.sqrt(1.05 * excess))) for side in images[0].size]
             images = [image.resize((size[0], size[1]), Image.Resampling.LANCZOS) for image in images]
+        data = _gif(images)
+        excess = len(data) / LARGEST_GIF
     with whole_file(path) as file:
         file.write(data)
 

@@ -103,16 +103,16 @@ class Report:
             words = " + ".join(f"{size} {name}" for name, size in sizes.items()) + " codes"
         return f"{words}, K = {bottleneck.num_codes:,}"
 
-    def sampling(self, label: int | None = None) -> str:
+    def sampling(self) -> str:
         """How samples are drawn, in words."""
-        words = [f"temperature {self.options.temperature:g}"]
-        if self.options.top_k:
-            words.append(f"the {self.options.top_k} likeliest codes")
-        if label is not None:
-            words.append(f"class {plots.short(self.classes[label])}")
-        elif self.conditional:
-            words.append("classes in turn")
-        return ", ".join(words)
+        most = f", the {self.options.top_k} likeliest codes" if self.options.top_k else ""
+        return f"temperature {self.options.temperature:g}{most}"
+
+    def sampled_class(self) -> str:
+        """Which class samples have, in words; "" if the prior knows none."""
+        label = self.options.label
+        in_turn = "classes in turn" if self.conditional else ""
+        return in_turn if label is None else f"class {plots.short(self.classes[label])}"
 
     def need_trained_prior(self) -> None:
         """Samples of a prior that knows nothing look like noise, and are drawn only when asked for."""
@@ -181,12 +181,14 @@ def _some(names: list[str]) -> str:
 
 
 def original(report: Report, path: Path) -> None:
+    """Held-out images."""
     report.need_images()
     title = report.title("held-out originals", f"{len(report.images)} of {report.held_out:,}")
     plots.image_grid(report.images, path, title=title)
 
 
 def reconstructions(report: Report, path: Path) -> None:
+    """Held-out images and their reconstructions."""
     report.need_images()
     images = report.images[:50]
     title = report.title("held-out originals and reconstructions", report.tokens())
@@ -194,6 +196,7 @@ def reconstructions(report: Report, path: Path) -> None:
 
 
 def code_visualization(report: Report, path: Path) -> None:
+    """Held-out images, their codes as colors, and their reconstructions."""
     report.need_images()
     bottleneck = report.need_codes()
     codes = report.model.encode(report.images[:8])
@@ -236,6 +239,7 @@ def code_colors(bottleneck: Discrete, maps: Mapping[str, Tensor], images: Tensor
 
 
 def levels(report: Report, path: Path) -> None:
+    """Reconstructions from the first level of codes, from the first two levels, and so on."""
     report.need_images()
     bottleneck = report.need_codes()
     images = report.images[:10]
@@ -253,6 +257,7 @@ def levels(report: Report, path: Path) -> None:
 
 
 def codebook(report: Report, path: Path) -> None:
+    """The codebook in the plane, each code as the patch it decodes to."""
     report.need_images()
     bottleneck = report.need_codes()
     h, w = bottleneck.grid
@@ -274,6 +279,7 @@ def codebook(report: Report, path: Path) -> None:
 
 
 def usage(report: Report, path: Path) -> None:
+    """How often the held-out split uses each code."""
     bottleneck = report.need_codes()
     if report.content["usage"] is None:
         raise NotApplicable("only a stage-one checkpoint written after an evaluation has the code usage")
@@ -285,6 +291,7 @@ def usage(report: Report, path: Path) -> None:
 
 
 def curves(report: Report, path: Path) -> None:
+    """Metrics over the training steps."""
     log = report.logs / LOG
     rows = read_metrics(log)
     if not plots.curve_names(rows):
@@ -293,6 +300,7 @@ def curves(report: Report, path: Path) -> None:
 
 
 def training_animation(report: Report, path: Path) -> None:
+    """The images drawn after each epoch of this run, as a GIF."""
     trained = Path(report.content["plots"])
     source = (trained if trained.is_dir() else Path("plots") / report.name) / "generated_samples"
     names = ((re.fullmatch(r"epoch_(\d+)\.png", found.name), found) for found in source.glob("epoch_*.png"))
@@ -307,14 +315,18 @@ def training_animation(report: Report, path: Path) -> None:
 
 
 def samples(report: Report, path: Path) -> None:
+    """Samples of the prior."""
     report.need_images()
     report.need_trained_prior()
     count = report.options.samples
-    title = report.title(f"samples of the {report.prior} prior", report.sampling(report.options.label), report.tokens())
+    title = report.title(
+        f"samples of the {report.prior} prior", report.sampling(), report.sampled_class(), report.tokens()
+    )
     plots.image_grid(report.sample(count), path, title=title, columns=math.ceil(math.sqrt(count)))
 
 
 def class_rows(report: Report, path: Path) -> None:
+    """Samples of each class."""
     report.need_images()
     if not report.conditional:
         raise NotApplicable("the prior is not conditioned on classes")
@@ -323,11 +335,12 @@ def class_rows(report: Report, path: Path) -> None:
     images = report.sample(len(labels), labels=labels).split(10)
     rows = [(report.classes[label], row) for label, row in zip(chosen, images, strict=True)]
     some = "each class" if len(chosen) == len(report.classes) else f"{len(chosen)} of {len(report.classes)} classes"
-    title = report.title(f"samples of {some}", f"temperature {report.options.temperature:g}", report.tokens())
+    title = report.title(f"samples of {some}", report.sampling(), report.tokens())
     plots.image_rows(rows, path, title=title)
 
 
 def completions(report: Report, path: Path) -> None:
+    """Held-out images whose first half of codes (with levels: the top level) is kept, and the rest sampled."""
     report.need_images()
     bottleneck = report.need_codes()
     if report.content["kind"] != "prior":
@@ -352,11 +365,12 @@ def completions(report: Report, path: Path) -> None:
     for i in range(4):
         completed = report.sample(len(images), seed_offset=i, given=(codes, kept), **options)
         rows.append((f"completion {i + 1}", completed))
-    title = report.title(explanation, f"temperature {report.options.temperature:g}", report.tokens())
+    title = report.title(explanation, report.sampling(), report.tokens())
     plots.image_rows(rows, path, title=title)
 
 
 def interpolations(report: Report, path: Path) -> None:
+    """Decoded points on the line between the latents of two held-out images, ends included."""
     report.need_images()
     report.need_continuous_latent()
     count = min(10, len(report.images) // 2)
@@ -374,6 +388,7 @@ def interpolations(report: Report, path: Path) -> None:
 
 
 def traversals(report: Report, path: Path) -> None:
+    """The latent of a held-out image, one dimension varied at a time."""
     report.need_images()
     report.need_continuous_latent()
     if len(report.images) == 1:
@@ -395,6 +410,7 @@ def traversals(report: Report, path: Path) -> None:
 
 
 def scatter_2d(report: Report, path: Path) -> None:
+    """Held-out points, their reconstructions, and samples with and without the decoder's noise."""
     model = report.model
     if model.shows_images:
         raise NotApplicable("the examples are images, not points")
@@ -414,6 +430,7 @@ def scatter_2d(report: Report, path: Path) -> None:
 
 
 def posterior_map(report: Report, path: Path) -> None:
+    """Posterior means of the held-out split in the plane, for latents of two dimensions."""
     report.need_plane()
     means, labels = report.posterior()
     total = max(report.held_out, len(means))
@@ -428,6 +445,7 @@ def posterior_map(report: Report, path: Path) -> None:
 
 
 def latent_grid(report: Report, path: Path) -> None:
+    """The plane of a latent of two dimensions, decoded at quantiles of the normal prior or of the posterior means."""
     report.need_images()
     report.need_plane()
     shares = torch.linspace(0.025, 0.975, 20)
