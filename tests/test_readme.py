@@ -76,14 +76,16 @@ def shortened(words: list[str]) -> int:
         return cli.run(visualize.main, flags)
     if "--prior" in flags and "--checkpoint" in flags:
         return cli.run(train.main, [*flags, *SHORT_PRIOR])
-    trains = not {"--list", "--evaluate", "--resume"} & set(flags)
-    return cli.run(train.main, [*flags, *(SHORT if trains else [])])
+    if {"--list", "--evaluate", "--resume"} & set(flags):
+        return cli.run(train.main, flags)
+    return cli.run(train.main, [*flags, *SHORT, *([] if "--epochs" in flags else ["--epochs", "1"])])
 
 
 def test_every_command_and_every_block_of_python_runs_as_printed(there, capsys):
+    names: dict = {}  # a block may use what an earlier one imported
     for language, text in blocks():
         if language == "python":
-            exec(compile(text, "README.md", "exec"), {})
+            exec(compile(text, "README.md", "exec"), names)
         for words in commands(text) if not language else ():
             capsys.readouterr()
             assert shortened(words) == 0, f"{shlex.join(words)}: {capsys.readouterr().err}"
