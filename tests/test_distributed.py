@@ -225,7 +225,7 @@ def test_a_device_that_cannot_be_shared_is_refused(monkeypatch):
 
 
 def test_torchrun_trains_one_run_as_one_process_does(torchrun, tmp_path, monkeypatch):
-    assert torchrun.printed.count("done. Look at it") == 1  # only the first process prints
+    assert torchrun.printed.count("\ndone: ") == 1  # only the first process prints
     assert "batch 20 over 2 processes" in torchrun.printed
     assert [path.name for path in (torchrun.folder / "logs").iterdir()] == ["two"]
     monkeypatch.chdir(tmp_path)
