@@ -91,7 +91,7 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
     folder, plot_folder = choose_folders(given, config, start, lock)
     distributed.on_loss(lambda: how_to_go_on(folder))
     facts = describe_run(config, about, dataset, model, plot_folder)
-    run = Run(folder, facts, lock) if distributed.rank() == 0 else NullRun(folder)
+    run = Run(folder, facts, lock, compared(config)) if distributed.rank() == 0 else NullRun(folder)
     images_folder = plot_folder / "generated_samples"
 
     def on_start() -> None:
@@ -121,6 +121,12 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
     print(f"look   {cli.program('visualize')} --checkpoint {shlex.quote(str(folder / 'checkpoint.pt'))}")
     print(f"       tensorboard --logdir {shlex.quote(str(folder.parent))}")
     return folder
+
+
+def compared(config: Config) -> dict[str, str | float]:
+    """The settings in which runs differ most, for TensorBoard's table: choices with the options that were chosen."""
+    slots: dict[str, str | float] = {slot: str(brief(SLOTS[slot], getattr(config, slot))) for slot in SLOTS}
+    return slots | {"lr": config.lr, "batch_size": config.batch_size, "epochs": config.epochs, "seed": config.seed}
 
 
 def choose_folders(given: Mapping[str, Any], config: Config, start: Start, lock: Lock) -> tuple[Path, Path]:

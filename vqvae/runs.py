@@ -45,9 +45,6 @@ except ImportError:  # all others
 BEYOND = 2**30  # the byte that is locked on Windows: beyond the text, because what is locked cannot be read
 LOCK, LAST, BEST = ".lock", "checkpoint.pt", "best.pt"
 LOG = "metrics.jsonl"
-COMPARED = (
-    "dataset", "nets", "bottleneck", "prior", "likelihood", "objective", "lr", "batch_size", "epochs", "seed"
-)  # fmt: skip
 UNREADABLE = "unreadable.txt"
 EVENTS = "events.out.tfevents."  # and the second at which the file was begun, the host, the process, a number
 
@@ -203,11 +200,17 @@ class Run:
     """logs/<run>: config.json, metrics.jsonl, TensorBoard events, checkpoint.pt (the last) and best.pt.
 
     `facts` are the entries that all checkpoints of the run share: kind, run, config, data, examples, plots. Without a
-    `lock` that was taken, `start` takes one.
+    `lock` that was taken, `start` takes one. TensorBoard's HParams tab shows the settings in `compared`.
     """
 
-    def __init__(self, folder: Path, facts: dict[str, Any], lock: Lock | None = None):
-        self.folder, self.facts, self.lock = folder, facts, lock
+    def __init__(
+        self,
+        folder: Path,
+        facts: dict[str, Any],
+        lock: Lock | None = None,
+        compared: Mapping[str, str | float] = MappingProxyType({}),
+    ):
+        self.folder, self.facts, self.lock, self.compared = folder, facts, lock, compared
         self.board: Any = None  # TensorBoard's writer, from `start` to `close`
         self.step = 0  # of the last metrics
 
@@ -318,17 +321,15 @@ class Run:
         return resumed["step"] == best
 
     def close(self, results: dict[str, float] | None = None) -> None:
-        """Flush TensorBoard and give the lock back. The final metrics go to the HParams tab, next to ten settings."""
+        """Flush TensorBoard and give the lock back. The final metrics go to the HParams tab."""
         board, self.board = self.board, None
         try:
             if board and results:
-                config = self.facts["config"]
-                settings = {name: _text(config[name]) for name in COMPARED if name in config}
                 order = sorted(filter(has_chart, results), key=lambda name: (name != "psnr", name != "mse"))
                 # tags of their own: under a metric's tag they would add a point to its curve
                 named = {f"result/{name}": results[name] for name in order}
                 with self._events():
-                    board.add_hparams(settings, named, run_name=".", global_step=self.step)
+                    board.add_hparams(dict(self.compared), named, run_name=".", global_step=self.step)
         finally:
             try:
                 with self._events():
@@ -352,13 +353,6 @@ class Run:
         if path.exists():
             kept = (row for row in read_metrics(path) if row["step"] <= step)
             write_text(path, "".join(f"{json.dumps(row)}\n" for row in kept))
-
-
-def _text(value: Any) -> Any:
-    """A setting in a table: a choice with its options as words."""
-    if not isinstance(value, dict):
-        return "" if value is None else value
-    return " ".join([value["name"], *(f"{key}={option}" for key, option in value["options"].items())])
 
 
 class NullRun(Run):
