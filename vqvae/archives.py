@@ -141,73 +141,96 @@ def unpickle(raw: bytes, known: Mapping[str, Any], persistent: Callable[[Any], A
     them. `persistent` gives the value of a persistent id. Strings of Python 2 are read as Latin-1. Attributes of
     dictionaries are ignored. No instruction copies what is on the stack, and keys are hashed in constant time.
     """
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-
-    def since_mark() -> list[Any]:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
-
-    value: Any
+    machine = _Machine(known, persistent)
     for count, (opcode, value, _) in enumerate(pickletools.genops(raw)):
         if count == MOST_INSTRUCTIONS:
             raise ValueError(f"more than {MOST_INSTRUCTIONS:,} instructions")
-        name = opcode.name
+        if opcode.name == "STOP":
+            return machine.stack.pop()
+        machine.execute(opcode.name, value)
+    raise EOFError("cut short")
+
+
+class _Machine:
+    """The stack, the marks on it and the memo of a pickle, and what its instructions do."""
+
+    def __init__(self, known: Mapping[str, Any], persistent: Callable[[Any], Any] | None):
+        self.known, self.persistent = known, persistent
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def execute(self, name: str, value: Any) -> None:
         if name in VALUES:
             if isinstance(value, int) and value.bit_length() > 64:
                 raise ValueError("a number of more than 64 bits")
-            stack.append(value)
+            self.stack.append(value)
         elif name in CONSTANTS:
-            stack.append(CONSTANTS[name])
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
-            memo[len(memo) if name == "MEMOIZE" else value] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(memo[value])
+            self.stack.append(CONSTANTS[name])
         elif name in ("EMPTY_DICT", "EMPTY_LIST"):
-            stack.append({} if name == "EMPTY_DICT" else [])
+            self.stack.append({} if name == "EMPTY_DICT" else [])
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            self.memo[len(self.memo) if name == "MEMOIZE" else value] = self.stack[-1]
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            self.stack.append(self.memo[value])
         elif name == "MARK":
-            marks.append(len(stack))
-        elif name in ("APPEND", "APPENDS"):
-            items = [stack.pop()] if name == "APPEND" else since_mark()
+            self.marks.append(len(self.stack))
+        elif name in ("GLOBAL", "STACK_GLOBAL", "BINPERSID", "REDUCE", "BUILD"):
+            self.construct(name, value)
+        elif name not in ("PROTO", "FRAME"):
+            self.collect(name)
+
+    def collect(self, name: str) -> None:
+        """Put values from the stack into a list, a dictionary or a tuple."""
+        stack = self.stack
+        if name in ("APPEND", "APPENDS"):
+            items = [stack.pop()] if name == "APPEND" else self.since_mark()
             expect(stack[-1], list).extend(items)
         elif name in ("SETITEM", "SETITEMS", "DICT"):
-            items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else since_mark()
+            items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else self.since_mark()
             if name == "DICT":
                 stack.append({})
             # hashing nested tuples would take exponential time
             keys = [key if type(key) is int else expect(key, str) for key in items[::2]]
             expect(stack[-1], dict).update(zip(keys, items[1::2], strict=True))
         elif name in ("TUPLE", "LIST"):
-            items = since_mark()
+            items = self.since_mark()
             stack.append(tuple(items) if name == "TUPLE" else items)
         elif name in TUPLES:
             stack[-TUPLES[name] :] = [tuple(stack[-TUPLES[name] :])]
-        elif name in ("GLOBAL", "STACK_GLOBAL"):
+        else:
+            raise Forbidden(name)
+
+    def construct(self, name: str, value: Any) -> None:
+        """Name, make or complete what is no plain value."""
+        stack = self.stack
+        if name in ("GLOBAL", "STACK_GLOBAL"):
             asked = value if name == "GLOBAL" else f"{expect(stack.pop(-2), str)} {expect(stack.pop(), str)}"
-            if asked not in known:
+            if asked not in self.known:
                 raise Forbidden(asked)
-            stack.append(known[asked])
-        elif name == "BINPERSID" and persistent:
-            stack.append(persistent(stack.pop()))
+            stack.append(self.known[asked])
+        elif name == "BINPERSID":
+            if not self.persistent:
+                raise Forbidden(name)
+            stack.append(self.persistent(stack.pop()))
         elif name == "REDUCE":
             function, arguments = stack.pop(-2), expect(stack.pop(), tuple)
             if not callable(function):
                 raise ValueError("it calls what is no function")
             stack.append(function(*arguments))
-        elif name == "BUILD":
+        else:
             state = stack.pop()
             if isinstance(stack[-1], Built):
                 stack[-1].build(state)
             else:
                 expect(stack[-1], dict)
-        elif name == "STOP":
-            return stack.pop()
-        elif name not in ("PROTO", "FRAME"):
-            raise Forbidden(name)
-    raise EOFError("cut short")
+
+    def since_mark(self) -> list[Any]:
+        """Take what was put on the stack since the last mark."""
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
 
 
 class Forbidden(ValueError):
