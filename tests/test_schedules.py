@@ -92,3 +92,9 @@ def test_the_rule_tells_its_bound():
         "(a number or a schedule, at least 0)",
         "(a number or a schedule, above 0.5)",
     ]
+
+
+@pytest.mark.parametrize("text", ["3e-4", "linear:0.0003:0.0003", "0.1", "cosine:0.7:0.7:9"])
+def test_a_constant_is_the_same_number_at_every_step_of_runs_of_any_length(text):
+    schedule = Schedule.parse(text)
+    assert {schedule(step, total) for total in (1, 3, 9, 700) for step in range(total)} == {schedule.values()[0]}

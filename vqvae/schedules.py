@@ -57,6 +57,8 @@ class Schedule(NamedTuple):
         for piece in self.pieces:
             steps = max(total_steps - begin, 1) if piece.steps is None else piece.steps
             if step < begin + steps:
+                if piece.start == piece.end:  # exactly, whatever the length of the run
+                    return piece.start
                 weight = SHAPES[piece.shape]((step - begin) / steps)
                 return (1 - weight) * piece.start + weight * piece.end
             begin += steps
