@@ -43,7 +43,8 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
     threading.excepthook = _quiet_threads
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files need not fit the terminal's encoding
+            with contextlib.suppress(OSError):  # of what a closed or replaced output still has to write
+                stream.reconfigure(errors="backslashreplace")  # names of files need not fit the terminal's encoding
     try:
         with interrupts.raising():
             try:

@@ -47,7 +47,8 @@ def run(trials: int, folder: Path) -> tuple[int, int]:
     whole = folder / "whole"
     whole.mkdir()
     started = time.perf_counter()
-    processes = [Process(whole, number, 2, free_port()) for number in range(2)]
+    port = free_port()
+    processes = [Process(whole, number, 2, port) for number in range(2)]
     codes = wait(processes, time.perf_counter() + 600)
     if any(code != 0 for code in codes):
         raise SystemExit(f"exit codes {codes}: {[process.errors for process in processes]}")
