@@ -109,6 +109,26 @@ def test_mini_batches_find_separated_clusters(monkeypatch):
 # vq
 
 
+@pytest.mark.parametrize("name", ["vq", "residual", "grouped"])
+def test_spread_standardizes_the_projected_features_before_kmeans(name):
+    features = 0.01 * torch.randn(20, 6, 4, 4) + 3
+    options = {"num_codes": 16, "code_dim": 4, "spread": 0.5}
+    bottleneck = make(name, grid=(4, 4), **options)
+    bottleneck.initialize(features)
+    vectors = bottleneck.projection(features).movedim(1, -1).flatten(0, 2)
+    assert torch.allclose(vectors.mean(0), torch.zeros(4), atol=1e-3)
+    assert torch.allclose(vectors.std(0), torch.full((4,), 0.5), rtol=1e-3)
+    assert bottleneck.quantize(features).need_z().var() > 0.1  # the codes were fitted to these vectors
+
+
+@pytest.mark.parametrize("options", [{"spread": 0.5, "init": "uniform"}, {"spread": 0.0}])
+def test_without_kmeans_or_spread_the_projection_stays(options):
+    bottleneck = make("vq", grid=(4, 4), **options)
+    before = bottleneck.projection.weight.clone()
+    bottleneck.initialize(torch.randn(5, 6, 4, 4))
+    assert torch.equal(bottleneck.projection.weight, before)
+
+
 def test_commitment_moves_the_encoder_and_codebook_loss_moves_the_codes():
     vq = make_vq(codebook="gradient", beta=0.25)
     features = torch.randn(2, 4, 2, 2, requires_grad=True)
