@@ -359,3 +359,12 @@ def test_a_plot_that_cannot_be_written_is_an_error_of_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot be written") as error:
         plots.image_grid(torch.rand(4, 1, 8, 8), tmp_path / "file" / "a.png", title="t")
     assert "\n" not in str(error.value)
+
+
+def test_bars_of_usage_are_sorted_and_uniform_usage_reaches_half_the_panel():
+    image = plots.usage_bars(torch.tensor([[1, 1, 1, 1], [0, 8, 0, 0]]), width=8, height=20)
+    assert image.shape == (3, 2 * 20 + plots.GAP, 8)
+    assert image.dtype == torch.uint8
+    blue = (image == torch.tensor([68, 119, 170])[:, None, None]).all(0)
+    assert blue[:20].sum(0).tolist() == [9] * 8  # half the panel, without the line at uniform usage
+    assert blue[22:].sum(0).tolist() == [19, 19, 0, 0, 0, 0, 0, 0]

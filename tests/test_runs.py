@@ -60,17 +60,15 @@ def test_a_run_logs_lines_of_json_and_saves_its_facts(tmp_path):
         assert_equal(saved[name], value)
 
 
-def test_tensorboard_reads_scalars_images_histograms_and_hparams(tmp_path):
+def test_tensorboard_reads_scalars_images_and_hparams(tmp_path):
     run = start(tmp_path / "run")
     run.log_images("samples", torch.rand(3, 4, 4), 2)
-    run.histogram("usage", torch.arange(5.0), 2)
     run.close({"loss": 0.5})
-    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0, "images": 0, "histograms": 0})
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"scalars": 0, "images": 0})
     events.Reload()
     assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3]  # the result adds no point
     assert [event.value for event in events.Scalars("result/loss")] == [0.5]
     assert events.Tags()["images"] == ["samples"]
-    assert events.Tags()["histograms"] == ["usage"]
     assert "config/text_summary" in events.Tags()["tensors"]
     assert any("hparams" in tag for tag in events.summary_metadata)
 
@@ -119,7 +117,6 @@ def test_a_null_run_takes_every_call_of_a_run_and_writes_nothing(tmp_path):
     run = NullRun(tmp_path / "run")
     run.log("train", 1, 0, {"loss": 1.0})
     run.log_images("samples", torch.rand(3, 4, 4), 2)
-    run.histogram("usage", torch.arange(5.0), 2)
     run.save(STATE)
     run.close({"loss": 0.5})
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from vqvae.errors import OptionError, UserError
 from vqvae.optimizer import decay_groups
 from vqvae.runs import Run
 from vqvae.schedules import Schedule
-from vqvae.training import Means, Plan, Stage, fit, seed_step, take
+from vqvae.training import AfterEpoch, Means, Plan, Stage, fit, seed_step, take
 
 EXAMPLES = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(20)
@@ -82,7 +82,7 @@ def train(
     resume: bool = False,
     at: Callable[[int], None] | None = None,
     evaluate: Callable[[], dict[str, Any]] | None = None,
-    after_epoch: Callable[[int, int], None] = lambda epoch, step: None,
+    after_epoch: AfterEpoch = lambda epoch, step, usage: None,
 ) -> tuple[Toy, dict[str, float] | None]:
     """Train a toy in a folder; returns it, and the result of `fit`."""
     torch.manual_seed(0)
@@ -298,9 +298,9 @@ def test_after_each_epoch_it_draws_stores_usage_and_prints_a_row(tmp_path, capsy
         tmp_path / "run",
         plan(epochs=2),
         evaluate=lambda: {"loss": 1.0, "commitment": 7.0, "usage": torch.tensor([[3, 0]])},
-        after_epoch=lambda epoch, step: drawn.append((epoch, step)),
+        after_epoch=lambda epoch, step, usage: drawn.append((epoch, step, usage.tolist())),
     )
-    assert drawn == [(1, 3), (2, 6)]
+    assert drawn == [(1, 3, [[3, 0]]), (2, 6, [[3, 0]])]
     assert checkpoint.read(tmp_path / "run")["usage"].tolist() == [[3, 0]]
     assert "held_out_usage" not in rows(tmp_path / "run")[-1]
     header, *printed, last = capsys.readouterr().out.splitlines()

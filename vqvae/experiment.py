@@ -5,7 +5,7 @@ import math
 import os
 import shlex
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from vqvae.runs import Lock, NullRun, Run, claim, claim_free, list_unreadable, r
 from vqvae.schedules import Schedule
 from vqvae.stage_one import AutoencoderTraining
 from vqvae.stage_two import PriorTraining, extract_codes
-from vqvae.training import Plan, Stage, fit
+from vqvae.training import AfterEpoch, Plan, Stage, fit
 
 SLOTS = {"dataset": data.SLOT, **autoencoder.SLOTS, "objective": objectives.SLOT}
 LISTINGS = {
@@ -365,13 +365,17 @@ def draw_originals(stage: Stage, run: Run | NullRun, originals: Tensor, folder: 
         plots.image_grid(originals, folder / "original.png", title=f"{printable(run.folder.name)}: held-out originals")
 
 
-def image_logger(stage: Stage, run: Run | NullRun, folder: Path) -> Callable[[int, int], None]:
-    """A function that draws the stage's images after an epoch."""
+def image_logger(stage: Stage, run: Run | NullRun, folder: Path) -> AfterEpoch:
+    """A function that draws the stage's images after an epoch, and the code usage for TensorBoard."""
     draw = stage.draw
-    if draw is None or distributed.rank() > 0:
-        return lambda epoch, step: None
 
-    def log_images(epoch: int, step: int) -> None:
+    def log_images(epoch: int, step: int, usage: Tensor | None) -> None:
+        if distributed.rank() > 0:
+            return
+        if usage is not None:
+            run.log_images("code_usage", plots.usage_bars(usage), step)
+        if draw is None:
+            return
         stage.module.eval()
         with torch.random.fork_rng():
             images = draw().cpu()

@@ -276,6 +276,21 @@ def usage_chart(usage: Tensor, path: Path, *, title: str, names: Sequence[str] =
     _save_chart(figure, path)
 
 
+def usage_bars(usage: Tensor, width: int = 512, height: int = 128) -> Tensor:
+    """Code usage for TensorBoard, `[3, H, W]` uint8: a panel per level, codes sorted by decreasing usage `[levels, K]`.
+
+    A bar that reaches half the panel stands for uniform usage; longer bars are cut at the top.
+    """
+    counts = usage.double().sort(dim=1, descending=True).values.numpy()
+    shares = counts / counts.mean(axis=1, keepdims=True).clip(min=1e-12)  # 1 where usage is uniform
+    columns = shares[:, np.arange(width) * shares.shape[1] // width]
+    filled = np.arange(height, 0, -1)[None, :, None] <= (columns * height / 2)[:, None]  # [levels, height, width]
+    panels = np.where(filled[..., None], np.array([68, 119, 170], np.uint8), np.array(PAPER, np.uint8))
+    panels[:, height // 2] = (204, 102, 119)
+    sheet = np.pad(panels, ((0, 0), (0, GAP), (0, 0), (0, 0)), constant_values=200).reshape(-1, width, 3)
+    return torch.from_numpy(sheet[:-GAP]).permute(2, 0, 1)
+
+
 def curve_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The metrics that `curves` draws: those with at least two points that differ."""
     trained, epochs = _split(rows)

@@ -280,11 +280,6 @@ class Run:
         """Within it, errors of TensorBoard's writer become a line about the events; its thread hands them on."""
         return writing(self.folder / f"{EVENTS}*")
 
-    def histogram(self, name: str, values: Tensor, step: int) -> None:
-        """Log a histogram of `values` (any shape), such as how often each code was used."""
-        with self._events():
-            self.board.add_histogram(name, values, step)
-
     def log_images(self, name: str, image: Tensor, step: int) -> None:
         """Log one image `[C, H, W]` in [0, 1], such as a grid of samples."""
         with self._events():
@@ -372,9 +367,6 @@ class NullRun(Run):
         metrics: Mapping[str, float],
         settings: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        pass
-
-    def histogram(self, name: str, values: Tensor, step: int) -> None:
         pass
 
     def log_images(self, name: str, image: Tensor, step: int) -> None:

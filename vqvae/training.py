@@ -133,19 +133,22 @@ class Stage(NamedTuple):
     compiled: bool = False
 
 
+AfterEpoch = Callable[[int, int, Tensor | None], None]  # gets the epoch, the step, and code usage [levels, K]
+
+
 def fit(
     stage: Stage,
     plan: Plan,
     run: Run | NullRun,
     *,
     on_start: Callable[[], None] = lambda: None,
-    after_epoch: Callable[[int, int], None] = lambda epoch, step: None,
+    after_epoch: AfterEpoch = lambda epoch, step, usage: None,
     resume: dict[str, Any] | None = None,
 ) -> dict[str, float] | None:
     """Train to the end of the plan; returns the last held-out metrics, or None when interrupted.
 
     `resume` is the content of the checkpoint to resume from. `on_start()` is called after every check, when the run's
-    files are open. `after_epoch(epoch, step)` draws.
+    files are open. `after_epoch(epoch, step, usage)` draws.
     """
     plan.check(len(stage.examples))
     loop = Loop(stage.module, *_resident(stage.examples, stage.labels, plan.device), plan, run, resume or {})
@@ -302,7 +305,7 @@ class Loop:
             self.progress.show(means)
             self.window = Means()
 
-    def close_epoch(self, results: dict[str, Any], after_epoch: Callable[[int, int], None]) -> dict[str, float]:
+    def close_epoch(self, results: dict[str, Any], after_epoch: AfterEpoch) -> dict[str, float]:
         """Log the epoch's training and held-out metrics, draw, and save; returns the held-out metrics."""
         self.log_window()
         self.need_finite()
@@ -313,9 +316,7 @@ class Loop:
         numbers = {f"train_{name}": value for name, value in trained.items()}
         numbers |= {f"held_out_{name}": value for name, value in results.items()}
         self.run.log("epoch", self.step, self.epoch, numbers | {"images_per_s": self.speed})
-        if self.kept["usage"] is not None:
-            self.run.histogram("held_out_usage", self.kept["usage"], self.step)
-        after_epoch(self.epoch, self.step)
+        after_epoch(self.epoch, self.step, self.kept.get("usage"))
         better = results[self.module.monitor] < self.best
         if better:
             self.best, self.best_epoch, self.best_step = results[self.module.monitor], self.epoch, self.step
