@@ -193,7 +193,7 @@ TABLE = (
     Metric(
         "neg_elbo", "-ELBO = -log p(x|z) + log q(z|x) - log p(z) in nats per image, one draw of z; lower is better; "
         "comparable between models with the same likelihood",
-        per_example=_neg_elbo, monitored=True, label="-ELBO", form="{:,.1f}", curve="-ELBO, nats per image",
+        per_example=_neg_elbo, monitored=True, label="-ELBO", form="{:.1f}", curve="-ELBO, nats per image",
     ),
     Metric(
         "bits_per_dim", "-ELBO in bits per pixel and channel, where the likelihood is a probability of 8-bit pixels",

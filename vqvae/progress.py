@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from vqvae.metrics import METRICS, line
 
-WIDTH = 80
+WIDTH, NARROWEST = 80, 7  # columns of the terminal, and of a metric in the table
+LONGEST = 34  # of the metrics next to the bar
 BAR = "{desc} {percentage:3.0f}% {bar} {elapsed}<{remaining}"
 FIRST, LAST = 5, 25  # steps between which the speed is measured for the first estimate
 
@@ -53,9 +54,10 @@ class Progress:
             self.write(f"time   about {duration(seconds)}, and the evaluation after each epoch")
 
     def show(self, means: Mapping[str, float]) -> None:
-        """Show the two most important metrics next to the bar."""
+        """Show the most important metrics next to the bar: two, if they leave it room."""
         present = [name for name in self.names if name in means]
-        self.bar.bar_format = f"{BAR}  {line(tuple(present[:2]), means)}"
+        texts = [line(tuple(present[:count]), means) for count in (2, 1)]
+        self.bar.bar_format = f"{BAR}  {texts[0] if len(texts[0]) <= LONGEST else texts[1]}"
 
     @contextlib.contextmanager
     def working(self, what: str) -> Iterator[None]:
@@ -80,16 +82,18 @@ class Progress:
             labels = [METRICS[name].label for name in self.columns]
             both = [f"{split} {label}" for label in labels[:1] for split in ("train", "held-out")]
             titles = ["epoch", *both, *labels[1:], "images/s"]
-            self.widths = [max(len(title), 8) if title != "epoch" else 5 for title in titles]
+            self.widths = [max(len(title), NARROWEST) if title != "epoch" else 5 for title in titles]
             self.write("  ".join(f"{title:>{width}}" for title, width in zip(titles, self.widths, strict=True)))
         values = [(name, trained) for name in self.columns[:1]] + [(name, held_out) for name in self.columns]
         cells = [METRICS[name].form.format(numbers[name]) if name in numbers else "" for name, numbers in values]
         cells = [str(epoch), *cells, f"{speed:,.0f}"]
         self.write("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, self.widths, strict=True)))
 
-    def seconds(self) -> float:
-        """Seconds since the start of this process's training."""
-        return time.perf_counter() - self.begun
+    def finish(self, best_epoch: int | None, monitor: str) -> None:
+        """Print how long it took, and which epoch has the lowest held-out value of the metric that is monitored."""
+        label = METRICS[monitor].label or monitor if monitor in METRICS else monitor
+        best = f"; best.pt is epoch {best_epoch}, of the lowest held-out {label}" if best_epoch else ""
+        self.write(f"{duration(time.perf_counter() - self.begun)}{best}")
 
 
 def columns(names: tuple[str, ...], held_out: Mapping[str, float]) -> list[str]:
@@ -101,7 +105,7 @@ def columns(names: tuple[str, ...], held_out: Mapping[str, float]) -> list[str]:
             continue
         label = METRICS[name].label
         titles = [f"train {label}", f"held-out {label}"] if not chosen else [label]
-        used += sum(2 + max(len(title), 8) for title in titles)
+        used += sum(2 + max(len(title), NARROWEST) for title in titles)
         if used >= WIDTH:
             break
         chosen.append(name)

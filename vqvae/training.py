@@ -21,7 +21,7 @@ from vqvae.devices import keep_memory, widest_float
 from vqvae.errors import OptionError, UserError
 from vqvae.interrupts import Interrupt
 from vqvae.optimizer import adamw
-from vqvae.progress import Progress, duration
+from vqvae.progress import Progress
 from vqvae.runs import NullRun, Run
 from vqvae.schedules import Schedule
 
@@ -176,7 +176,7 @@ def fit(
             if plan.patience and loop.epoch - loop.best_epoch >= plan.patience:
                 loop.progress.write(f"no better epoch for {plan.patience} epochs")
                 break
-        loop.finish()
+        loop.progress.finish(loop.best_epoch if loop.best_step else None, stage.module.monitor)
     return results
 
 
@@ -325,15 +325,6 @@ class Loop:
             self.run.save_best()  # last, so that it is never of steps that a resumed run takes again
         self.progress.row(self.epoch, trained, results, self.speed)
         return results
-
-    def finish(self) -> None:
-        """Print how long it took and which epoch is the best."""
-        best = (
-            f"; best.pt is epoch {self.best_epoch}, of the lowest held-out {self.module.monitor}"
-            if self.best_step
-            else ""
-        )
-        self.progress.write(f"{duration(self.progress.seconds())}{best}")
 
     def save(self) -> None:
         """Write a checkpoint; raises `UserError` instead of writing one that is not finite."""
