@@ -15,7 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-SECTIONS = {path.stem: path for path in sorted(Path(__file__).with_suffix("").glob("[a-z]*.py"))}
+FOLDER = Path(__file__).with_suffix("")
+sys.path.insert(0, str(FOLDER))  # sections import what they share
+SECTIONS = {path.stem: path for path in sorted(FOLDER.glob("[a-z]*.py"))}
 
 
 def load(name: str):

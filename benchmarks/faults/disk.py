@@ -11,31 +11,27 @@ if there is one, loads. A run that existed before must keep its checkpoint.
 A loss is described in a line on stderr.
 """
 
-import json
 import math
 import os
 import random
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
-import zipfile
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 import numpy as np
 import torch
+from _children import end_with, parts, run_script
 from PIL import Image
 
 import vqvae
 from vqvae import experiment, report  # noqa: F401 (children are forks that need not import them again)
 
-ROOT = Path(vqvae.__file__).parent.parent
 MODEL = "--hidden 8 --codes 16 --code-dim 4 --image-size 16 --device cpu --log-every 1".split()
 SMALL = ["--limit", "60", "--batch-size", "20", *MODEL]
 SECONDS = 60
@@ -145,34 +141,19 @@ def call(
     """Run a script in a fork, with a limit of the size of its files; returns exit code and errors."""
     sys.stdout.flush()
     reading, writing = os.pipe()  # has no size
+
+    def action() -> None:
+        os.chdir(cwd)
+        os.dup2(os.open("/dev/full" if full_output else os.devnull, os.O_WRONLY), 1)
+        os.dup2(writing, 2)
+        torch.set_num_threads(1)
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        run_script(script, words)
+
     child = os.fork()
     if child == 0:
-        code: Any = 1
-        try:
-            os.chdir(cwd)
-            os.dup2(os.open("/dev/full" if full_output else os.devnull, os.O_WRONLY), 1)
-            os.dup2(writing, 2)
-            torch.set_num_threads(1)
-            if limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            if script == "vqvae":
-                sys.argv = ["vqvae", *words]
-                from vqvae.__main__ import main
-
-                main()
-            else:
-                sys.argv = [script, *words]
-                runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            try:
-                sys.stdout.flush()
-            except OSError:
-                code = 120  # as Python does
-            os._exit(code)
+        end_with(action)
     os.close(writing)
     end = time.perf_counter() + SECONDS
     while not (found := os.waitpid(child, os.WNOHANG))[0]:
@@ -196,23 +177,3 @@ def mount(folder: Path, size: int) -> bool:
 
 def unmount(folder: Path) -> None:
     subprocess.run(["umount", str(folder)], check=True)
-
-
-def parts(folder: Path) -> str:
-    """The first file below a folder that is not whole."""
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        try:
-            if path.name.endswith(".partial") or path.name.startswith(".writable"):
-                return f"{path.relative_to(folder)} stayed"
-            if path.suffix in (".png", ".gif"):
-                Image.open(path).load()
-            elif path.suffix in (".npz", ".pt", ".pt2"):
-                with zipfile.ZipFile(path) as archive:
-                    if archive.testzip():
-                        return f"{path.relative_to(folder)} is damaged"
-            elif path.suffix in (".json", ".jsonl"):
-                for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
-                    json.loads(text)
-        except Exception as problem:
-            return f"{path.relative_to(folder)} cannot be read ({problem})"
-    return ""

@@ -15,28 +15,26 @@ A loss is described in a line on stderr.
 
 import os
 import random
-import runpy
 import shutil
 import signal
 import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 import sklearn.datasets  # noqa: F401
 import torch
 import torch.utils.tensorboard
+from _children import end_with, run_script
 
-import vqvae
 from vqvae import checkpoint, experiment, training  # noqa: F401 (children are forks that need not import them again)
 from vqvae.errors import UserError
 
-ROOT = Path(vqvae.__file__).parent.parent
 LINE = [
-    "--limit", "60", "--batch-size", "10", "--hidden", "8", "--codes", "16", "--code-dim", "4", "--image-size", "16",
-    "--device", "cpu", "--log-every", "1", "--epochs", "2", "--checkpoint-every", "1", "--name", "run",
+    "--limit", "60", "--batch-size", "10", "--codes", "16", "--code-dim", "4", "--image-size", "16",
+    "--device", "cpu", "--log-every", "1", "--epochs", "2", "--max-steps", "12", "--checkpoint-every", "1",
+    "--name", "run",
 ]  # fmt: skip
 KINDS = ("kill", "kill", "kill", "kill", "error", "same error", "stop")
 SECONDS = 60  # in which all others must end
@@ -76,33 +74,22 @@ class Process:
         self.code: int | None = None
         sys.stdout.flush()
         self.pid = os.fork()
-        if self.pid:
-            return
-        code: Any = 1
-        try:
-            os.chdir(cwd)
-            os.environ |= {
-                "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count),
-                "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "TORCHELASTIC_RUN_ID": "trial",
-            }  # fmt: skip
-            os.dup2(os.open(cwd / f"{number}.out", os.O_WRONLY | os.O_CREAT), 1)
-            os.dup2(os.open(self.log, os.O_WRONLY | os.O_CREAT), 2)
-            torch.set_num_threads(1)
-            if fails_at is not None:
-                fail_at(fails_at)
-            sys.argv = ["train.py", *LINE, *(["--hidden", "0"] if bad else [])]
-            if bad:
-                sys.argv[sys.argv.index("8")] = "0"
-                del sys.argv[-2:]
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
+        if self.pid == 0:
+            end_with(lambda: self._run(cwd, number, count, port, fails_at, bad))
+
+    def _run(self, cwd: Path, number: int, count: int, port: int, fails_at: int | None, bad: bool) -> None:
+        os.chdir(cwd)
+        os.environ |= {
+            "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": "trial",
+        }  # fmt: skip
+        os.dup2(os.open(cwd / f"{number}.out", os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(os.open(self.log, os.O_WRONLY | os.O_CREAT), 2)
+        torch.set_num_threads(1)
+        if fails_at is not None:
+            fail_at(fails_at)
+        run_script("train.py", [*LINE, "--hidden", "0" if bad else "8"])
 
     def signal(self, number: int) -> None:
         if self.code is None:
@@ -192,7 +179,7 @@ def trial(here: Path, draw: random.Random, kind: str, count: int, seconds: float
     saved = here / "logs" / "run" / "checkpoint.pt"
     if saved.exists():
         checkpoint.read(saved)
-    if "done. Look at it" in printed or (kind == "stop" and "interrupted; saved" in printed):
+    if "done: " in printed or (kind == "stop" and "interrupted; saved" in printed):
         return described, "" if not lines else problem
     if any(code == 0 for code in codes):
         return described, problem

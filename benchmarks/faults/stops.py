@@ -11,16 +11,13 @@ finished its work, without a traceback and without a part of a file.
 """
 
 import contextlib
-import json
 import os
 import random
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,14 +27,13 @@ import sklearn.datasets  # noqa: F401 (this and the next: children are forks, wh
 import torch
 import torch._dynamo
 import torch.utils.tensorboard
+from _children import ROOT, end_with, parts, run_script
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import vqvae
 from vqvae import checkpoint, experiment, report, tokens  # noqa: F401
 from vqvae.runs import LOG, read_metrics
 
-ROOT = Path(vqvae.__file__).parent.parent
 SMALL = (
     "--limit 60 --batch-size 20 --hidden 8 --codes 16 --code-dim 4 --image-size 16 --device cpu --log-every 2"
 ).split()
@@ -76,25 +72,15 @@ class Child:
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            code: Any = 1
-            try:
-                os.chdir(cwd)
-                out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(out, 1)
-                os.dup2(out, 2)
-                torch.set_num_threads(1)
-                sys.argv = [script, *words]
-                if script.endswith(".py"):
-                    runpy.run_path(str(ROOT / script), run_name="__main__")
-                else:
-                    runpy.run_module(script, run_name="__main__")
-            except SystemExit as end:
-                code = end.code or 0
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
+            end_with(lambda: self._run(script, words, cwd))
+
+    def _run(self, script: str, words: list[str], cwd: Path) -> None:
+        os.chdir(cwd)
+        out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        torch.set_num_threads(1)
+        run_script(script, words)
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -162,7 +148,7 @@ class Killed:
             code = child.wait()
             if code not in (0, -stop, 128 + stop) or "Traceback" in child.output:
                 return f"exit code {code} after {stop.name}: {child.output[-300:]!r}"
-            if code == 0 or "done. Look at it" in child.output:
+            if code == 0 or "\ndone: " in child.output:
                 break
         else:
             child = Child(self.words(logs, every), here, fork=True)
@@ -306,22 +292,3 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> str:
         elif wanted != found[name]:
             lost.append(f"{name} differs")
     return "; ".join(lost)
-
-
-def parts(folder: Path) -> str:
-    """The first file below a folder that is not whole."""
-    for path in sorted(folder.rglob("*")):
-        try:
-            if path.name.endswith(".partial") or path.name.startswith(".writable"):
-                return f"{path.relative_to(folder)} stayed"
-            if path.suffix in (".png", ".gif"):
-                Image.open(path).load()
-            elif path.suffix in (".npz", ".pt", ".pt2"):
-                with zipfile.ZipFile(path) as archive:
-                    if archive.testzip():
-                        return f"{path.relative_to(folder)} is damaged"
-            elif path.suffix == ".json":
-                json.loads(path.read_text())
-        except Exception as problem:
-            return f"{path.relative_to(folder)} cannot be read ({problem})"
-    return ""

@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
 from stops import SMALL, Child, content, differences
 
 from vqvae import checkpoint
