@@ -62,7 +62,8 @@ ALLOWED: dict[str, set[str]] = {
     # the program
     "cli": {"errors", "files", "interrupts", "registry"},
     "report": {
-        "autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "metrics", "page", "plots", "runs",
+        "autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "metrics", "page", "plots", "registry",
+        "runs",
     },
     "experiment": {
         "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors", "evaluation", "files",

@@ -11,7 +11,6 @@ B batch, S samples, C channels, H W pixels, D code dimension, h w code grid.
 
 import contextlib
 import copy
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vqvae.bottlenecks import BOTTLENECKS
-from vqvae.contracts import Bottleneck, Discrete, Latent, Likelihood, check_codes, kind_of
+from vqvae.contracts import Bottleneck, Discrete, Latent, Likelihood, check_codes, dtype_of, kind_of
 from vqvae.errors import OptionError
 from vqvae.likelihoods import LIKELIHOODS
 from vqvae.nets import NETS, POINT
@@ -106,13 +105,13 @@ class Autoencoder(nn.Module):
         """
         with _full_precision(x):
             bottleneck = _wide(self.bottleneck)
-            latent = bottleneck(features.to(_dtype(bottleneck)), step)
+            latent = bottleneck(features.to(dtype_of(bottleneck)), step)
         z = latent.need_z()
         samples = len(z) // len(x)
         if samples > 1:
             x = x.repeat(samples, 1, 1, 1)
             labels = None if labels is None else labels.repeat(samples)
-        params = self.decoder(z.to(_dtype(self.decoder)))
+        params = self.decoder(z.to(dtype_of(self.decoder)))
         with _full_precision(x):
             params = params.float()
             log_prior = self.prior.log_prob(for_prior(latent), labels)
@@ -121,7 +120,7 @@ class Autoencoder(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """The encoder's output `[B, channels, h, w]` for x in [0, 1], `[B, C, H, W]`."""
         inputs = self.likelihood.network_input(x).contiguous(memory_format=torch.channels_last)
-        return self.encoder(inputs.to(_dtype(self.encoder)))
+        return self.encoder(inputs.to(dtype_of(self.encoder)))
 
     def quantize(self, x: Tensor) -> Latent:
         """The most likely latent of x in [0, 1], `[B, C, H, W]`: its codes, or its posterior mean."""
@@ -129,7 +128,7 @@ class Autoencoder(nn.Module):
             features = self.features(x)
             with _full_precision(x):
                 bottleneck = _wide(self.bottleneck)
-                return bottleneck.quantize(features.to(_dtype(bottleneck)))
+                return bottleneck.quantize(features.to(dtype_of(bottleneck)))
 
     # images in, codes and images out
 
@@ -162,7 +161,7 @@ class Autoencoder(nn.Module):
     def decode_latents(self, z: Tensor) -> Tensor:
         """The likelihood's mean images `[B, C, H, W]` for latents `[B, D, h, w]`."""
         with self._unchanged():
-            return self.likelihood.mean(self.decoder(z.to(_dtype(self.decoder))).float())
+            return self.likelihood.mean(self.decoder(z.to(dtype_of(self.decoder))).float())
 
     @torch.no_grad()
     def sample(self, n: int, **options: Any) -> Tensor:
@@ -235,15 +234,9 @@ def _full_precision(x: Tensor):
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
-    """The type of a module's weights; float32 where it has none."""
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
-
-
 def _wide(module: Module) -> Module:
     """The module, or a copy in float32 if its weights are narrower."""
-    return copy.deepcopy(module).float() if _dtype(module).itemsize < 4 else module
+    return copy.deepcopy(module).float() if dtype_of(module).itemsize < 4 else module
 
 
 def build_autoencoder(

@@ -115,8 +115,7 @@ def read_run(path: str) -> Row:
     values: dict[str, Any] = {"run": Path(os.path.abspath(folder)).name, "path": path, "data": about["name"]}
     values |= {key: found[key] for key in found if key in COMPARED}
     if model.discrete is not None:
-        tokens = math.prod(model.discrete.grid)
-        values |= {"tokens": tokens, "bits": tokens * math.log2(model.discrete.num_codes)}
+        values |= {"tokens": model.discrete.tokens, "bits": model.discrete.bits}
         if content["config"]["prior"]["name"] != "uniform":
             nats = {key: found[key] for key in ("prior_nats", "prior_nats_se") if key in found}
             values |= {key.replace("nats", "bits"): value / math.log(2) for key, value in nats.items()}

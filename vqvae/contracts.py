@@ -13,6 +13,8 @@ Context names that a member's constructor may ask for (see registry.py):
 B batch, S samples, C channels, H W pixels, D code dimension, K codes, h w code grid.
 """
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
 
@@ -128,6 +130,16 @@ class Discrete(Bottleneck):
     num_codes: int  # K
     start_vectors = 20_000
 
+    @property
+    def tokens(self) -> int:
+        """The number of codes of an image."""
+        return math.prod(self.grid)
+
+    @property
+    def bits(self) -> float:
+        """The bits of an image's codes, tokens x log2 K."""
+        return self.tokens * math.log2(self.num_codes)
+
     def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:
         """The decoder's input `[B, D, ...]` for codes `[B, h, w]`; with `levels`, from the first levels only."""
         raise NotImplementedError
@@ -162,14 +174,20 @@ def count_codes(codes: Tensor, num_codes: int) -> Tensor:
     return torch.zeros(num_codes, device=codes.device).index_add_(0, codes, ones)
 
 
-def check_codes(codes: object, num_codes: int, grid: tuple[int, int]) -> Tensor:
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The type of a module's weights; float32 where it has none."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+
+
+def check_codes(codes: object, num_codes: int, grid: tuple[int, ...]) -> Tensor:
     """The codes as int64. Raises ValueError unless they are integers `[B, *grid]` from 0 to num_codes - 1.
 
     In a program that torch.export makes, codes out of range raise RuntimeError when the program runs.
     """
     if not isinstance(codes, Tensor) or codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
         raise ValueError(f"codes must be a tensor of integers, not {kind_of(codes)}")
-    if codes.ndim != 3 or tuple(codes.shape[1:]) != tuple(grid):
+    if codes.ndim != 1 + len(grid) or tuple(codes.shape[1:]) != tuple(grid):
         raise ValueError(f"codes must have shape [B, {', '.join(map(str, grid))}], not {list(codes.shape)}")
     codes = codes.long()  # torch compares no uint16
     expected = f"codes must be from 0 to {num_codes - 1}"

@@ -1,7 +1,6 @@
 """A config becomes data, a model and a training run; a checkpoint becomes held-out metrics."""
 
 import contextlib
-import math
 import os
 import shlex
 import warnings
@@ -27,7 +26,7 @@ from vqvae.runs import Lock, NullRun, Run, claim, claim_free, list_unreadable, r
 from vqvae.schedules import Schedule
 from vqvae.stage_one import AutoencoderTraining
 from vqvae.stage_two import PriorTraining, extract_codes
-from vqvae.training import AfterEpoch, Plan, Stage, fit
+from vqvae.training import KEPT, AfterEpoch, Plan, Stage, fit
 
 SLOTS = {"dataset": data.SLOT, **autoencoder.SLOTS, "objective": objectives.SLOT}
 LISTINGS = {
@@ -415,9 +414,9 @@ def describe_latent(model: Autoencoder) -> str:
     """The size of an image's latent."""
     if model.discrete is None:
         return f"{model.bottleneck.code_dim} dimensions"
-    tokens, codes = math.prod(model.bottleneck.grid), model.discrete.num_codes
-    h, w = model.bottleneck.grid
-    return f"{h}x{w} codes of {codes:,}: {tokens:,} tokens, {tokens * math.log2(codes):,.0f} bits"
+    codes = model.discrete
+    h, w = codes.grid
+    return f"{h}x{w} codes of {codes.num_codes:,}: {codes.tokens:,} tokens, {codes.bits:,.0f} bits"
 
 
 FEW_UPDATES, ENOUGH_UPDATES = 200, 2000
@@ -454,7 +453,7 @@ def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | No
     compare_classes(content["data"]["classes"], dataset.classes, config)
     model = checkpoint.restore(content, str(path)).to(choose_device(config.device))
     results = evaluate(model, dataset.test.images, dataset.test.labels, iw_samples=iw_samples, seed=config.seed)
-    for tensors in ("usage", "posterior"):
+    for tensors in KEPT:
         results.pop(tensors, None)
     if dataset.entropy is not None:
         results |= {"data_entropy": dataset.entropy, "gap": results["neg_elbo"] - dataset.entropy}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vqvae.bottlenecks import BOTTLENECKS
-from vqvae.contracts import Discrete
+from vqvae.contracts import Discrete, check_codes, dtype_of
 from vqvae.errors import OptionError
 from vqvae.registry import Choice, Member, Slot, build, signature
 
@@ -20,7 +20,7 @@ LAYERS = [name for name, member in BOTTLENECKS.items() if issubclass(member, Dis
 
 
 class Quantized(NamedTuple):
-    """The output of a layer; `z, codes, loss = quantize(x)` works too."""
+    """The output of a layer; `z, codes, loss, stats = quantize(x)` works too."""
 
     z: Tensor  # like the input; gradients pass to the input by the bottleneck's estimator
     codes: Tensor  # int64, [B, h, w] or [B, N]; with Q > 1 levels [..., Q]
@@ -113,20 +113,16 @@ class Quantizer(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """z of codes as `forward` returns them, `[B, D, h, w]` or `[B, N, D]`.
 
-        Raises ValueError for codes out of range, and for other shapes.
+        Raises ValueError for codes that are no integers or out of range, and for other shapes.
         """
         levels = f", {self.levels}" if self.levels > 1 else ""
         axes = codes.dim() - bool(levels)
         if axes not in (2, 3) or (levels and codes.shape[-1] != self.levels):
             raise ValueError(f"the codes are {list(codes.shape)}; they must be [B, h, w{levels}] or [B, N{levels}]")
-        codes = (codes if levels else codes.unsqueeze(-1)).long()
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.num_codes:
-            found = f"{int(codes.min())} to {int(codes.max())}"
-            raise ValueError(f"codes must be from 0 to {self.num_codes - 1}, not {found}")
+        codes = check_codes(codes, self.num_codes, tuple(codes.shape[1:]))
+        codes = codes if levels else codes.unsqueeze(-1)
         grid = codes.unsqueeze(2) if axes == 2 else codes  # [B, h, w, Q]
-        tensors = [*self.parameters(), *self.buffers()]
-        dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
-        return self._output(self.bottleneck.embed(grid.flatten(2)).to(dtype), sequence=axes == 2)
+        return self._output(self.bottleneck.embed(grid.flatten(2)).to(dtype_of(self)), sequence=axes == 2)
 
     def _output(self, z: Tensor, *, sequence: bool) -> Tensor:
         """z `[B, code_dim, h, w]` in the shape of the input."""

@@ -91,7 +91,8 @@ class Progress:
 
     def finish(self, best_epoch: int | None, monitor: str) -> None:
         """Print how long it took, and which epoch has the lowest held-out value of the metric that is monitored."""
-        label = METRICS[monitor].label or monitor if monitor in METRICS else monitor
+        metric = METRICS.get(monitor)
+        label = metric.label if metric and metric.label else monitor
         best = f"; best.pt is epoch {best_epoch}, of the lowest held-out {label}" if best_epoch else ""
         self.write(f"{duration(time.perf_counter() - self.begun)}{best}")
 

@@ -28,6 +28,7 @@ from vqvae.devices import choose_device
 from vqvae.errors import OptionError, naming, near_misses, printable
 from vqvae.files import make_folder, write_text
 from vqvae.metrics import METRICS
+from vqvae.registry import Choice
 from vqvae.runs import LOG, read_metrics
 
 MOST_CODES = 16_384  # that the plot of the codebook shows; t-SNE of more takes many minutes
@@ -599,7 +600,7 @@ def run_page(report: Report, folder: Path, drawn: list[str], left_out: list[tupl
     ]
     shape = "x".join(map(str, data["shape"]))
     codes = model.discrete
-    bits = f", {math.prod(codes.grid) * math.log2(codes.num_codes):,.0f} bits an image" if codes is not None else ""
+    bits = f", {codes.bits:,.0f} bits an image" if codes is not None else ""
     facts = [
         ("run", f"{report.name}, step {content['step']:,}, epoch {content['epoch']:,}"),
         ("data", f"{data['name']}: {', '.join([*sizes, shape])}" + (f" ({data['note']})" if data["note"] else "")),
@@ -615,11 +616,8 @@ def run_page(report: Report, folder: Path, drawn: list[str], left_out: list[tupl
         with Image.open(folder / name) as image:
             shown.append(page.Shown(name, PLOTS[name].heading, PLOTS[name].reading, image.size))
     rows = [row for row in read_metrics(report.logs / LOG) if row["kind"] == "epoch" and row["step"] <= content["step"]]
-    tables = [
-        page.Table(
-            "Settings", ("setting", "value"), [(key, "", (_setting(v),)) for key, v in config.items() if v is not None]
-        )
-    ]
+    settings = {key: Choice(**v) if isinstance(v, dict) else v for key, v in config.items() if v is not None}
+    tables = [page.Table("Settings", ("setting", "value"), [(key, "", (str(v),)) for key, v in settings.items()])]
     if rows:
         heading = f"Metrics after epoch {rows[-1].get('epoch', 0):,}"
         tables.insert(0, page.Table(heading, ("metric", "train", "held out"), _metric_rows(rows[-1]), numbers=True))
@@ -643,13 +641,6 @@ def _metric_rows(row: dict[str, Any]) -> list[tuple[str, str, tuple[str, str]]]:
         explanation = METRICS[name].explanation if name in METRICS else ""
         table.append((name, explanation, ("" if trained is None else f"{trained:,.4g}", cell)))
     return table
-
-
-def _setting(value: Any) -> str:
-    """A setting of a run in words."""
-    if isinstance(value, dict):
-        return " ".join([value["name"], *(f"{key}={option}" for key, option in value["options"].items())])
-    return str(value)
 
 
 def _check_label(label: int | None, classes: int) -> None:

@@ -46,6 +46,8 @@ BEYOND = 2**30  # the byte that is locked on Windows: beyond the text, because w
 LOCK, LAST, BEST = ".lock", "checkpoint.pt", "best.pt"
 LOG = "metrics.jsonl"
 UNREADABLE = "unreadable.txt"
+Numbers = Mapping[str, float]
+NONE: Numbers = MappingProxyType({})
 EVENTS = "events.out.tfevents."  # and the second at which the file was begun, the host, the process, a number
 
 
@@ -248,14 +250,7 @@ class Run:
             self.board.flush()
         return best_is_there
 
-    def log(
-        self,
-        kind: str,
-        step: int,
-        epoch: int,
-        metrics: Mapping[str, float],
-        settings: Mapping[str, float] = MappingProxyType({}),
-    ) -> None:
+    def log(self, kind: str, step: int, epoch: int, metrics: Numbers, settings: Numbers = NONE) -> None:
         """Append a line to metrics.jsonl with metrics, and settings that change during training, such as the rate.
 
         TensorBoard gets `name/train` and `name/held_out`, which stand together, and `schedule/name`. Training metrics
@@ -359,14 +354,7 @@ class NullRun(Run):
     def start(self, resumed: dict[str, Any] | None = None) -> bool:
         return True
 
-    def log(
-        self,
-        kind: str,
-        step: int,
-        epoch: int,
-        metrics: Mapping[str, float],
-        settings: Mapping[str, float] = MappingProxyType({}),
-    ) -> None:
+    def log(self, kind: str, step: int, epoch: int, metrics: Numbers, settings: Numbers = NONE) -> None:
         pass
 
     def log_images(self, name: str, image: Tensor, step: int) -> None:

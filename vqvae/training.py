@@ -320,7 +320,7 @@ class Loop:
         better = results[self.module.monitor] < self.best
         if better:
             self.best, self.best_epoch, self.best_step = results[self.module.monitor], self.epoch, self.step
-        self.save()
+        self._write()
         if better:
             self.run.save_best()  # last, so that it is never of steps that a resumed run takes again
         self.progress.row(self.epoch, trained, results, self.speed)
@@ -329,6 +329,9 @@ class Loop:
     def save(self) -> None:
         """Write a checkpoint; raises `UserError` instead of writing one that is not finite."""
         self.need_finite()
+        self._write()
+
+    def _write(self) -> None:
         state = {
             **self.module.saved_state(),
             "optimizer": self.optimizer.state_dict(),
