@@ -32,6 +32,7 @@ SMALL_OPTIONS = {
 # flags of a run that takes a second
 SMALL = ("--limit", "60", "--batch-size", "20", "--hidden", "8", "--codes", "16", "--code-dim", "4")
 SMALL += ("--image-size", "16", "--device", "cpu")
+CONSTANT = ("--lr", "3e-4")  # resumed for more epochs, a run equals one of that length from the start
 
 
 def choose(slot: str, name: str, **options: Any) -> Choice:
@@ -74,8 +75,9 @@ def images(n: int, shape: tuple[int, int, int] = (3, 8, 8)) -> torch.Tensor:
 
 
 def run_train(*words: str, small: bool = True) -> int:
-    """Call the train command as a person would; returns its exit code."""
-    return cli.run(train.main, [*(SMALL if small else ()), *words])
+    """Call the train command as a person would; returns its exit code. A small run has a constant rate by default."""
+    rate = () if {"--lr", "--preset"} & set(words) else CONSTANT
+    return cli.run(train.main, [*((*SMALL, *rate) if small else ()), *words])
 
 
 @contextlib.contextmanager

@@ -67,8 +67,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "experiment": {
         "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors", "evaluation", "files",
-        "interrupts", "metrics", "objectives", "plots", "presets", "registry", "runs", "schedules", "stage_one",
-        "stage_two", "training",
+        "interrupts", "metrics", "objectives", "plots", "presets", "registry", "report", "runs", "schedules",
+        "stage_one", "stage_two", "training",
     },
     "commands": {
         "checkpoint", "cli", "compare", "config", "data", "errors", "experiment", "export", "files", "metrics",

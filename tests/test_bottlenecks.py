@@ -149,18 +149,21 @@ def test_an_ema_codebook_is_not_trained_by_gradient():
     assert make_vq(beta=0.5, weight=10.0)(torch.randn(2, 4, 2, 2), 0).loss.requires_grad is False
 
 
-def test_ema_updates_are_those_of_a_run_by_hand():
-    decay, eps = 0.9, 1e-3
-    vq = make_vq(num_codes=3, decay=decay, epsilon=eps)
-    count, total = np.zeros(3), np.zeros((3, 4))
-    for t in range(1, 6):
+@pytest.mark.parametrize("warmup", [False, True])
+def test_ema_updates_are_those_of_a_run_by_hand(warmup):
+    last, eps = 0.25, 1e-3
+    vq = make_vq(num_codes=3, decay=last, epsilon=eps, warmup=warmup)
+    count, total, start = np.zeros(3), np.zeros((3, 4)), 1.0
+    for t in range(6):
+        decay = min(last, (1 + t) / (10 + t)) if warmup else last  # 0.1, 0.18, 0.25, 0.25, ...
         features, before = torch.randn(5, 4, 2, 2), vq.codebook.vectors.clone()
         codes = vq(features, t).codes.flatten()
         assert_nearest(codes, rows(features), before)  # all codes are those of the codebook before the update
         f, one_hot = rows(features).double().numpy(), np.eye(3)[codes]
         count = decay * count + (1 - decay) * one_hot.sum(0)
         total = decay * total + (1 - decay) * one_hot.T @ f
-        n, m = count / (1 - decay**t), total / (1 - decay**t)
+        start *= decay
+        n, m = count / (1 - start), total / (1 - start)
         smoothed = (n + eps) / (n.sum() + 3 * eps) * n.sum()
         expected = np.where(n[:, None] > 0, m / smoothed[:, None], before.numpy())
         assert np.allclose(vq.codebook.vectors.numpy(), expected, atol=1e-5)
@@ -176,7 +179,7 @@ def test_a_code_never_used_keeps_its_value():
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
 def test_revival_moves_dead_codes_onto_data_where_they_stay(codebook):
     def far_codes_after(revive: float, steps: int) -> int:
-        vq = make_vq(codebook=codebook, revive=revive, decay=0.9)
+        vq = make_vq(codebook=codebook, revive=revive, decay=0.9, warmup=False)
         with torch.no_grad():
             vq.codebook.vectors[1:] = 1e3 + torch.arange(7.0)[:, None]  # seven codes too far for any vector
         for step in range(steps):
@@ -187,6 +190,30 @@ def test_revival_moves_dead_codes_onto_data_where_they_stay(codebook):
     assert far_codes_after(0.1, 2) == 7  # too few batches to judge the counts
     assert far_codes_after(0.1, 3) == 0
     assert far_codes_after(0.1, 40) == 0  # later updates do not undo it
+
+
+def test_codes_keep_up_with_features_that_move_in_the_first_steps():
+    def fewest_codes(warmup: bool) -> int:
+        torch.manual_seed(0)
+        vq = make_vq(num_codes=64, init="kmeans", revive=0.03, warmup=warmup)
+        features = torch.randn(64, 4, 4, 4)
+        vq.initialize(features)
+        used = []
+        for step in range(20):
+            features = 1.3 * features + 0.5  # every channel grows and shifts
+            used.append(len(vq(features, step).codes.unique()))
+        return min(used[10:])
+
+    assert fewest_codes(warmup=True) > 21
+    assert fewest_codes(warmup=False) < 16
+
+
+@pytest.mark.parametrize(("vectors", "moved"), [(8, False), (64, True)])
+def test_no_code_is_dead_before_an_average_code_could_be_used_twice(vectors, moved):
+    vq = make_vq(num_codes=8, revive=0.03)
+    vq.codebook.vectors[7] = 1e3
+    vq(torch.randn(vectors, 4, 1, 1), 0)
+    assert bool(vq.codebook.vectors[7].norm() < 100) == moved
 
 
 def test_revived_codes_are_used():

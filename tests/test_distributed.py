@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import ROOT, SMALL, choose, run_train, training
+from tests.helpers import CONSTANT, ROOT, SMALL, choose, run_train, training
 from vqvae import checkpoint, distributed
 from vqvae.bottlenecks.codebook import kmeans_codebook
 from vqvae.errors import OptionError, UserError
@@ -43,7 +43,7 @@ TRAINED = EXACT | {
     "categorical": choose("bottleneck", "categorical", num_samples=2, average_samples=True, init="kmeans"),
     "gumbel": choose("bottleneck", "gumbel", num_samples=2),
 }
-LINE = [*SMALL, "--dataset", "digits", "--max-steps", "4", "--bottleneck", "vq", "revive=0", "--name"]
+LINE = [*SMALL, *CONSTANT, "--dataset", "digits", "--max-steps", "4", "--bottleneck", "vq", "revive=0", "--name"]
 State = dict[str, Tensor]
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from tests.helpers import ROOT, SMALL, images, run_train
+from tests.helpers import CONSTANT, ROOT, SMALL, images, run_train
 from vqvae import checkpoint, cli, experiment, load
 from vqvae.commands import train, visualize
 from vqvae.data import Dataset, Images
@@ -98,7 +98,7 @@ def test_tensorboards_own_reader_finds_the_tags():
     tags = events.Tags()
     assert {"loss/train", "mse/train", "mse/held_out", "perplexity/held_out", "schedule/lr"} <= set(tags["scalars"])
     assert not [tag for tag in tags["scalars"] if "_se" in tag or "codebook_size" in tag]
-    assert set(tags["images"]) == {"reconstructions", "code_usage"}  # the former next to their originals
+    assert set(tags["images"]) == {"reconstructions", "code_usage", "code_maps"}  # the former next to their originals
     assert "config/text_summary" in tags["tensors"]
     assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3]
     assert any("hparams" in tag for tag in events.summary_metadata)
@@ -139,6 +139,22 @@ def test_a_resumed_run_keeps_its_settings(capsys):
     assert resume("logs/run --epochs 2 --lr 3e-4") == 0  # the same value is no change
 
 
+def test_a_longer_run_says_that_its_learning_rate_rises():
+    assert run_train("--epochs", "1", "--name", "run", "--lr", "cosine:1e-3:1e-5") == 0
+    with pytest.warns(UserWarning, match=r"the learning rate rises from 1e-05 to 0\.000505: its schedule ends with"):
+        assert resume("logs/run --epochs 2") == 0
+
+
+def test_the_default_start_loses_no_codes(tmp_path):
+    line = ("--batch-size", "32", "--limit", "640", "--max-steps", "40", "--log-every", "1", "--device", "cpu")
+    assert run_train(*line, "--name", "run", small=False) == 0
+    rows = [json.loads(line) for line in Path("logs/run/metrics.jsonl").read_text().splitlines()]
+    perplexity = [row["batch_perplexity"] for row in rows if row["kind"] == "train"]
+    assert len(perplexity) == 40
+    assert min(perplexity[10:]) > perplexity[-1] / 4  # before the decay's warm-up: 3 of 62
+    assert last_row("run")["held_out_perplexity"] > 128
+
+
 @pytest.mark.parametrize("preset", ["dvq-vqvae", "dvq-gumbel", "dvq-dalle"])
 def test_presets_of_deep_vector_quantization_train(preset):
     line = f"--preset {preset} --dataset digits --image-size 32 --limit 48 --batch-size 16 --max-steps 3 --hidden 16"
@@ -152,7 +168,7 @@ def test_presets_of_deep_vector_quantization_train(preset):
 
 def spawn(*words: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *words]
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *CONSTANT, *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 

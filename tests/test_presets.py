@@ -118,13 +118,16 @@ def test_the_table_names_all_experiments():
     ("name", "published"),
     [
         ("sonnet-cifar10", {"num_codes": 512, "code_dim": 64, "beta": 0.25, "decay": 0.99, "codebook": "ema"}),
+        ("sonnet-cifar10", {"warmup": False, "spread": 0.0}),
+        ("sonnet-mnist", {"beta": 0.25, "warmup": False, "spread": 0.0}),
         (
             "henrhoi-vqvae",
             {"num_codes": 128, "code_dim": 256, "codebook": "gradient", "init": "uniform", "beta": 1.0, "revive": 0.0},
         ),
         (
             "dvq-vqvae",
-            {"num_codes": 512, "code_dim": 64, "codebook": "gradient", "init": "kmeans", "beta": 0.25, "weight": 10.0},
+            {"num_codes": 512, "code_dim": 64, "codebook": "gradient", "init": "kmeans", "spread": 0.0, "beta": 0.25}
+            | {"weight": 10.0},
         ),
         ("dvq-gumbel", {"num_codes": 512, "posterior": "linear", "temperature": "quarter-cosine:1:0.0625:150000"}),
         ("dvq-dalle", {"entropy": "exact", "kl_weight": "quarter-cosine:0:6.6:5000", "reduction": "mean"}),

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.bottleneck_helpers import assert_nearest, make, rows
 from vqvae.autoencoder import SLOTS, Autoencoder
-from vqvae.bottlenecks.codebook import Codebook, CodebookOptions
+from vqvae.bottlenecks.codebook import Codebook, EMAOptions
 from vqvae.contracts import Latent
 from vqvae.errors import OptionError
 from vqvae.evaluation import evaluate
@@ -317,11 +317,11 @@ def test_assignments_at_the_corners_cost_what_their_codes_cost():
 
 
 def test_soft_assignments_update_the_codebook_as_computed_by_hand():
-    options = CodebookOptions(num_codes=3, decay=0.9, epsilon=0.0, init="normal")
+    options = EMAOptions(num_codes=3, decay=0.9, epsilon=0.0, init="normal")
     book = Codebook(options, 2, forgets_start=False)
     first, f = book.vectors.double().clone(), torch.randn(8, 2)
     w = torch.rand(8, 3).softmax(-1)
-    book.ema_update(w.sum(0), w.T @ f, f)
+    book.ema_update(w.sum(0), w.T @ f, f, 0)
     start = 8 / 3  # vectors per code in an average batch
     count = 0.9 * start + 0.1 * w.double().sum(0)
     expected = (0.9 * start * first + 0.1 * w.double().T @ f.double()) / count[:, None]

@@ -142,7 +142,7 @@ class Config:
         ScheduleText(low=0),
         "learning rate: a number, or a schedule such as cosine:3e-4:1e-6 (to the end of the run) or "
         "linear:0:3e-4:500,cosine:3e-4:0:20000",
-    ] = _field("3e-4", "training", metavar="RATE")
+    ] = _field("cosine:1e-3:1e-5", "training", metavar="RATE")
     augment: Annotated[
         Literal["none", "crop-flip"],
         "crop-flip: random crops after 4 pixels of reflected border, every second one mirrored",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqvae import autoencoder, checkpoint, cli, data, distributed, interrupts, metrics, objectives, plots
+from vqvae import autoencoder, checkpoint, cli, data, distributed, interrupts, metrics, objectives, plots, report
 from vqvae.autoencoder import Autoencoder, build_autoencoder, unit_range
 from vqvae.config import FIELDS, Config, Fresh, Resumed, StageTwo, Start, configure, default_name, interval
 from vqvae.data import Dataset
@@ -34,6 +34,7 @@ LISTINGS = {
     "objectives": "objective",
 }  # fmt: skip
 EXAMPLES_KEPT, POINTS_KEPT = 64, 2000  # held-out images or points in a checkpoint, so that plots need no data
+MAPS_SHOWN = 16  # held-out images whose codes TensorBoard shows
 SHARED_BY_STAGES = (
     "device", "precision", "seed", "log_dir", "plot_dir", "log_every", "max_steps", "max_minutes"
 )  # fmt: skip
@@ -96,7 +97,9 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
     def on_start() -> None:
         print(summary(config, plan, dataset, stage, model, folder, resumed["step"] if resumed else 0))
         if distributed.rank() == 0:
-            if not resumed:
+            if resumed:
+                warn_of_new_rate(resumed, plan, len(stage.examples))
+            else:
                 warn_of_few_updates(config, plan, len(stage.examples))
             list_unreadable(folder, dataset.unreadable)
             make_folder(Path(config.plot_dir), "plot_dir")  # first, so that an error shows the folder as it was typed
@@ -303,6 +306,7 @@ def stage_one(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
     if compiled:
         model.encoder.compile()
         model.decoder.compile()
+    codes, mapped = model.discrete if model.shows_images else None, test.images[:MAPS_SHOWN]
     stage = Stage(
         module,
         images,
@@ -311,6 +315,7 @@ def stage_one(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
         draw=(lambda: model.reconstruct(test.images[:EXAMPLES_KEPT])) if model.shows_images else None,
         caption="reconstructions",
         originals=unit_range(test.images[:EXAMPLES_KEPT]) if model.shows_images else None,
+        code_maps=(lambda: report.code_maps(codes, model.encode(mapped), mapped)) if codes else None,
         compiled=compiled,
     )
     return stage, model
@@ -378,6 +383,8 @@ def image_logger(stage: Stage, run: Run | NullRun, folder: Path) -> AfterEpoch:
         stage.module.eval()
         with torch.random.fork_rng():
             images = draw().cpu()
+            if stage.code_maps is not None:
+                run.log_images("code_maps", plots.montage(stage.code_maps()), step)
         stage.module.train()
         path = folder / f"epoch_{epoch:03d}.png"
         plots.image_grid(images, path, title=f"{printable(run.folder.name)}: {stage.caption}, epoch {epoch}")
@@ -430,6 +437,19 @@ def warn_of_few_updates(config: Config, plan: Plan, examples: int) -> None:
         epochs = -(-ENOUGH_UPDATES // max(examples // batch, 1))
         warnings.warn(
             f"{total} updates are too few to learn much; try --batch-size {batch} --epochs {epochs}", stacklevel=2
+        )
+
+
+def warn_of_new_rate(saved: Mapping[str, Any], plan: Plan, examples: int) -> None:
+    """Warn if the learning rate rises when a run is resumed, because its schedule ends later than before."""
+    lengths = {name: saved["config"][name] for name in ("epochs", "max_steps")}
+    step, before, now = saved["step"], plan._replace(**lengths), plan
+    old, new = (plan.lr(step, p.total_steps(examples)) for p in (before, now))
+    if new > 1.01 * old:
+        warnings.warn(
+            f"the learning rate rises from {old:.3g} to {new:.3g}: its schedule ends with the run, which is longer "
+            "than before; a run of this length from the start would end elsewhere",
+            stacklevel=2,
         )
 
 

@@ -32,6 +32,9 @@ IMAGE_VAE = {
     "lr": "1e-3",
 }
 
+SONNET = {"bottleneck": "vq beta=0.25 warmup=no spread=0", "lr": "3e-4"}
+SONNET_NOTE = "with our k-means start and revival (without: --bottleneck vq init=fan-in revive=0)"
+
 HENRHOI_VQVAE = {
     "dataset": "cifar10",
     "nets": "henrhoi",
@@ -85,18 +88,12 @@ def _experiment(text: str, bottleneck: str, objective: str) -> Preset:
 
 PRESETS = {
     "sonnet-cifar10": Preset(
-        "github.com/google-deepmind/sonnet, VQ-VAE example: EMA codebook, batch 32, 10,000 steps; with our k-means "
-        "start and revival (the original's start: --bottleneck vq init=fan-in revive=0)",
-        {
-            "dataset": "cifar10",
-            "batch_size": 32,
-            "epochs": 7,
-            "max_steps": 10_000,
-        },
+        f"github.com/google-deepmind/sonnet, VQ-VAE example: EMA codebook, batch 32, 10,000 steps; {SONNET_NOTE}",
+        SONNET | {"dataset": "cifar10", "batch_size": 32, "epochs": 7, "max_steps": 10_000},
     ),
     "sonnet-mnist": Preset(
         "the same nets and codebook on MNIST, 20 epochs at batch 128",
-        {"dataset": "mnist", "epochs": 20},
+        SONNET | {"dataset": "mnist", "epochs": 20},
     ),
     "henrhoi-vqvae": Preset(
         f"{HENRHOI_SOURCE}: K = 128, D = 256, gradient codebook from ±1/K, pixels in [-1, 1]; its loss divides both "
@@ -134,7 +131,11 @@ PRESETS = {
     "dvq-vqvae": Preset(
         f"{DVQ_SOURCE}: K = 512, D = 64, gradient codebook after k-means, its loss times 10, half of Sonnet's MSE / "
         "variance; stops after 98 epochs, as in its figure, early in its rate's 1.2 million steps",
-        DVQ | {"bottleneck": "vq num_codes=512 code_dim=64 codebook=gradient init=kmeans revive=0 beta=0.25 weight=10"},
+        DVQ
+        | {
+            "bottleneck": "vq num_codes=512 code_dim=64 codebook=gradient init=kmeans spread=0 revive=0 beta=0.25 "
+            "weight=10"
+        },
     ),
     "dvq-gumbel": Preset(
         f"{DVQ_SOURCE}: Gumbel-Softmax on the same nets; its KL weight is 5e-4 on a mean over 8x8 codes, next to a "

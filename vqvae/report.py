@@ -239,6 +239,21 @@ def code_colors(bottleneck: Discrete, maps: Mapping[str, Tensor], images: Tensor
     return colors
 
 
+@torch.no_grad()
+def code_maps(bottleneck: Discrete, codes: Tensor, images: Tensor) -> Tensor:
+    """Each of N images, followed by the maps of its codes as colors: `[M, 3, H, W]` uint8.
+
+    codes `[N, h, w]` are those of images `[N, C, H, W]`.
+    """
+    maps = bottleneck.maps(codes)
+    maps = {name: maps[name] for name in plots.evenly(list(maps), MOST_LEVELS)}
+    colors = code_colors(bottleneck, maps, images)
+    rows = [torch.from_numpy(plots.pixels(images)).movedim(-1, 1)]
+    for level in colors.values():
+        rows.append(F.interpolate(torch.from_numpy(level).movedim(-1, 1), images.shape[2:], mode="nearest"))
+    return torch.stack(rows, dim=1).flatten(0, 1)
+
+
 def levels(report: Report, path: Path) -> None:
     """Reconstructions from the first level of codes, from the first two levels, and so on."""
     report.need_images()

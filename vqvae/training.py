@@ -130,6 +130,7 @@ class Stage(NamedTuple):
     draw: Callable[[], Tensor] | None  # images [N, C, H, W] in [0, 1] to show after each epoch
     caption: str  # what those images are
     originals: Tensor | None = None  # [N, C, H, W] in [0, 1], what those images reconstruct
+    code_maps: Callable[[], Tensor] | None = None  # images [N, 3, H, W] uint8: originals and their codes as colors
     compiled: bool = False
 
 

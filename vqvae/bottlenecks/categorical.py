@@ -125,7 +125,7 @@ class CategoricalPosterior(Discrete):
         if f is not None:
             commitment = (f - z.detach()).square().mean()
             loss, stats = self.options.beta * commitment, stats | {"commitment": commitment.detach()}
-            self.update(f.detach().flatten(0, 2), w.detach().mean(0).flatten(0, 2))
+            self.update(f.detach().flatten(0, 2), w.detach().mean(0).flatten(0, 2), step)
         w = w.flatten(0, 1)  # [S*B, h, w, K]
         return Latent(
             z.flatten(0, 1).movedim(-1, 1),
@@ -150,9 +150,9 @@ class CategoricalPosterior(Discrete):
         stats = {"posterior_entropy": _entropy(log_p).sum((1, 2)).mean()}
         return Latent(self.embed(codes), codes, log_q=log_q, loss=log_q.new_zeros(()), stats=stats)
 
-    def update(self, f: Tensor, w: Tensor) -> None:
+    def update(self, f: Tensor, w: Tensor, step: int) -> None:
         """EMA update of the codebook, given vectors `[N, D]` and their soft assignments `[N, K]`."""
-        self.codebook.ema_update(w.sum(0), w.T @ f, f)
+        self.codebook.ema_update(w.sum(0), w.T @ f, f, step)
 
 
 class Deterministic(CategoricalPosterior):

@@ -33,17 +33,28 @@ class EMAOptions(CodeOptions):
         float, Range(0, 1), "share of the average usage below which a code moves onto a vector of the batch; 0: never"
     ] = 0.03
 
+    def decay_at(self, step: int) -> float:
+        """The decay in a training step."""
+        return self.decay
+
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookOptions(EMAOptions):
     """Options of a codebook that is learned either way."""
 
+    beta: Annotated[float, Range(0), "weight of the commitment loss"] = 1.0
+    warmup: Annotated[
+        bool, "start with a decay of 0.1 that rises to `decay`, so that the codes keep up with the first features"
+    ] = True
     codebook: Annotated[
         Literal["ema", "gradient"], "update of the codes: running means of their vectors, or the optimizer"
     ] = "ema"
     spread: Annotated[
         float, Range(0), "standard deviation to which init=kmeans scales the projected features first; 0: leaves them"
-    ] = 0.0
+    ] = 0.5
+
+    def decay_at(self, step: int) -> float:
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
     def prepare(self, projection: nn.Module, features: Tensor) -> None:
         """Standardize the projection's output for features `[B, channels, h, w]`, where k-means is to find the codes.
@@ -59,6 +70,8 @@ class Codebook(nn.Module):
 
     EMA (Sonnet's VectorQuantizerEMA): N_k <- decay N_k + (1 - decay) n_k, where n_k counts the batch's vectors with
     code k; m_k <- decay m_k + (1 - decay) s_k, where s_k is their sum; e_k = m_k / N_k, with Laplace-smoothed counts.
+    With `warmup`, step t has the decay min(decay, (1 + t) / (10 + t)): the first features change fast, and a codebook
+    that averages over all of them would soon be far from all but a few.
 
     `forgets_start=True` debiases both means for their start at zero, so that the first batch replaces the first
     vectors. Soft assignments need `forgets_start=False`: they are nearly uniform at first and would give all codes
@@ -68,7 +81,7 @@ class Codebook(nn.Module):
     vectors: Tensor  # [K, D]
     totals: Tensor  # [K, D], m before debiasing; only with EMA
     counts: Tensor  # [K], N before debiasing
-    debias: Tensor  # scalar, 1 - decay^t after t updates
+    debias: Tensor  # scalar, 1 minus the product of the decays so far
 
     def __init__(
         self,
@@ -116,29 +129,30 @@ class Codebook(nn.Module):
             self.vectors.copy_(F.normalize(centers, dim=1) if self.unit_norm else centers)
 
     @torch.no_grad()
-    def update(self, f: Tensor, codes: Tensor) -> None:
+    def update(self, f: Tensor, codes: Tensor, step: int) -> None:
         """Update from vectors `[N, D]` and their codes `[N]`."""
         sums = torch.zeros_like(self.vectors).index_add_(0, codes, f) if self.learns_by_ema else None
-        self.ema_update(count_codes(codes, len(self.vectors)), sums, f)
+        self.ema_update(count_codes(codes, len(self.vectors)), sums, f, step)
 
     @torch.no_grad()
-    def ema_update(self, n: Tensor, sums: Tensor | None, f: Tensor) -> None:
+    def ema_update(self, n: Tensor, sums: Tensor | None, f: Tensor, step: int) -> None:
         """Update the running counts by n `[K]` and the running means by sums `[K, D]`, then revive dead codes.
 
         Without `sums` the optimizer trains the vectors. f `[N, D]` are the vectors onto which dead codes may move.
         """
         n = n.to(self.counts)  # of a model in float64
         n, sums = distributed.sum_over(n), None if sums is None else distributed.sum_over(sums)
+        decay = self.options.decay_at(step)
         if not self.forgets_start:
             first = (self.debias == 0).float()
             self.counts.add_(first * n.mean())
             self.debias.add_(first)
             if sums is not None:
                 self.totals.add_(first * n.mean() * self.vectors)
-        self.counts.lerp_(n, 1 - self.options.decay)
-        self.debias.lerp_(torch.ones_like(self.debias), 1 - self.options.decay)
+        self.counts.lerp_(n, 1 - decay)
+        self.debias.lerp_(torch.ones_like(self.debias), 1 - decay)
         if sums is not None:
-            self.totals.lerp_(sums, 1 - self.options.decay)
+            self.totals.lerp_(sums, 1 - decay)
             total = self.counts.sum()
             extra = self.options.epsilon * self.debias
             smoothed = (self.counts + extra) / (total + len(self.counts) * extra)
@@ -147,12 +161,14 @@ class Codebook(nn.Module):
             # a code without vectors so far keeps its value: its mean is 0
             self.vectors.copy_(torch.where((self.counts > 0).unsqueeze(1), means, self.vectors))
         if self.options.revive:
-            self._revive(f)
+            self._revive(f, decay)
 
-    def _revive(self, f: Tensor) -> None:
+    def _revive(self, f: Tensor, decay: float) -> None:
         average = self.counts.sum() / len(self.counts)
-        # counts are judged only after enough batches (23 with a decay of 0.99)
-        dead = (self.counts < self.options.revive * average) & (self.debias > 0.2)  # [K]
+        # Counts are judged only after enough batches (23 with a decay of 0.99), and only if the batches that they
+        # remember, 1 / (1 - decay), use an average code at least twice.
+        judged = (self.debias > 0.2) & (average > 2 * (1 - decay))
+        dead = (self.counts < self.options.revive * average) & judged  # [K]
         replacement = f[torch.randint(len(f), (len(self.counts),), device=f.device)]  # [K, D]
         replacement = distributed.broadcast(replacement)
         self.vectors.copy_(torch.where(dead.unsqueeze(1), replacement, self.vectors))

@@ -89,13 +89,13 @@ class MultiCodebook(Discrete):
         levels = self.search(f)
         depth = self.draw_depth() if self.training else self.levels
         if self.training:
-            self.update(levels[:depth])
+            self.update(levels[:depth], step)
         return self._latent(f, levels, depth)
 
-    def update(self, levels: list[Level]) -> None:
+    def update(self, levels: list[Level], step: int) -> None:
         """Update the codebooks of the first levels outside the optimizer (EMA, revival)."""
         for book, level in zip(self.codebooks, levels, strict=False):
-            book.update(vectors_of(level.given.detach()), level.codes.flatten())
+            book.update(vectors_of(level.given.detach()), level.codes.flatten(), step)
 
     def _latent(self, f: Tensor, levels: list[Level], depth: int) -> Latent:
         """The latent of all codes, with z and the losses of the first `depth` levels."""
@@ -248,7 +248,7 @@ class Hierarchy(Discrete):
     def initialize(self, features: Tensor) -> None:
         coarse = self.down(features)
         self.top.initialize(coarse)
-        top = self.top(coarse, step=0)  # in training mode this is also the first update of the top codebook
+        top = self.top.quantize(coarse)
         self.bottom.initialize(torch.cat([features, self.decode_top(top.z)], dim=1))
 
     def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:

@@ -42,7 +42,7 @@ class NearestCode(Discrete):
         """The vectors `[B, D, h, w]` that are compared with the codes, for features `[B, channels, h, w]`."""
         return self.projection(features)
 
-    def update(self, f: Tensor, codes: Tensor) -> None:
+    def update(self, f: Tensor, codes: Tensor, step: int) -> None:
         """Update the codebook outside the optimizer (EMA, revival), given vectors `[N, D]` and their codes `[N]`."""
 
     def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:
@@ -54,7 +54,7 @@ class NearestCode(Discrete):
     def forward(self, features: Tensor, step: int) -> Latent:
         latent, f, codes = self._nearest(features, self.diversity if self.training else 0.0)
         if self.training:
-            self.update(f.detach(), codes)
+            self.update(f.detach(), codes, step)
         return latent
 
     def _nearest(self, features: Tensor, diversity: float) -> tuple[Latent, Tensor, Tensor]:
@@ -84,7 +84,7 @@ def soft_usage(f: Tensor, codebook: Tensor, temperature: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQOptions(NearestOptions, CodebookOptions):
+class VQOptions(CodebookOptions, NearestOptions):
     weight: Annotated[float, Range(0), "factor on the whole loss (10 in deep-vector-quantization)"] = 1.0
     diversity: Annotated[float, Range(0), "weight of the entropy of soft usage, which spreads usage over codes"] = 0.0
     temperature: Annotated[float, Range(1e-6), "softmax temperature of soft usage"] = 1.0
@@ -126,8 +126,8 @@ class VQ(NearestCode):
     def code_vectors(self) -> Tensor:
         return self.codebook.table()
 
-    def update(self, f: Tensor, codes: Tensor) -> None:
-        self.codebook.update(f, codes)
+    def update(self, f: Tensor, codes: Tensor, step: int) -> None:
+        self.codebook.update(f, codes, step)
 
 
 @dataclass(frozen=True, kw_only=True)
