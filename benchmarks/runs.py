@@ -60,6 +60,12 @@ def settings_of(flags: list[str]) -> dict[str, Any]:
     return settings | {"data": experiment.identity(experiment.load_data(config))}
 
 
+def steps_of(settings: Mapping[str, Any]) -> int:
+    """How many updates a run with these settings takes."""
+    steps = settings["epochs"] * (settings["data"]["examples"]["train"] // settings["batch_size"])
+    return min(steps, settings["max_steps"] or steps)
+
+
 def row_of(folder: Path, flags: list[str], *, plot_dir: str, iw_samples: int = 1, plots: bool = False) -> dict:
     """The held-out metrics of the run with these flags of train.py, in `<folder>-<hash>`.
 
@@ -76,7 +82,7 @@ def row_of(folder: Path, flags: list[str], *, plot_dir: str, iw_samples: int = 1
     if not checkpoint.exists():
         flags = [*flags, "--name", run.name, "--log-dir", str(run.parent), "--plot-dir", plot_dir]
         _call(train.main, flags)
-    elif experiment.checkpoint.read(run)["step"] < settings["max_steps"]:
+    elif experiment.checkpoint.read(run)["step"] < steps_of(settings):
         _call(train.main, ["--resume", str(run), "--plot-dir", plot_dir])
     _call(train.main, ["--evaluate", "--checkpoint", str(checkpoint), "--iw-samples", str(iw_samples)])
     if plots:

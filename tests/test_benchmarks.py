@@ -125,6 +125,32 @@ def test_bottlenecks_trains_what_it_is_asked_for_and_writes_what_it_is_told(benc
     assert Path("tables/out.md").read_text().strip() in printed
 
 
+def test_reproduce_goes_through_its_queue_and_says_how_far_it_is(benchmark, monkeypatch, capsys):
+    reproduce = benchmark("reproduce")
+    short = "--dataset digits --limit 40 --batch-size 20 --image-size 16 --hidden 8 --codes 16 --device cpu --epochs"
+    row = reproduce.Row(f"{short} 1", 2, "nothing", "none")
+    monkeypatch.setattr(reproduce, "ROWS", {"one": row, "two": row._replace(flags=f"{short} 2", seeds=1)})
+
+    def call(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", *words])
+        reproduce.main()
+        return capsys.readouterr().out
+
+    assert call("--status").splitlines() == [
+        "one seed 0: not started",
+        "one seed 1: not started",
+        "two seed 0: not started",
+    ]
+    assert "published: nothing" in call("--list")
+    printed = call("--output", "results/out.md")
+    assert Path("results/out.md").read_text().strip() in printed
+    assert "| one | 1 | digits | 2 x 20 |" in printed
+    assert "| two | 0 | digits | 4 x 20 |" in printed
+    (stored,) = Path("logs/reproduce").glob("two-seed0-*/row.json")
+    stored.unlink()
+    assert call("--status").splitlines() == ["one seed 0: finished", "one seed 1: finished", "two seed 0: at step 4"]
+
+
 @pytest.mark.parametrize("name", ["bottlenecks", "probabilistic", "priors", "speed", "families", "sampling"])
 def test_no_benchmark_writes_published_results_by_default(name):
     assert 'default="results' not in (ROOT / "benchmarks" / f"{name}.py").read_text()

@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""Train runs of published length, one after the other, and put them next to the published metrics.
+
+  python benchmarks/reproduce.py --list                              the rows, their commands and what is published
+  python benchmarks/reproduce.py --data-dir data --output results/reproduced.md         all rows, shortest first
+  python benchmarks/reproduce.py sonnet-cifar10 mnist-20 --data-dir data                only these
+  python benchmarks/reproduce.py --status                            how far each run is
+
+The queue is in the runs' folders: a stop costs at most the steps since the last checkpoint (five minutes). The same
+command goes on. Finished runs with the same settings, data and version of the package are not repeated.
+"""
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+from runs import hardware_of, row_of, table, write
+
+from vqvae.runs import LOG, read_metrics
+
+
+class Row(NamedTuple):
+    """A run of train.py, and what is published for it."""
+
+    flags: str
+    seeds: int
+    published: str  # with its source
+    protocol: str  # what differs from the published one
+
+
+JPEG = "the data here are re-encoded as JPEG if they are not the published files"
+TEN = "-ELBO in nats is not published for these ten"
+ROWS = {
+    "vae-2d-1": Row("--preset vae-2d-1", 1, "the data's entropy is the limit", "own data set"),
+    "vae-2d-2": Row("--preset vae-2d-2", 1, "the data's entropy is the limit", "own data set"),
+    "default-10k": Row(
+        "--dataset cifar10 --batch-size 32 --epochs 7 --max-steps 10000", 3, "MSE / variance 0.056 (Sonnet)", JPEG
+    ),
+    "sonnet-cifar10": Row("--preset sonnet-cifar10", 3, "MSE / variance 0.056 (Sonnet, in training)", JPEG),
+    "mnist-20": Row("--dataset mnist --epochs 20", 1, "33.37 dB, perplexity 47 (2302.05917)", "other nets, 8x8 codes"),
+    "vae-mnist": Row("--preset vae-cifar10 --dataset mnist --epochs 20", 1, "none", "own likelihood"),
+    "vlae-mnist": Row("--preset vlae-cifar10 --dataset mnist --epochs 20", 1, "none", "own likelihood"),
+    "cifar10-50": Row(
+        "--dataset cifar10 --epochs 50", 1, "24.94 dB, perplexity 377 (2405.14222)", f"195,000 steps there; {JPEG}"
+    ),
+    **{
+        f"probabilistic-{name}": Row(f"--preset probabilistic-{name}", 1, TEN, "pixels binarized at 0.5")
+        for name in ("1", "2.1", "2.2", "2.3", "2.4", "2.5", "3", "4.1", "4.2.1", "4.2.2")
+    },
+}
+INTRODUCTION = """# Runs of published length
+
+Each row is `python train.py` with the flags named, evaluated once on the test split at the end. ± is one standard error
+over images. Hardware: {hardware}.
+"""
+COLUMNS = ("row", "seed", "data", "steps x batch", "MSE x 1000", "PSNR, dB", "perplexity", "-ELBO", "hours", "commit")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("rows", nargs="*", default=list(ROWS), metavar="ROW", help=f"of: {', '.join(ROWS)} (default: all)")
+    add("--list", action="store_true", help="print the rows and what is published for them")
+    add("--status", action="store_true", help="print how far each run is")
+    add("--data-dir", default="data", help="folder of the data's files")
+    add("--logs", default="logs/reproduce", help="folder of the runs (default: logs/reproduce)")
+    add("--plots", default="plots/reproduce", help="folder of the plots (default: plots/reproduce)")
+    add("--output", help="Markdown file to write after every run, such as results/reproduced.md")
+    options = parser.parse_args()
+    if unknown := set(options.rows) - set(ROWS):
+        parser.error(f"no row {', '.join(sorted(unknown))}; known: {', '.join(ROWS)}")
+    if options.list:
+        for name in options.rows:
+            row = ROWS[name]
+            print(f"{name} (seeds: {row.seeds})\n    python train.py {row.flags}\n    published: {row.published}")
+            print(f"    protocol: {row.protocol}")
+    elif options.status:
+        for name in options.rows:
+            for seed in range(ROWS[name].seeds):
+                print(f"{name} seed {seed}: {progress(Path(options.logs), name, seed)}")
+    else:
+        train(options)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train, evaluate and plot the chosen rows that are not finished: all rows with seed 0, then with seed 1, ..."""
+    done = []
+    for seed in range(max(ROWS[name].seeds for name in options.rows)):
+        for name in options.rows:
+            if seed < ROWS[name].seeds:
+                flags = [*shlex.split(ROWS[name].flags), "--data-dir", options.data_dir, "--seed", str(seed)]
+                folder = Path(options.logs) / f"{name}-seed{seed}"
+                done.append({"row": name} | row_of(folder, flags, plot_dir=options.plots, plots=True))
+                write(options.output, report(done))
+    print("\n".join(report(done)))
+
+
+def progress(logs: Path, name: str, seed: int) -> str:
+    """How far a run is, from the files in its folder."""
+    folders = sorted(logs.glob(f"{name}-seed{seed}-*"), key=lambda folder: folder.stat().st_mtime)
+    if not folders:
+        return "not started"
+    if (folders[-1] / "row.json").exists():
+        return "finished"
+    steps = [entry["step"] for entry in read_metrics(folders[-1] / LOG)] if (folders[-1] / LOG).exists() else []
+    return f"at step {max(steps, default=0):,}"
+
+
+def report(rows: list[dict]) -> list[str]:
+    """The table of the finished rows, with the commands and what is published below it."""
+    cells = [
+        (
+            r["row"],
+            str(r["seed"]),
+            r["data"] + (f" ({r['note']})" if r["note"] else ""),
+            f"{r['step']:,} x {r['settings']['batch_size']}",
+            f"{1000 * r['mse']:.3f} ± {1000 * r['mse_se']:.3f}" if "mse" in r else "",
+            f"{r['psnr']:.2f} ± {r['psnr_se']:.2f}" if "psnr" in r else "",
+            f"{r['perplexity']:.0f} of {r['codebook_size']:,}" if "perplexity" in r else "",
+            f"{r['neg_elbo']:.2f} ± {r['neg_elbo_se']:.2f}",
+            f"{r['seconds'] / 3600:.2f}",
+            r["commit"],
+        )
+        for r in sorted(rows, key=lambda r: (list(ROWS).index(r["row"]), r["seed"]))
+    ]
+    names = [name for name in ROWS if any(r["row"] == name for r in rows)]
+    below = [(name, f"`{ROWS[name].flags}`", ROWS[name].published, ROWS[name].protocol) for name in names]
+    return [
+        INTRODUCTION.format(hardware=hardware_of(rows)),
+        *table(COLUMNS, cells),
+        "",
+        *table(("row", "flags", "published", "what differs"), below),
+    ]
+
+
+if __name__ == "__main__":
+    main()
