@@ -119,9 +119,11 @@ class Config:
     )
     conditional: Annotated[bool, "condition the prior on the labels"] = _field(False, "model")
 
-    data_dir: Annotated[str, Location(), "folder of the data's files, or of the images of --dataset folder, npz, parquet, webdataset"] = _field(
-        "data", "data", metavar="DIR", on_resume=True
-    )
+    data_dir: Annotated[
+        str,
+        Location(),
+        "folder of the data's files; for folder, npz, parquet and webdataset: the images' folder or file",
+    ] = _field("data", "data", metavar="DIR", on_resume=True)
     image_size: Annotated[
         Size | None, Sides(Range(1, 4096)), "scale images to this many pixels a side, or to a height and width: 96x128"
     ] = _field(None, "data", metavar="PIXELS")

@@ -116,7 +116,8 @@ class DatasetSplit:
         limit: int | None = None,
     ):
         choice = resolve(data.SLOT, choice)
-        size = Size(model.image_shape[1:]) if model.shows_images and choice.name != "gauss2d" else None  # points have no size
+        sized = model.shows_images and choice.name != "gauss2d"  # points have no size
+        size = Size(model.image_shape[1:]) if sized else None
         dataset = data.load(choice.name, data_dir=Path(data_dir), image_size=size, limit=limit, **choice.options)
         for name, reason in dataset.unreadable.items():
             _skip(name, reason)

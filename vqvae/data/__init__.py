@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from vqvae.data.base import Dataset, Images, fingerprint, scale
 from vqvae.data.builtin import digits, gauss2d, photos
+from vqvae.data.containers import npz, parquet, webdataset
 from vqvae.data.image_folder import folder
 from vqvae.data.published import cifar10, fashion_mnist, mnist, mnist_binary, svhn
 from vqvae.errors import OptionError, one_line
@@ -25,6 +26,9 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "cifar10": cifar10,
     "svhn": svhn,
     "folder": folder,
+    "npz": npz,
+    "parquet": parquet,
+    "webdataset": webdataset,
     "gauss2d": gauss2d,
 }
 SLOT = Slot("dataset", DATASETS, built_in=("digits", "photos", "gauss2d"))

@@ -91,6 +91,8 @@ def cached(source: Source, shape: Shape) -> CachedImages:
     content = _stored(array, index, source)
     if content is None:
         contents = source.contents()
+        if not contents.names:
+            raise OptionError("", "data_dir", source.path, f"has no images in its {source.kind} files; name others")
         try:
             content = _convert(contents, source, shape, array)
             try:
