@@ -144,7 +144,12 @@ def _skip(name: str, reason: str) -> None:
 
 def load_model(path: str, device: str) -> Autoencoder:
     """The model of a checkpoint. Raises `UserError` if its latent is continuous."""
-    model = checkpoint.load(path, choose_device(device))
+    return restore(checkpoint.read_model(path), path, device)
+
+
+def restore(content: dict[str, Any], path: str, device: str) -> Autoencoder:
+    """The same from the entries of the checkpoint, which `read_model` gives."""
+    model = checkpoint.restore(content, path).to(choose_device(device))
     discrete(model, path)
     return model
 
