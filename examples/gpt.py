@@ -34,8 +34,9 @@ def read_sequences(path: Path) -> tuple[Tensor, int, tuple[int, ...]]:
 
 def train(sequences: Tensor, steps: int, device: str) -> GPT2LMHeadModel:
     """A GPT-2 that predicts each code from those before it. Prints its loss, also on a held-out twentieth."""
-    sizes = {"vocab_size": int(sequences.max()) + 1, "n_positions": sequences.shape[1]}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, n_embd=128, n_layer=4, n_head=4, eos_token_id=None)).to(device)
+    sizes = {"vocab_size": int(sequences.max()) + 1, "n_positions": sequences.shape[1], "n_embd": 128}
+    config = GPT2Config(**sizes, n_layer=4, n_head=4, bos_token_id=None, eos_token_id=None)
+    model = GPT2LMHeadModel(config).to(device)
     held_out, training = sequences.split([len(sequences) // 20, len(sequences) - len(sequences) // 20])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(1, steps + 1):
