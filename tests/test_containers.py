@@ -284,3 +284,13 @@ def test_a_folder_without_such_files_is_refused(tmp_path, name):
         load(name, data_dir=tmp_path)
     with pytest.raises(OptionError, match="no such folder"):
         load(name, data_dir=tmp_path / "absent")
+
+
+def test_classes_of_one_name_stay_apart_and_labels_of_other_types_are_none(tmp_path):
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    rows = [{"image": {"bytes": image.getvalue(), "path": None}, "label": i % 3} for i in range(6)]
+    write_parquet(tmp_path / "a.parquet", rows, ["crane", "crane", "dog"])
+    write_parquet(tmp_path / "b.parquet", [row | {"label": [1.5]} for row in rows])
+    assert load("parquet", data_dir=tmp_path / "a.parquet", image_size=8).classes == ("crane (0)", "crane (1)", "dog")
+    assert load("parquet", data_dir=tmp_path / "b.parquet", image_size=8).classes == ()

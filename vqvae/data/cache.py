@@ -96,7 +96,7 @@ def cached(source: Source, shape: Shape) -> CachedImages:
         try:
             content = _convert(contents, source, shape, array)
             try:
-                write_text(index, json.dumps(content))
+                write_text(index, json.dumps(content | {"checksum": _checksum(array, content)}))
             except BaseException:
                 array.unlink()  # without its index it would only fill the disk
                 raise
@@ -128,8 +128,8 @@ def cache_folder() -> Path:
 def _convert(contents: Contents, source: Source, shape: Shape, array: Path) -> dict[str, Any]:
     """Write the readable images as a .npy file `[all, C, H, W]`, zeros at its end. Returns the content of its index:
 
-    the fields of `CachedImages` without the images, where each unreadable one has its `access` and the `reason`;
-    `source`, `kind` and `shape`, which `caches` lists; and `checksum`.
+    the fields of `CachedImages` without the images, where each unreadable one has its `access` and the `reason`; and
+    `source`, `kind` and `shape`, which `caches` lists.
     """
     names = contents.names
     layout = Layout.of(names)
@@ -160,7 +160,7 @@ def _convert(contents: Contents, source: Source, shape: Shape, array: Path) -> d
         out.truncate(start + len(kept) * size)
         out.truncate(start + len(chosen) * size)
     labels = contents.labels or [layout.label(name) for name in names]
-    content = {
+    return {
         "paths": [names[chosen[row]] for row in kept],
         "labels": [labels[chosen[row]] for row in kept],
         "classes": contents.classes,
@@ -171,7 +171,6 @@ def _convert(contents: Contents, source: Source, shape: Shape, array: Path) -> d
         "kind": source.kind,
         "shape": [len(chosen), shape.channels, *shape.size],
     }
-    return content | {"checksum": _checksum(array, content)}
 
 
 def _close_gaps(out: BinaryIO, kept: Sequence[int], start: int, size: int) -> None:
@@ -292,7 +291,7 @@ def position(path: str) -> float:
 class Cache(NamedTuple):
     """The files of one cache, whole or not."""
 
-    files: list[Path]
+    files: list[Path]  # sorted
     size: int  # bytes
     changed: float  # seconds since 1970
     kind: str  # of its source; "" if unknown
@@ -339,7 +338,7 @@ def remove(cache: Cache) -> bool:
                 return False
             except OSError:  # no locks here, or another process has removed it
                 continue
-        for path in cache.files:
+        for path in reversed(cache.files):  # the array before its index
             try:
                 path.unlink(missing_ok=True)
             except OSError as problem:

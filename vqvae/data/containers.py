@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import json
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -106,7 +107,7 @@ class Containers:
         self.path = path
         files, self.unlisted = [path], dict[str, str]()
         if not path.is_file():
-            files, self.unlisted = list_files(path, "data_dir", [self.suffix], self.suffix)
+            files, self.unlisted = list_files(path, "data_dir", [self.suffix], f"{self.suffix} files, or one of them")
         names = [path.name if file == path else file.relative_to(path).as_posix() for file in files]
         self.files = [Container(file, split_of(name)) for file, name in zip(files, names, strict=True)]
 
@@ -247,11 +248,12 @@ class Parquet(Containers):
                     for name in (columns.path, columns.label)
                 )  # fmt: skip
                 for path in paths:
-                    names.append(_inside(container.split, path or f"{counts[container.split]:06}.png"))
+                    inner = (path or "").replace("\\", "/").lstrip("/") or f"{counts[container.split]:06}.png"
+                    names.append(_inside(container.split, inner))
                     counts[container.split] += 1
                 labels += [columns.name(label) for label in found]
                 classes = classes or columns.classes
-        return Contents(names, labels if any(labels) else None, classes)
+        return Contents(names, labels if set(labels) - {None} else None, classes)
 
     def images(self, chosen: Sequence[int], shape: Shape) -> Iterator[tuple[int, Read]]:
         wanted, i = set(chosen), 0
@@ -285,12 +287,16 @@ class _Columns(NamedTuple):
         fields = [kind.field(i).name for i in range(kind.num_fields)]
         path = f"{image}.path" if "path" in fields else ""
         image = f"{image}.bytes" if "bytes" in fields else image
-        label = next((name for name in ("label", "labels", "fine_label") if name in schema.names), "")
+        known = [name for name in ("label", "labels", "fine_label") if name in schema.names]
+        label = next((name for name in known if re.match("u?int|(large_)?string", str(schema.field(name).type))), "")
         described: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         for key in ("info", "features", label, "names"):
             described = described.get(key) if isinstance(described, dict) else None
-        named = isinstance(described, list) and all(isinstance(name, str) for name in described)
-        return cls(image, path, label, described if named else None)
+        if not (isinstance(described, list) and all(isinstance(name, str) for name in described)):
+            return cls(image, path, label, None)
+        counts = Counter(described)  # ImageNet has two classes of one name
+        names = [name if counts[name] == 1 else f"{name} ({i})" for i, name in enumerate(described)]
+        return cls(image, path, label, names)
 
     def name(self, label: Any) -> str | None:
         """The name of a label's class, or None."""
@@ -324,7 +330,7 @@ class WebDataset(Containers):
             self.places.append(list(images.values()))
             names += [_inside(container.split, name) for name in images]
             labels += [known.get(_key(name)) for name in images]
-        return Contents(names, labels if any(labels) else None)
+        return Contents(names, labels if set(labels) - {None} else None)
 
     def images(self, chosen: Sequence[int], shape: Shape) -> Iterator[tuple[int, Read]]:
         wanted, i = set(chosen), 0
@@ -376,7 +382,7 @@ def _label_in(text: str, ending: str) -> str | None:
         return _label(text.strip())
     content = json.loads(text)
     found = [content[key] for key in ("label", "cls", "class") if key in content] if isinstance(content, dict) else []
-    return _label(found[0]) if found else None
+    return _label(found[0]) if found and isinstance(found[0], int | str) else None
 
 
 class _Bounded:

@@ -30,7 +30,7 @@ class Listing(NamedTuple):
 
 def list_images(folder: Path, option: str) -> Listing:
     """All image files below a folder, see `list_files`."""
-    return list_files(folder, option, SUFFIXES, "image")
+    return list_files(folder, option, SUFFIXES, "the images")
 
 
 def list_files(folder: Path, option: str, suffixes: Collection[str], what: str) -> Listing:
@@ -43,7 +43,7 @@ def list_files(folder: Path, option: str, suffixes: Collection[str], what: str) 
     """
     try:
         if not folder.is_dir():
-            raise OptionError("", option, folder, f"no such folder; name the one with the {what}s")
+            raise OptionError("", option, folder, f"no such folder; name the one with {what}")
         os.scandir(folder).close()
     except OSError as problem:
         raise OptionError("", option, folder, f"cannot be listed ({one_line(problem)})") from None
@@ -75,8 +75,9 @@ def list_files(folder: Path, option: str, suffixes: Collection[str], what: str) 
                 links.append(path)
     if not files:
         endings = ", ".join(sorted(suffixes))
+        kind = "image " if suffixes is SUFFIXES else ""
         closed = f", and folders that cannot be listed: {len(unlisted):,}" if unlisted else ""
-        raise OptionError("", option, folder, f"has no {what} files ({endings}){closed}; name a folder with some")
+        raise OptionError("", option, folder, f"has no {kind}files ({endings}){closed}; name a folder with some")
     return Listing(sorted(files), unlisted)
 
 
