@@ -41,7 +41,7 @@ def npz(
     channels: Channels = 3,
     resize: Resizing = "crop",
 ) -> Dataset:
-    """Images in an .npz file of NumPy, or in all those below a folder: data_dir names either.
+    """Images in an .npz file of NumPy: data_dir names one, or a folder with some.
 
     Arrays images and labels, x_train, y_train, x_test and y_test, train_images ..., or arr_0 and arr_1. Images are
     [N, H, W], [N, H, W, C] or [N, C, H, W], with 1, 3 or 4 channels, of uint8, uint16 or floats from 0 to 1, 255 or
@@ -61,7 +61,7 @@ def parquet(
     channels: Channels = 3,
     resize: Resizing = "crop",
 ) -> Dataset:
-    """Images in a .parquet file as Hugging Face has them, or in all those below a folder: data_dir names either.
+    """Images in a .parquet file, as Hugging Face has them: data_dir names one, or a folder with some.
 
     The column image (or img) has encoded images, as bytes or as a struct of bytes and path; label has integers or text.
     Files whose names begin with train and test (or val) are splits. Needs pyarrow: pip install 'vqvae[data]'.
@@ -80,7 +80,7 @@ def webdataset(
     channels: Channels = 3,
     resize: Resizing = "crop",
 ) -> Dataset:
-    """Images in a .tar file, or in all those below a folder: data_dir names either.
+    """Images in a .tar file: data_dir names one, or a folder with some.
 
     The label of a/7.jpg is the number or name in a/7.cls, or under label, cls or class in a/7.json. Without such files,
     folders are the classes. Files whose names begin with train and test (or val) are splits.
