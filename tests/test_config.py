@@ -90,7 +90,7 @@ def test_a_shorthand_is_an_option_of_the_chosen_member(line, same):
 
 def test_every_shorthand_names_an_option_that_exists():
     assert set(SHORTHANDS) == {
-        "codes", "code_dim", "beta", "gradient", "temperature", "hidden", "prior_flows", "kl_weight"
+        "resize", "codes", "code_dim", "beta", "gradient", "temperature", "hidden", "prior_flows", "kl_weight"
     }  # fmt: skip
     for short in SHORTHANDS.values():
         assert any(short.option in signature(member).options for member in SLOTS[short.slot].table.values())

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from tests.helpers import files_up_to
-from vqvae.data import decoding, image_folder, load
+from vqvae.data import cache, decoding, image_folder, load
 from vqvae.data.decoding import read_image
 from vqvae.data.image_folder import cached_images
 from vqvae.data.listing import Listing
@@ -324,9 +324,9 @@ def test_an_image_that_needs_a_package_names_it_whatever_the_file_is_called(tree
 def test_an_installed_package_reads_what_was_unreadable_before(tree, monkeypatch):
     write_flat(tree / "a.png")
     (tree / "b.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(12))
-    monkeypatch.setattr(image_folder, "optional_formats", list)
+    monkeypatch.setattr(cache, "optional_formats", list)
     assert "pillow-heif" in cached_images(tree, 8, 3).unreadable["b.HEIC"]
-    monkeypatch.setattr(image_folder, "optional_formats", lambda: ["HEIF"])
+    monkeypatch.setattr(cache, "optional_formats", lambda: ["HEIF"])
     monkeypatch.setattr(image_folder, "read_image", lambda *_: np.full((3, 8, 8), 5, np.uint8))
     assert sorted(cached_images(tree, 8, 3).paths) == ["a.png", "b.HEIC"]
 
@@ -394,10 +394,10 @@ def test_an_unreadable_image_is_read_when_its_permissions_change(tree, monkeypat
     for name in ("a.png", "b.png", "c.png"):
         write_flat(tree / name)
 
-    def as_user(path, size, channels):  # root reads everything
+    def as_user(path, *shape):  # root reads everything
         if not path.stat().st_mode & 0o444:
             raise PermissionError(13, "Permission denied", str(path))
-        return read_image(path, size, channels)
+        return read_image(path, *shape)
 
     monkeypatch.setattr("vqvae.data.image_folder.read_image", as_user)
     (tree / "b.png").chmod(0)
@@ -445,7 +445,7 @@ def test_file_names_need_not_be_utf8(tree):
     [
         (None, "no such folder"),
         ({}, "has no image files"),
-        ({"a.png": b"x"}, "none of its 1 image files can be read .a.png: no image in PNG"),
+        ({"a.png": b"x"}, "none of its 1 images can be read .a.png: no image in PNG"),
         ({"a.png": None}, "has one readable image"),
     ],
 )

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.helpers import SMALL
 from vqvae import cli, files, runs, tokens
 from vqvae.__main__ import dispatch
-from vqvae.data import image_folder, load
+from vqvae.data import cache, load
 from vqvae.errors import UserError
 from vqvae.runs import Busy, Lock
 
@@ -130,14 +130,14 @@ def test_a_cache_that_a_faster_process_made_and_maps_is_used(windows, tmp_path, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     write_images("in/a.png", "in/b.png")
-    convert, faster = image_folder._convert, []
+    convert, faster = cache._convert, []
 
     def overtaken(*arguments):
-        monkeypatch.setattr(image_folder, "_convert", convert)
+        monkeypatch.setattr(cache, "_convert", convert)
         faster.append(load("folder", data_dir="in", image_size=8))
         return convert(*arguments)
 
-    monkeypatch.setattr(image_folder, "_convert", overtaken)
+    monkeypatch.setattr(cache, "_convert", overtaken)
     data = load("folder", data_dir="in", image_size=8)
     assert data.fingerprint() == faster[0].fingerprint()
     assert not list(tmp_path.rglob("*.partial"))

@@ -12,6 +12,7 @@ COMMANDS = {  # modules of vqvae.commands
     "encode": "encode images to a file of codes",
     "decode": "decode a file of codes to images",
     "export": "write a trained model as files for other programs",
+    "cache": "list and remove the images that were converted for training",
 }
 HELP = f"""usage: vqvae COMMAND ...
 
@@ -27,6 +28,7 @@ examples
   vqvae encode --checkpoint logs/vqvae-cifar10 --dataset cifar10 --output codes.npz
   vqvae decode codes.npz --checkpoint logs/vqvae-cifar10 --output decoded
   vqvae export --checkpoint logs/vqvae-cifar10 --output exported
+  vqvae cache --clear all
 
 `vqvae COMMAND --help` explains a command, `vqvae --version` prints the version. `python -m vqvae` is the same program.
 """

@@ -246,6 +246,11 @@ def expect(value: Any, kind: type) -> Any:
     return value
 
 
+def array_names(file: BinaryIO) -> list[str]:
+    """The names of the arrays in an npz file."""
+    return [name.removesuffix(".npy") for name in _members(file) if name.endswith(".npy")]
+
+
 def read_arrays(file: BinaryIO, names: Collection[str]) -> dict[str, np.ndarray]:
     """The arrays of these names, of numbers or text, in an npz file. The others are not read."""
     left = max(ALWAYS_FITS, RATIO * size_of(file))

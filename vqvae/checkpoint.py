@@ -29,7 +29,7 @@ from vqvae.config import PATHS, Config
 from vqvae.errors import UserError, one_line, printable, shown
 from vqvae.evaluation import MOST_POINTS
 from vqvae.files import open_file, whole_file
-from vqvae.registry import Choice, build, resolve
+from vqvae.registry import Choice, Size, build, resolve
 
 FORMAT = 2
 EARLIER = {1: "0.1"}  # format -> the version of this package that reads it
@@ -261,7 +261,9 @@ def _plain_name(value: Any) -> str:
     return re.sub(r"[^\w.+=-]", "-", name)[:50].strip(".-") or "run" if SETTINGS["name"].problem(name) else name
 
 
-TYPES: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+TYPES: dict[Any, tuple[type, ...]] = {
+    int: (int,), float: (int, float), bool: (bool,), str: (str,), Size: (int, str),
+}  # fmt: skip
 
 
 def _checked_config(value: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from vqvae.errors import OptionError, UserError, near_misses, one_line, shown
 from vqvae.presets import PRESETS
-from vqvae.registry import Choice, Passes, Range, Slot, fields_of, resolve
+from vqvae.registry import Choice, Passes, Range, Sides, Size, Slot, fields_of, resolve
 from vqvae.schedules import ScheduleText
 
 Positive = Annotated[int, Range(1)]
@@ -119,12 +119,14 @@ class Config:
     )
     conditional: Annotated[bool, "condition the prior on the labels"] = _field(False, "model")
 
-    data_dir: Annotated[str, Location(), "folder of the data's files, or of the images of --dataset folder"] = _field(
-        "data", "data", metavar="DIR", on_resume=True
-    )
-    image_size: Annotated[int | None, Range(1, 4096), "scale images to this many pixels a side"] = _field(
-        None, "data", metavar="PIXELS"
-    )
+    data_dir: Annotated[
+        str,
+        Location(),
+        "folder of the data's files; for folder, npz, parquet and webdataset: the images' folder or file",
+    ] = _field("data", "data", metavar="DIR", on_resume=True)
+    image_size: Annotated[
+        Size | None, Sides(Range(1, 4096)), "scale images to this many pixels a side, or to a height and width: 96x128"
+    ] = _field(None, "data", metavar="PIXELS")
     limit: Annotated[int | None, Range(1), "use at most this many images of each split, for quick looks"] = _field(
         None, "data", metavar="N"
     )
@@ -193,8 +195,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as config.json and checkpoints store them."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: {"name": v.name, "options": v.options} if isinstance(v, Choice) else v for k, v in values.items()}
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
@@ -205,7 +206,16 @@ class Config:
         settings: dict[str, Any] = {
             k: Choice(v["name"], v["options"]) if isinstance(v, dict) else v for k, v in values.items()
         }
+        if settings.get("image_size") is not None:
+            settings["image_size"] = Size(settings["image_size"])
         return cls(**settings)
+
+
+def _plain(value: Any) -> Any:
+    """A setting as files store it."""
+    if isinstance(value, Choice):
+        return {"name": value.name, "options": value.options}
+    return value.plain() if isinstance(value, Size) else value
 
 
 FIELDS = fields_of(Config)
@@ -228,6 +238,7 @@ SHORTHANDS = {
     "code_dim": Shorthand("bottleneck", "code_dim", "D", "code dimension D"),
     "beta": Shorthand("bottleneck", "beta", "WEIGHT", "weight of the commitment loss"),
     "gradient": Shorthand("bottleneck", "gradient", "HOW", "straight-through or rotation"),
+    "resize": Shorthand("dataset", "resize", "HOW", "images of another shape: crop, pad or stretch"),
     "temperature": Shorthand("bottleneck", "temperature", "T", "of relaxed codes, a number or a schedule as for --lr"),
     "hidden": Shorthand("nets", "hidden", "N", "width of the nets"),
     "prior_flows": Shorthand("prior", "flows", "N", "flows of an autoregressive-flow prior"),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.errors import OptionError
-from vqvae.registry import Range, checked
+from vqvae.registry import Range, Size, checked
 
 ImageShape = tuple[int, int, int]  # (C, H, W)
 POINT = (2, 1, 1)
@@ -27,9 +27,11 @@ def divisible(image_shape: ImageShape, stride: int) -> tuple[int, int]:
     if (channels, height, width) == POINT:
         raise OptionError("", "nets", None, "must be mlp or conv-vae, because the data are points of the plane")
     if height % stride or width % stride:
-        size = height if height == width else f"{height}x{width}"
-        low = max(stride, min(height, width) // stride * stride)
-        raise OptionError("", "image_size", size, f"does not divide by {stride}; try {low} or {low + stride}")
+        lower = [max(stride, side // stride * stride) for side in (height, width)]
+        upper = [-(-side // stride) * stride for side in (height, width)]
+        upper = upper if upper != lower else [side + stride for side in lower]
+        size, low, high = (Size(sides) for sides in ((height, width), lower, upper))
+        raise OptionError("", "image_size", size, f"does not divide by {stride}; try {low} or {high}")
     return height // stride, width // stride
 
 

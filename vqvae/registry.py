@@ -17,7 +17,7 @@ import inspect
 import math
 import sys
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from vqvae.errors import OptionError, near_misses, out_of_memory
@@ -84,6 +84,46 @@ class Passes:
         return self.text
 
 
+class Size(tuple[int, int]):
+    """Height and width in pixels, made from 64, "64", "96x128" or (96, 128). Raises `ValueError` for anything else."""
+
+    def __new__(cls, value: "int | str | Sequence[int]") -> "Size":
+        sides = value if isinstance(value, tuple | list) else str(value).lower().replace("×", "x").split("x")
+        if not 1 <= len(sides) <= 2:
+            raise ValueError
+        return super().__new__(cls, (whole_number(sides[0]), whole_number(sides[-1])))
+
+    def plain(self) -> int | str:
+        """As files store it: 64, or "96x128"."""
+        return self[0] if self[0] == self[1] else f"{self[0]}x{self[1]}"
+
+    def __str__(self) -> str:
+        return str(self.plain())
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """Sizes, or what makes one, whose sides are in a range."""
+
+    range: Range
+
+    def problem(self, value: Any) -> str | None:
+        try:
+            return next(filter(None, map(self.range.problem, Size(value))), None)
+        except (ValueError, TypeError, OverflowError):
+            return f"must be {NAMES[Size]}"
+
+    def __str__(self) -> str:
+        return str(self.range)
+
+
+NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "yes or no",
+    str: "text",
+    Size: "pixels, such as 64, or height and width, such as 96x128",
+}
 Count = typing.Annotated[int, Range(1, 2**24)]  # codes, dimensions: what fits in memory
 LARGEST = {int: 2**31 - 1, float: 3.4e38}  # for options without an upper bound: what int32 and float32 can store
 
@@ -92,7 +132,7 @@ class Option(NamedTuple):
     """One option of a member, read from its annotation."""
 
     name: str
-    kind: Any  # int, float, bool, str, or a Literal of strings
+    kind: Any  # int, float, bool, str, Size, or a Literal of strings
     default: Any
     rules: tuple[Rule, ...]
     help: str
@@ -148,19 +188,9 @@ class Option(NamedTuple):
         try:
             if self.kind is bool:
                 return value if isinstance(value, bool) else TRUTHS[str(value).lower()]
-            if self.kind is int and str(value).lstrip("+-").isdigit():
-                return int(str(value)[:400])  # Python reads no more than 4,300 digits; no range includes 400
-            if self.kind is int:
-                number = float(value)  # 1e4 is a fine way to write a count
-                if math.isinf(number) and "n" not in str(value).lower():
-                    number = math.copysign(sys.float_info.max, number)  # 1e400, which every range refuses
-                if number != int(number):
-                    raise ValueError
-                return int(number)
-            return self.kind(value)
+            return whole_number(value) if self.kind is int else self.kind(value)
         except (ValueError, KeyError, OverflowError, TypeError):
-            names = {int: "a whole number", float: "a number", bool: "yes or no", str: "text"}
-            raise OptionError("", self.name, value, f"must be {names[self.kind]}") from None
+            raise OptionError("", self.name, value, f"must be {NAMES[self.kind]}") from None
 
     def takes(self) -> str:
         """Type and range in words, for `--list`."""
@@ -171,6 +201,18 @@ class Option(NamedTuple):
 
     def shown_default(self) -> str:
         return ("yes" if self.default else "no") if self.kind is bool else str(self.default)
+
+
+def whole_number(value: Any) -> int:
+    """The number that a value or text is; raises `ValueError`, `OverflowError` or `TypeError` if it is none."""
+    if str(value).lstrip("+-").isdigit():
+        return int(str(value)[:400])  # Python reads no more than 4,300 digits; no range includes 400
+    number = float(value)  # 1e4 is a fine way to write a count
+    if math.isinf(number) and "n" not in str(value).lower():
+        number = math.copysign(sys.float_info.max, number)  # 1e400, which every range refuses
+    if number != int(number):
+        raise ValueError
+    return int(number)
 
 
 def without_none(annotation: Any) -> tuple[Any, bool]:

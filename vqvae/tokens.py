@@ -1,6 +1,6 @@
 """Encode images to a file of codes and decode such a file to images, a batch at a time.
 
-N images, B batch, C channels, S pixels per side; `grid` is the bottleneck's code grid, (h, w).
+N images, B batch, C channels, H W pixels; `grid` is the bottleneck's code grid, (h, w).
 """
 
 import os
@@ -22,12 +22,12 @@ from vqvae.archives import read_arrays, size_of
 from vqvae.autoencoder import Autoencoder
 from vqvae.checkpoint import weights_checksum
 from vqvae.contracts import Discrete
-from vqvae.data.decoding import read_image
+from vqvae.data.decoding import Resize, read_image
 from vqvae.data.listing import list_images
 from vqvae.devices import choose_device
 from vqvae.errors import OptionError, UserError, one_line, printable
 from vqvae.files import WINDOWS, cannot_write, open_file, whole_file
-from vqvae.registry import Choice, resolve
+from vqvae.registry import Choice, Size, resolve
 
 FIELDS = ("codes", "num_codes", "grid", "image_shape", "files", "model")
 COLORS = {1: "gray", 3: "RGB"}  # what an image file can store, by number of channels
@@ -52,16 +52,18 @@ class Source(Protocol):
 
 
 class ImageFolder:
-    """The images below a folder, in batches `[B, C, S, S]` uint8; at most two batches are in memory.
+    """The images below a folder, in batches `[B, C, H, W]` uint8; at most two batches are in memory.
 
-    Images are cropped and scaled as in training on a folder. Files that cannot be read are named on stderr and
+    Images are brought to the model's size as `resize` says. Files that cannot be read are named on stderr and
     skipped. `names` collects the relative paths of the others as the batches are read.
     """
 
-    def __init__(self, folder: Path, model: Autoencoder, batch_size: int, limit: int | None = None):
+    def __init__(
+        self, folder: Path, model: Autoencoder, batch_size: int, limit: int | None = None, resize: Resize = "crop"
+    ):
         need_images(model, "input", folder)
         self.folder, self.batch_size = folder, batch_size
-        self.channels, self.size, _ = model.image_shape
+        self.channels, self.size, self.resize = model.image_shape[0], Size(model.image_shape[1:]), resize
         files, self.unlisted = list_images(folder, "input")
         self.files = files[:limit]
         self.names: list[str] = []
@@ -86,7 +88,7 @@ class ImageFolder:
         return {"files": np.array(self.names, dtype=str)}
 
     def _read(self, path: Path) -> np.ndarray:
-        return read_image(path, self.size, self.channels)
+        return read_image(path, self.size, self.channels, self.resize)
 
     def _readable(self, jobs: list[tuple[Path, Future]]) -> list[np.ndarray]:
         images = []
@@ -114,7 +116,8 @@ class DatasetSplit:
         limit: int | None = None,
     ):
         choice = resolve(data.SLOT, choice)
-        size = model.image_shape[1] if model.shows_images and choice.name != "gauss2d" else None  # points have no size
+        sized = model.shows_images and choice.name != "gauss2d"  # points have no size
+        size = Size(model.image_shape[1:]) if sized else None
         dataset = data.load(choice.name, data_dir=Path(data_dir), image_size=size, limit=limit, **choice.options)
         for name, reason in dataset.unreadable.items():
             _skip(name, reason)
@@ -141,7 +144,12 @@ def _skip(name: str, reason: str) -> None:
 
 def load_model(path: str, device: str) -> Autoencoder:
     """The model of a checkpoint. Raises `UserError` if its latent is continuous."""
-    model = checkpoint.load(path, choose_device(device))
+    return restore(checkpoint.read_model(path), path, device)
+
+
+def restore(content: dict[str, Any], path: str, device: str) -> Autoencoder:
+    """The same from the entries of the checkpoint, which `read_model` gives."""
+    model = checkpoint.restore(content, path).to(choose_device(device))
     discrete(model, path)
     return model
 

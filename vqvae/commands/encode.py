@@ -15,9 +15,9 @@ examples
   vqvae encode --checkpoint logs/vqvae-photos --dataset photos crops=500 --limit 100 --output codes.npz
   vqvae encode --checkpoint logs/vqvae-folder --input ~/Pictures --output codes.npz --batch-size 256
 
-A folder may be larger than memory, because images are read a batch at a time. Each image is cropped to a square, scaled
-to the model's size, and converted to gray for a gray model. Links to folders are followed, hidden files are not read.
-Unreadable files are named and skipped.
+A folder may be larger than memory, because images are read a batch at a time. Each image gets the model's size, in the
+way of its training (see --resize), and is converted to gray for a gray model. Links to folders are followed, hidden
+files are not read. Unreadable files are named and skipped.
 
 codes.npz contains
   codes        [N, *grid] uint16, or int32 for codebooks of more than 65,536 codes
@@ -36,6 +36,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--dataset", nargs="+", metavar=("NAME", "key=value"), help="a data set, as in vqvae train")
     add("--input", metavar="FOLDER", type=path("input"), help="a folder; all images below it are encoded")
+    resize = cli.value("resize", Literal["crop", "pad", "stretch"])
+    help = "images of another shape (default: as the model was trained)"
+    add("--resize", metavar="{crop,pad,stretch}", type=resize, help=help)
     split = cli.value("split", Literal["train", "test"])
     add("--split", metavar="{train,test}", type=split, help="split of the data set (default: train)")
     add("--data-dir", metavar="DIR", type=path("data_dir"), help="folder with the data set's files (default: data)")
@@ -62,17 +65,25 @@ def main(argv: list[str]) -> int:
         if options.input and getattr(options, name) is not None:
             raise OptionError("", name, getattr(options, name), "needs --dataset; a folder of --input has none")
 
-    from vqvae import data, tokens
+    from vqvae import checkpoint, data, tokens
 
-    choice = resolve(data.SLOT, Choice.parse("dataset", options.dataset)) if options.dataset else None
-    if choice and options.data_dir and choice.name in data.SLOT.built_in:
+    typed = Choice.parse("dataset", options.dataset) if options.dataset else Choice("folder", {})
+    if options.resize and options.resize != typed.options.setdefault("resize", options.resize):
+        raise OptionError("", "resize", options.resize, f"is given twice, also as {typed}; keep one")
+    choice = resolve(data.SLOT, typed)
+    if options.data_dir and choice.name in data.SLOT.built_in:
         raise OptionError("", "data_dir", options.data_dir, f"the data set {choice.name} reads no files; leave it out")
 
     with naming("checkpoint", options.checkpoint):
-        model = tokens.load_model(options.checkpoint, options.device)
+        content = checkpoint.read_model(options.checkpoint)
+        model = tokens.restore(content, options.checkpoint, options.device)
+    if "resize" in choice.options and "resize" not in typed.options:  # as in training
+        trained = content["config"]["dataset"]["options"].get("resize", "crop")
+        choice = resolve(data.SLOT, Choice(choice.name, choice.options | {"resize": trained}))
     source: tokens.Source
-    if choice is None:
-        source = tokens.ImageFolder(Path(options.input), model, options.batch_size, options.limit)
+    if options.input:
+        resize = choice.options["resize"]
+        source = tokens.ImageFolder(Path(options.input), model, options.batch_size, options.limit, resize)
     else:
         source = tokens.DatasetSplit(
             choice,

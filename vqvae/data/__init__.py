@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 from vqvae.data.base import Dataset, Images, fingerprint, scale
 from vqvae.data.builtin import digits, gauss2d, photos
+from vqvae.data.containers import npz, parquet, webdataset
 from vqvae.data.image_folder import folder
 from vqvae.data.published import cifar10, fashion_mnist, mnist, mnist_binary, svhn
 from vqvae.errors import OptionError, one_line
-from vqvae.registry import Choice, Range, Slot, checked, resolve
+from vqvae.registry import Choice, Range, Sides, Size, Slot, checked, resolve
 
 __all__ = ["DATASETS", "SLOT", "Dataset", "Images", "fingerprint", "load"]
 
@@ -25,6 +26,9 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "cifar10": cifar10,
     "svhn": svhn,
     "folder": folder,
+    "npz": npz,
+    "parquet": parquet,
+    "webdataset": webdataset,
     "gauss2d": gauss2d,
 }
 SLOT = Slot("dataset", DATASETS, built_in=("digits", "photos", "gauss2d"))
@@ -35,11 +39,14 @@ def load(
     name: str,
     *,
     data_dir: str | Path = "data",
-    image_size: Annotated[int, Range(1, 4096)] | None = None,
+    image_size: Annotated[int | str | tuple[int, int], Sides(Range(1, 4096))] | None = None,
     limit: Annotated[int, Range(1)] | None = None,
     **options: Any,
 ) -> Dataset:
-    """Load a data set by name, scaled to `image_size` pixels a side, with the first `limit` images of each split.
+    """Load a data set by name, with the first `limit` images of each split.
+
+    Images are scaled to `image_size`: pixels a side (64), or height and width ((96, 128) or "96x128"). Their aspect
+    changes, except where the data set has the option `resize`.
 
     Raises `UserError` for an unknown name or option, a value out of range, files that are absent, damaged or cannot be
     downloaded, and images that do not fit into memory.
@@ -52,9 +59,10 @@ def load(
     if not str(data_dir):
         raise OptionError("", "data_dir", "''", "names no folder; . is the current one")
     try:
-        data = DATASETS[name](data_dir=folder, image_size=image_size, **choice.options)
+        size = None if image_size is None else Size(image_size)
+        data = DATASETS[name](data_dir=folder, image_size=size, **choice.options)
         train, test = (
-            Images(scale(split.images[:limit], image_size), split.labels[:limit]) for split in (data.train, data.test)
+            Images(scale(split.images[:limit], size), split.labels[:limit]) for split in (data.train, data.test)
         )
     except (MemoryError, RuntimeError) as problem:
         if isinstance(problem, RuntimeError) and "alloc" not in str(problem):

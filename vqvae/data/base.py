@@ -57,9 +57,9 @@ def fingerprint(*tensors: Tensor) -> str:
     return digest.hexdigest()[:32]
 
 
-def interpolate(images: Tensor, size: int) -> Tensor:
-    """Scale images `[N, C, H, W]` float to `[N, C, size, size]`, antialiased."""
-    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+def interpolate(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Scale images `[N, C, H, W]` float to `[N, C, *size]`, antialiased."""
+    return F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -67,9 +67,9 @@ def to_bytes(images: Tensor) -> Tensor:
     return images.round().clamp(0, 255).to(torch.uint8)
 
 
-def scale(images: Tensor, size: int | None) -> Tensor:
-    """Scale images `[N, C, H, W]` uint8 to `[N, C, size, size]`; None returns them unchanged."""
-    if size is None or images.shape[-2:] == (size, size):
+def scale(images: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Scale images `[N, C, H, W]` uint8 to `[N, C, *size]`; None returns them unchanged."""
+    if size is None or images.shape[-2:] == size:
         return images
     tiles = images.split(4096)  # keeps the float copies small
     return torch.cat([to_bytes(interpolate(tile.float(), size)) for tile in tiles])

@@ -9,19 +9,19 @@ import torch
 
 from vqvae.data.base import DIGITS, Dataset, Images, interpolate, to_bytes
 from vqvae.errors import OptionError
-from vqvae.registry import Passes, Range, checked
+from vqvae.registry import Passes, Range, Size, checked
 
 MOST_CROPS, MOST_POINTS = 1_000_000, 100_000_000  # 3 GB, 800 MB
 
 
 @checked
-def digits(*, data_dir: Path, image_size: int | None) -> Dataset:
+def digits(*, data_dir: Path, image_size: Size | None) -> Dataset:
     """Handwritten digits of scikit-learn: 1,500 training and 297 test images, 32x32 gray, scaled from 8x8."""
     from sklearn.datasets import load_digits
 
     source = load_digits()
     small = torch.from_numpy(source.images).float()[:, None] * (255 / 16)
-    images = to_bytes(interpolate(small, 32))
+    images = to_bytes(interpolate(small, (32, 32)))
     labels = torch.from_numpy(source.target).long()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     train, test = order[:1500], order[1500:]
@@ -32,7 +32,7 @@ def digits(*, data_dir: Path, image_size: int | None) -> Dataset:
 def photos(
     *,
     data_dir: Path,
-    image_size: int | None,
+    image_size: Size | None,
     crops: Annotated[int, Range(1, MOST_CROPS), "number of training images"] = 10_000,
     test_crops: Annotated[int, Range(1, MOST_CROPS), "number of test images"] = 2_000,
 ) -> Dataset:
@@ -66,7 +66,7 @@ GAUSSIANS = {1: ((1.0, 2.0), (5.0, 1.0)), 2: ((-1.0, 2.0), (1.0, 5.0))}  # mean,
 def gauss2d(
     *,
     data_dir: Path,
-    image_size: int | None,
+    image_size: Size | None,
     set: Annotated[int, Passes(lambda k: k in GAUSSIANS, "1 or 2"), "mean and scales, see below"] = 1,
     train_points: Annotated[int, Range(1, MOST_POINTS), "number of training points"] = 10_000,
     test_points: Annotated[int, Range(1, MOST_POINTS), "number of test points"] = 2_500,

@@ -1,20 +1,21 @@
-"""Decode one image file from a stranger, within bounds.
+"""Decode one image from a stranger, within bounds.
 
-C channels, S pixels a side.
+C channels, H W pixels.
 """
 
 import contextlib
 import importlib
 import importlib.util
 import math
-import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
+from vqvae.archives import size_of
 from vqvae.files import open_file
+from vqvae.registry import Size
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFile
@@ -30,52 +31,91 @@ LARGEST_FILE = 240 * 2**20  # bytes; a decoder may read the file twice
 BITS_PER_SAMPLE, TILE_WIDTH, TILE_LENGTH = 258, 322, 323  # tags of TIFF
 
 
-def read_image(path: Path, size: int, channels: int) -> np.ndarray:
-    """An image file as `[C, S, S]` uint8: rotated as its EXIF data say, transparency on white, cropped square.
+Resize = Literal["crop", "pad", "stretch"]  # how an image of another shape gets the size asked for
 
-    Pixels of 16 and 32 bits are scaled as `_eight_bits` says. Raises any exception for a file that is no image, or one
-    that takes more than 500 MB to decode.
+
+class Shape(NamedTuple):
+    """What every image becomes."""
+
+    size: Size
+    channels: int = 3
+    resize: Resize = "crop"
+
+
+def read_image(path: Path, size: int | tuple[int, int], channels: int, resize: Resize = "crop") -> np.ndarray:
+    """An image file as `[C, H, W]` uint8, see `decode` and `fit`."""
+    with open_file(path) as file:
+        if size_of(file) > LARGEST_FILE:
+            raise ValueError(f"a file of more than {LARGEST_FILE >> 20} MiB")
+        return decode(file, Shape(Size(size), channels, resize))
+
+
+def decode(file: BinaryIO, shape: Shape) -> np.ndarray:
+    """An open image file as `[C, H, W]` uint8, rotated as its EXIF data say.
+
+    Pixels of 16 and 32 bits are scaled as `white` says. Raises any exception for a file that is no image, or one that
+    takes more than 500 MB to decode.
     """
     from PIL import Image, ImageOps
 
     # warnings.catch_warnings is not safe in threads
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-    with open_file(path) as file:
-        if os.fstat(file.fileno()).st_size > LARGEST_FILE:
-            raise ValueError(f"a file of more than {LARGEST_FILE >> 20} MiB")
-        image: Image.Image = _open(file)
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith(("I", "F")):  # 16 or 32 bits per pixel, which PIL would clip to 8
-            image = _eight_bits(image)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image if image.mode == "RGBA" else image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        mode = "RGB" if channels == 3 else "L"
-        if image.mode != mode:
-            image = image.convert(mode)
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    pixels = np.asarray(image)
-    return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
+    image: Image.Image = _open(file)
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits per pixel, which PIL would clip to 8
+        values = np.array(image, dtype=np.float64)
+        image = Image.fromarray(eight_bits(values, white(values, floats=image.mode == "F")))
+    return fit(image, shape)
 
 
-def _eight_bits(image: "Image.Image") -> "Image.Image":
-    """A gray image of 16 or 32 bits as one of 8 bits, where equal values of different files stay equal.
+def fit(image: "Image.Image", shape: Shape) -> np.ndarray:
+    """An image of 8 bits as `[C, H, W]` uint8: transparency on white, gray or color, at the size asked for.
 
-    White is 65535 for integers. For floats it is 1, 255 or 65535: the first that no pixel exceeds. Raises `ValueError`
-    for pixels that are below 0, above 65535, or not finite.
+    `crop` scales it to fill that size and keeps the center, `pad` scales it to fit and adds black borders, and
+    `stretch` changes its aspect.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    values = np.array(image, dtype=np.float64)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    mode = "RGB" if shape.channels == 3 else "L"
+    if image.mode != mode:
+        image = image.convert(mode)
+    height, width = shape.size
+    if shape.resize == "crop":
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    elif shape.resize == "pad":
+        factor = min(width / image.width, height / image.height)
+        inner = image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.LANCZOS)
+        image = Image.new(mode, (width, height))
+        image.paste(inner, ((width - inner.width) // 2, (height - inner.height) // 2))
+    else:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    pixels = np.asarray(image)
+    return pixels.transpose(2, 0, 1) if shape.channels == 3 else pixels[None]
+
+
+def white(values: np.ndarray, *, floats: bool) -> int:
+    """The value of white in images of more than 8 bits, so that equal values of different images stay equal.
+
+    It is 65535 for integers. For floats it is 1, 255 or 65535: the first that no pixel exceeds. Raises `ValueError` for
+    pixels that are below 0, above 65535, or not finite.
+    """
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("pixels that are not finite")
-    whites, slack = ((1, 255, 65535), 0.001) if image.mode == "F" else ((65535,), 0)  # filters overshoot a little
-    white = next((white for white in whites if high <= (1 + slack) * white), None)
-    if white is None or low < -slack * white:
+    whites, slack = ((1, 255, 65535), 0.001) if floats else ((65535,), 0)  # filters overshoot a little
+    found = next((white for white in whites if high <= (1 + slack) * white), None)
+    if found is None or low < -slack * found:
         raise ValueError(f"pixels from {low:g} to {high:g}; save it with 8 or 16 bits, or with floats from 0 to 1")
+    return found
+
+
+def eight_bits(values: np.ndarray, white: int) -> np.ndarray:
+    """Values from 0 to `white`, of float64, as uint8. Changes the values."""
     values *= 255 / white
-    return Image.fromarray(values.round(out=values).clip(0, 255, out=values).astype(np.uint8))
+    return values.round(out=values).clip(0, 255, out=values).astype(np.uint8)
 
 
 def optional_formats() -> list[str]:

@@ -3,7 +3,7 @@
 import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,9 @@ HIDDEN = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Infor
 SPLITS = [{"train", "training"}, {"test", "testing"}, {"val", "valid", "validation"}]  # folders, in any case
 
 
+SPLIT_WORD = re.compile(rf"({'|'.join(sorted(set.union(*SPLITS), reverse=True))})(?![a-z])", re.IGNORECASE)
+
+
 class Listing(NamedTuple):
     """What is below a folder. Names are relative to it, with `/` between their parts on every system."""
 
@@ -26,16 +29,21 @@ class Listing(NamedTuple):
 
 
 def list_images(folder: Path, option: str) -> Listing:
-    """All image files below a folder. Named pipes, devices and sockets are left out.
+    """All image files below a folder, see `list_files`."""
+    return list_files(folder, option, SUFFIXES, "the images")
+
+
+def list_files(folder: Path, option: str, suffixes: Collection[str], what: str) -> Listing:
+    """All files below a folder whose names have these suffixes. Named pipes, devices and sockets are left out.
 
     Files and folders whose names begin with a dot are left out, and so are those in `HIDDEN`. Links to folders are
     followed after all other folders, those that contain the link excepted, and no folder is entered twice.
 
-    Raises `OptionError` for the option that chose the folder, if it cannot be listed or has no image files.
+    Raises `OptionError` for the option that chose the folder, if it cannot be listed or has no such files.
     """
     try:
         if not folder.is_dir():
-            raise OptionError("", option, folder, "no such folder; name the one with the images")
+            raise OptionError("", option, folder, f"no such folder; name the one with {what}")
         os.scandir(folder).close()
     except OSError as problem:
         raise OptionError("", option, folder, f"cannot be listed ({one_line(problem)})") from None
@@ -59,16 +67,17 @@ def list_images(folder: Path, option: str) -> Listing:
             if entry.name.startswith(".") or entry.name in HIDDEN:
                 continue
             if not _is_folder(entry):
-                if path.suffix.lower() in SUFFIXES and _may_be_file(path):
+                if path.suffix.lower() in suffixes and _may_be_file(path):
                     files.append(path)
             elif not entry.is_symlink():
                 folders.append(path)
             elif not _contains(os.path.realpath(path), real):
                 links.append(path)
     if not files:
-        endings = ", ".join(sorted(SUFFIXES))
+        endings = ", ".join(sorted(suffixes))
+        kind = "image " if suffixes is SUFFIXES else ""
         closed = f", and folders that cannot be listed: {len(unlisted):,}" if unlisted else ""
-        raise OptionError("", option, folder, f"has no image files ({endings}){closed}; name a folder with some")
+        raise OptionError("", option, folder, f"has no {kind}files ({endings}){closed}; name a folder with some")
     return Listing(sorted(files), unlisted)
 
 
@@ -128,6 +137,15 @@ class Layout(NamedTuple):
         """The folder that is an image's class, or None."""
         parts = name.split("/")[self.above :]
         return parts[0] if len(parts) > 1 else None
+
+
+def split_of(name: str) -> str:
+    """The word for a split with which a file's name begins, or else the nearest of its folders; "" without one.
+
+    `data/train-00000-of-00002.parquet` is of `train`, and so is `train/0000.parquet`.
+    """
+    words = (SPLIT_WORD.match(part) for part in reversed(name.split("/")))
+    return next((match[1] for match in words if match), "")
 
 
 def in_order(classes: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from vqvae.data import formats
 from vqvae.data.base import DIGITS, Dataset, Images, scale
 from vqvae.errors import OptionError, UserError, one_line
-from vqvae.registry import checked
+from vqvae.registry import Size, checked
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ FASHION_MNIST = Published(
 
 
 @checked
-def mnist(*, data_dir: Path, image_size: int | None) -> Dataset:
+def mnist(*, data_dir: Path, image_size: Size | None) -> Dataset:
     """MNIST: 60,000 training and 10,000 test images, 28x28 gray.
 
     Read from the IDX files in data_dir/MNIST/raw, which are downloaded if absent.
@@ -82,7 +82,7 @@ def mnist(*, data_dir: Path, image_size: int | None) -> Dataset:
 
 
 @checked
-def fashion_mnist(*, data_dir: Path, image_size: int | None) -> Dataset:
+def fashion_mnist(*, data_dir: Path, image_size: Size | None) -> Dataset:
     """Fashion-MNIST: 60,000 training and 10,000 test images of clothes, 28x28 gray.
 
     Read from the IDX files in data_dir/FashionMNIST/raw, which are downloaded if absent.
@@ -94,7 +94,7 @@ def fashion_mnist(*, data_dir: Path, image_size: int | None) -> Dataset:
 def mnist_binary(
     *,
     data_dir: Path,
-    image_size: int | None,
+    image_size: Size | None,
     binarization: Annotated[
         Literal["threshold", "bernoulli"], "white above 1/2, or drawn once with the pixel as the probability"
     ] = "threshold",
@@ -142,7 +142,7 @@ CIFAR10 = Published(
 
 
 @checked
-def cifar10(*, data_dir: Path, image_size: int | None) -> Dataset:
+def cifar10(*, data_dir: Path, image_size: Size | None) -> Dataset:
     """CIFAR-10: 50,000 training and 10,000 test images, 32x32 RGB.
 
     Read from the "python version" in data_dir/cifar-10-batches-py, which is downloaded if absent.
@@ -174,7 +174,7 @@ SVHN = Published(
 
 
 @checked
-def svhn(*, data_dir: Path, image_size: int | None) -> Dataset:
+def svhn(*, data_dir: Path, image_size: Size | None) -> Dataset:
     """Street View House Numbers: 73,257 training and 26,032 test images, 32x32 RGB.
 
     Read from train_32x32.mat and test_32x32.mat in data_dir, which are downloaded if absent.

@@ -1,0 +1,80 @@
+"""`vqvae cache`: the images that were converted for training, listed and removed."""
+
+import os
+import time
+from pathlib import Path
+
+from vqvae import cli
+from vqvae.commands import path
+from vqvae.errors import OptionError, printable
+
+ALL = "all"
+EXAMPLES = """
+examples
+  vqvae cache                              list the caches, the oldest first
+  vqvae cache --clear all                  remove all
+  vqvae cache --clear ~/Pictures           remove those of this folder or file
+  vqvae cache --clear ~/.cache/vqvae/0f1e2d3c4b5a69788796a5b4.npy
+
+Training on --dataset folder, npz, parquet or webdataset converts the images once, for each size and each change of the
+files, into ~/.cache/vqvae (or below XDG_CACHE_HOME). What is removed is converted again when it is needed. A cache that
+a running process uses stays, and so does every file that is no cache.
+"""
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.parser("List and remove the caches of images.", EXAMPLES, prog="vqvae cache")
+    help = f"remove the caches of a folder or file, one cache, or {ALL}"
+    parser.add_argument("--clear", metavar="WHAT", type=path("clear"), help=help)
+    options = parser.parse_args(argv)
+
+    from vqvae.data import cache
+
+    found = cache.caches()
+    if options.clear is None:
+        print(_table(found))
+        return 0
+    wanted = os.path.abspath(options.clear)
+    chosen = [c for c in found if options.clear == ALL or wanted == c.source or Path(wanted) in map(_absolute, c.files)]
+    if not chosen and options.clear != ALL:
+        raise OptionError("", "clear", options.clear, "no cache is of it; see vqvae cache")
+    removed = [c for c in chosen if cache.remove(c)]
+    print(f"removed {_count(removed)}, {_bytes(sum(c.size for c in removed))}")
+    if len(removed) < len(chosen):
+        print(f"in use by a running process, not removed: {_count([c for c in chosen if c not in removed])}")
+    return 0
+
+
+def _absolute(file: Path) -> Path:
+    return Path(os.path.abspath(file))
+
+
+def _table(found: list) -> str:
+    from vqvae.data.cache import cache_folder
+
+    rows = [("size", "age", "images", "source")]
+    for cache in found:
+        count, *shape = cache.shape or [0]
+        images = f"{count:,}, {'x'.join(map(str, shape))}" if shape else "unknown"
+        source = printable(f"{cache.kind} {cache.source}".strip()) or f"unknown: {cache.files[0].name}"
+        rows.append((_bytes(cache.size), _age(time.time() - cache.changed), images, source))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"{s:>{widths[0]}}  {a:>{widths[1]}}  {i:{widths[2]}}  {source}" for s, a, i, source in rows]
+    total = f"{_count(found)}, {_bytes(sum(cache.size for cache in found))}, in {cache_folder()}"
+    return "\n".join([*(lines if found else []), total])
+
+
+def _count(found: list) -> str:
+    return f"{len(found):,} cache{'' if len(found) == 1 else 's'}"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count:,} {unit}{'' if count == 1 else 's'}"
+    return "new"
