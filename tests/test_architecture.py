@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"errors", "interrupts"},
     # the slots
     "data": {"archives", "errors", "files", "registry"},
-    "nets": {"errors", "registry"},
+    "nets": {"errors", "registry", "vqgan"},
+    "vqgan": set(),
     "bottlenecks": {"contracts", "distributed", "errors", "flows", "registry", "schedules"},
     "priors": {"contracts", "errors", "flows", "registry"},
     "likelihoods": {"contracts", "errors", "registry"},
