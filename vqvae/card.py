@@ -75,9 +75,9 @@ def _what(content: Mapping[str, Any], model: Autoencoder) -> str:
         latent = f"{grid} codes of {codes.num_codes:,}: {codes.tokens:,} tokens, {codes.bits:,.0f} bits"
     else:
         latent = f"{model.bottleneck.code_dim} dimensions"
-    rows = {"examples": f"{shape} (channels, rows, columns)", "latent": latent, "parameters": f"{parameters:,}"}
+    rows = {"image": f"{shape} (channels, rows, columns)", "latent": latent, "parameters": f"{parameters:,}"}
     kind = "tokenizer" if model.discrete is not None else "autoencoder"
-    return f"An image {kind}, trained with vqvae.\n\n{_table(('', 'of an example'), rows | chosen)}"
+    return f"An image {kind}, trained with vqvae.\n\n{_table(('property', 'value'), rows | chosen)}"
 
 
 def _training(content: Mapping[str, Any]) -> str:
@@ -100,12 +100,12 @@ def _metrics(content: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -
         return "Not evaluated at this step."
     numbers = {key: value for key, value in evaluation.items() if type(value) in (int, float)}
     rows = {
-        name: (_number(numbers[name]) + (f" ± {_number(numbers[f'{name}_se'])}" if f"{name}_se" in numbers else ""))
+        name: (_number(numbers[name]) + (f" ± {_number(numbers[f'{name}_se'])}" if numbers.get(f"{name}_se") else ""))
         for name in METRICS
         if name in numbers
     }
     images = f"On {numbers['images']:,} held-out examples" if "images" in numbers else "On held-out examples"
-    explained = {name: f"{value} | {METRICS[name].explanation}" for name, value in rows.items()}
+    explained = {name: f"{value} | {_plain(METRICS[name].explanation)}" for name, value in rows.items()}
     return f"{images}; ± is the standard error.\n\n{_table(('metric', 'value | what it is'), explained, columns=3)}"
 
 

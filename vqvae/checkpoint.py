@@ -33,7 +33,7 @@ from vqvae.registry import Choice, build, resolve
 
 FORMAT = 2
 EARLIER = {1: "0.1"}  # format -> the version of this package that reads it
-ADDED: set[str] = set()  # settings of versions after 0.2.0; checkpoints without them get their defaults
+ADDED = {"init_from"}  # settings of versions after 0.2.0; checkpoints without them get their defaults
 ABOUT = ("format", "kind", "run", "step", "config", "data")  # describes a model; an exported config.json has these
 FIELDS = {*ABOUT, "model", "objective", "epoch", "examples", "usage", "plots"}
 EXPORTED = ("config.json", "model.safetensors")  # the files of an exported folder that `read_model` reads
@@ -435,6 +435,18 @@ def restore(content: dict[str, Any], name: str = "checkpoint", *, new_prior: Con
         raise UserError(f"{name}: its usage does not count the model's codes")
     model.load_state_dict(content["model"])
     return model.eval()
+
+
+def transfer(content: Mapping[str, Any], model: Autoencoder, name: str) -> None:
+    """Load the weights of another model, which a checkpoint's content describes, into all of a model but its prior.
+
+    Weights of the other model that this one lacks are left out, such as those of further levels of codes. Raises
+    `UserError`, which begins with `name`, for weights that the other model lacks or of which the sizes differ.
+    """
+    prior = {key: value for key, value in model.state_dict().items() if key.startswith("prior.")}
+    weights = {key: content["model"][key] for key in model.state_dict() if key in content["model"]} | prior
+    _check_fit(model, weights, name)
+    model.load_state_dict(weights)
 
 
 def _usage_shape(model: Autoencoder) -> tuple[int, ...]:
