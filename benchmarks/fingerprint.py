@@ -98,6 +98,8 @@ FAMILIES = {
     "mnist-conv": f"{VQ} --nets mnist-conv",
     "deepmind": f"{VQ} --nets deepmind",
     "dalle": f"{VQ} --nets dalle blocks=1 init=16",
+    "vqgan": f"{VQ} --nets vqgan",
+    "sonnet downsample": f"{VQ} --nets sonnet downsample=8",
     "mlp": f"{VQ} --nets mlp layers=2",
     "sum": f"{VQ} --objective elbo reduction=sum --prior unigram",
     "free bits": f"{FLAT} free_bits=30 --prior normal --kl-weight linear:0:1:4",

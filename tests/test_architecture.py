@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": {"errors", "interrupts"},
     # the slots
     "data": {"archives", "errors", "files", "registry"},
-    "nets": {"errors", "registry"},
+    "nets": {"errors", "registry", "vqgan"},
+    "vqgan": set(),
     "bottlenecks": {"contracts", "distributed", "errors", "flows", "registry", "schedules"},
     "priors": {"contracts", "errors", "flows", "registry"},
     "likelihoods": {"contracts", "errors", "registry"},
@@ -50,11 +51,16 @@ ALLOWED: dict[str, set[str]] = {
     "presets": set(),
     "config": {"errors", "presets", "registry", "schedules"},
     "archives": set(),
-    "checkpoint": {"archives", "autoencoder", "config", "errors", "evaluation", "files", "objectives", "registry"},
+    "checkpoint": {
+        "archives", "autoencoder", "config", "errors", "evaluation", "files", "foreign", "objectives", "registry",
+    },
+    "foreign": {"autoencoder", "config", "contracts", "errors", "files", "likelihoods", "nets", "registry"},
     "tokens": {
         "archives", "autoencoder", "checkpoint", "contracts", "data", "devices", "errors", "files", "registry",
     },
-    "export": {"autoencoder", "checkpoint", "errors", "files"},
+    "programs": {"autoencoder", "errors", "files"},
+    "card": {"autoencoder", "config", "errors", "files", "metrics", "registry"},
+    "export": {"autoencoder", "card", "checkpoint", "errors", "files", "foreign", "programs"},
     "fonts": {"errors"},
     "plots": {"files", "fonts", "metrics"},
     "page": {"errors"},
@@ -71,7 +77,7 @@ ALLOWED: dict[str, set[str]] = {
         "stage_one", "stage_two", "training",
     },
     "commands": {
-        "checkpoint", "cli", "compare", "config", "data", "errors", "experiment", "export", "files", "metrics",
+        "card", "checkpoint", "cli", "compare", "config", "data", "errors", "experiment", "export", "files", "metrics",
         "presets", "registry", "report", "tokens",
     },
     "__main__": {"__init__", "cli", "errors", "interrupts"},
@@ -79,6 +85,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"checkpoint", "layers"},
 }  # fmt: skip
 HEAVY = {"matplotlib", "sklearn", "scipy", "tensorboard", "torchvision", "imageio", "PIL", "triton"}
+HEAVY |= {"onnx", "onnxscript", "onnxruntime", "diffusers"}
 # these print or parse flags; all other modules serve Python users too
 COMMAND_LINE = {"cli", "commands", "config", "presets", "experiment", "report", "__main__"}
 

@@ -21,7 +21,8 @@ from vqvae import checkpoint, load
 from vqvae.bottlenecks import BOTTLENECKS
 from vqvae.checkpoint import UNKNOWN, seal, weights_checksum
 from vqvae.errors import UserError
-from vqvae.export import HALVES, INTERFACE, agreement, export, write_program
+from vqvae.export import export
+from vqvae.programs import HALVES, INTERFACE, agreement, write_program
 
 MODELS = {  # tracing takes seconds per model, so most of them have the nets with the fewest operations
     **{name: fitting(name) | {"nets": "mlp"} for name in BOTTLENECKS},
@@ -54,10 +55,10 @@ def test_an_exported_model_and_its_programs_are_the_same_model(workdir, kind, ca
     model = stored(workdir / "run", **MODELS[kind])
     assert run("export --checkpoint run --output exported") == 0
     out = capsys.readouterr().out
-    assert out.count("\n") == 3
+    assert out.count("\n") == 4
     assert "on 5 random examples" in out
     files = {p.name for p in Path("exported").iterdir()}
-    assert files == {"model.safetensors", "config.json", "encoder.pt2", "decoder.pt2"}
+    assert files == {"model.safetensors", "config.json", "encoder.pt2", "decoder.pt2", "README.md"}
     assert json.loads(Path("exported/config.json").read_text())["checksum"] == weights_checksum(model)
     check_loaded(model)
     check_programs(model)
@@ -75,7 +76,7 @@ def check_loaded(model):
 
 def check_programs(model):
     """The programs compute what the model computes, for batches of any size, and say what they take and return."""
-    encoder, decoder = (torch.export.load(f"exported/{name}").module() for name in HALVES)
+    encoder, decoder = (torch.export.load(f"exported/{name}.pt2").module() for name in HALVES)
     inputs = examples(model, 200)
     if model.discrete is not None:
         inputs = unambiguous(model, inputs, 20)  # other strides round otherwise, which cannot change these codes
@@ -120,7 +121,7 @@ def check_described(about: dict, value: torch.Tensor):
 
 def test_a_program_takes_other_strides_than_it_was_traced_with(workdir):
     model = stored(workdir / "run", **MODELS["gaussian"])
-    half = HALVES["decoder.pt2"](model)
+    half = HALVES["decoder"](model)
     wide = torch.randn(3, 2 * model.bottleneck.code_dim, 1, 1)
     part = wide.chunk(2, dim=1)[0]
     for example, other in ((part, part.clone()), (part.clone(), part)):
@@ -329,11 +330,11 @@ def test_a_program_that_disagrees_with_the_model_is_deleted(workdir, half, kind)
     model = stored(workdir / "run", **MODELS[kind])
     torch.manual_seed(1)
     other = stored(workdir / "other", **MODELS[kind])
-    path = workdir / half
-    inputs = images(64) if half == "encoder.pt2" else HALVES["encoder.pt2"](model)(images(64))
+    path = workdir / f"{half}.pt2"
+    inputs = images(64) if half == "encoder" else HALVES["encoder"](model)(images(64))
     write_program(HALVES[half](other), inputs, path, {})
     assert "on 64 random examples" in agreement(HALVES[half](other), path, inputs)
-    with pytest.raises(UserError, match=f"{half}: .* deleted, because it is not the model"):
+    with pytest.raises(UserError, match=f"{half}.pt2: .* deleted, because it is not the model"):
         agreement(HALVES[half](model), path, inputs)
     assert not path.exists()
 
@@ -355,6 +356,6 @@ def test_export_does_not_change_the_model(workdir):
     grads = [p.requires_grad for p in model.parameters()]
     Path("exported").mkdir()
     lines = list(export(checkpoint.read("run"), model, Path("exported")))
-    assert len(lines) == 3
+    assert len(lines) == 4
     assert [p.requires_grad for p in model.parameters()] == grads
     assert next(model.encoder.parameters()).is_contiguous(memory_format=torch.channels_last)

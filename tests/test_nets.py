@@ -41,6 +41,24 @@ def test_sonnet_has_the_published_parameters():
     assert nets.grid == (8, 8)
 
 
+@pytest.mark.parametrize("stride", [8, 16])
+def test_sonnet_halves_further_by_layers_of_the_same_kind(stride):
+    nets = Sonnet(image_shape=(3, 32, 48), hidden=6, residual_layers=0, downsample=stride)
+    more = {8: 1, 16: 2}[stride]
+    assert nets.grid == (32 // stride, 48 // stride)
+    assert convolutions(nets.encoder()) == [(3, 3, 4), (3, 6, 4), *[(6, 6, 4)] * more, (6, 6, 3)]
+    assert convolutions(nets.decoder(5, 3)) == [(5, 6, 3), *[(6, 6, 4)] * more, (6, 3, 4), (3, 3, 4)]
+    halvings = [m for m in nets.encoder() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
+    assert len(halvings) == 2 + more
+    assert nets.encoder()(torch.randn(2, 3, 32, 48)).shape == (2, 6, *nets.grid)
+    assert nets.decoder(5, 7)(torch.randn(2, 5, *nets.grid)).shape == (2, 7, 32, 48)
+
+
+def test_sonnet_takes_only_strides_of_4_8_and_16():
+    with pytest.raises(OptionError, match="downsample=2: must be 4, 8 or 16"):
+        Sonnet(image_shape=(3, 32, 32), downsample=2)
+
+
 def test_a_residual_layer_adds_the_input_itself():
     layer = Sonnet(image_shape=(3, 8, 8), hidden=4)._residual_stack()[0]
     nn.init.zeros_(layer.residual[-1].weight)
@@ -163,6 +181,19 @@ def test_initial_weights_are_a_truncated_normal_over_the_fan_in(layer):
 def test_sizes_that_do_not_divide_are_refused_with_ones_that_do(name, size, message):
     with pytest.raises(OptionError, match=f"image_size={size}: {message}"):
         NETS[name](image_shape=(3, size, size))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3, 30, 64), "image_size=30x64: does not divide by 16; try 16x64 or 32x64"),
+        ((3, 96, 130), "image_size=96x130: does not divide by 16; try 96x128 or 96x144"),
+        ((3, 8, 20), "image_size=8x20: does not divide by 16; try 16 or 16x32"),
+    ],
+)
+def test_a_rectangle_that_does_not_divide_is_refused_with_ones_that_do(shape, message):
+    with pytest.raises(OptionError, match=f"{message}$"):
+        Sonnet(image_shape=shape, downsample=16)
 
 
 @pytest.mark.parametrize("name", NETS)

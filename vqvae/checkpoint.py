@@ -21,7 +21,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vqvae import objectives
+from vqvae import foreign, objectives
 from vqvae.archives import Forbidden, read_torch, size_of
 from vqvae.autoencoder import SLOTS, Autoencoder, build_autoencoder
 from vqvae.config import FIELDS as SETTINGS
@@ -33,7 +33,7 @@ from vqvae.registry import Choice, Size, build, resolve
 
 FORMAT = 2
 EARLIER = {1: "0.1"}  # format -> the version of this package that reads it
-ADDED: set[str] = set()  # settings of versions after 0.2.0; checkpoints without them get their defaults
+ADDED = {"init_from"}  # settings of versions after 0.2.0; checkpoints without them get their defaults
 ABOUT = ("format", "kind", "run", "step", "config", "data")  # describes a model; an exported config.json has these
 FIELDS = {*ABOUT, "model", "objective", "epoch", "examples", "usage", "plots"}
 EXPORTED = ("config.json", "model.safetensors")  # the files of an exported folder that `read_model` reads
@@ -137,13 +137,15 @@ def _check_format(found: Any, path: Path) -> None:
 def read_model(path: str | Path) -> dict[str, Any]:
     """The entries that describe a model (`ABOUT`) and its weights (`model`), from a checkpoint or an exported folder.
 
-    `path` is a checkpoint, the folder of a run, or an exported folder. A folder with a checkpoint counts as a run's.
-    Raises `UserError`, as `read` does.
+    `path` is a checkpoint, the folder of a run, an exported folder, or the folder of a `VQModel` of diffusers (see
+    foreign.py). A folder with a checkpoint counts as a run's. Raises `UserError`, as `read` does.
     """
     path = Path(path)
     settings, weights = path / EXPORTED[0], path / EXPORTED[1]
-    if os.path.lexists(path / "checkpoint.pt") or not os.path.lexists(weights):
+    if os.path.lexists(path / "checkpoint.pt"):
         return read(path)
+    if not os.path.lexists(weights):
+        return _read_foreign(path) if foreign.is_folder(path) else read(path)
     content, checksum = _read_settings(settings)
     try:
         with open_file(weights) as file:
@@ -156,6 +158,12 @@ def read_model(path: str | Path) -> dict[str, Any]:
     with _naming(weights):
         _check_tensors(content["model"], "weights")
     return content
+
+
+def _read_foreign(path: Path) -> dict[str, Any]:
+    content = {"format": FORMAT, **foreign.read(path)}
+    with _naming(path / foreign.SETTINGS):
+        return content | _described(content)
 
 
 def _read_settings(path: Path) -> tuple[dict[str, Any], Any]:
@@ -393,6 +401,8 @@ def _check_optimizer(value: Any, weights: Iterable[Tensor]) -> None:
 def load(path: str | Path, device: str | torch.device = "cpu") -> Autoencoder:
     """A trained model in evaluation mode, from a checkpoint, the folder of a run, or an exported folder.
 
+    The folder of a `VQModel` of diffusers is one too.
+
     >>> model = load("logs/vqvae-mnist/checkpoint.pt")
     >>> codes = model.encode(images)    # uint8, or float in [0, 1], [B, C, H, W] -> int64 [B, h, w]
     >>> images = model.decode(codes)    # float in [0, 1], [B, C, H, W]
@@ -427,6 +437,18 @@ def restore(content: dict[str, Any], name: str = "checkpoint", *, new_prior: Con
         raise UserError(f"{name}: its usage does not count the model's codes")
     model.load_state_dict(content["model"])
     return model.eval()
+
+
+def transfer(content: Mapping[str, Any], model: Autoencoder, name: str) -> None:
+    """Load the weights of another model, which a checkpoint's content describes, into all of a model but its prior.
+
+    Weights of the other model that this one lacks are left out, such as those of further levels of codes. Raises
+    `UserError`, which begins with `name`, for weights that the other model lacks or of which the sizes differ.
+    """
+    prior = {key: value for key, value in model.state_dict().items() if key.startswith("prior.")}
+    weights = {key: content["model"][key] for key in model.state_dict() if key in content["model"]} | prior
+    _check_fit(model, weights, name)
+    model.load_state_dict(weights)
 
 
 def _usage_shape(model: Autoencoder) -> tuple[int, ...]:

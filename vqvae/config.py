@@ -117,6 +117,11 @@ class Config:
     checkpoint: Annotated[str | None, Location(), "train --prior on the codes of this trained model (stage two)"] = (
         _field(None, "model", metavar="PATH")
     )
+    init_from: Annotated[
+        str | None,
+        Location(),
+        "start from the nets and codes of this trained model: a run, an exported folder, or a VQModel of diffusers",
+    ] = _field(None, "model", metavar="PATH")
     conditional: Annotated[bool, "condition the prior on the labels"] = _field(False, "model")
 
     data_dir: Annotated[
@@ -250,6 +255,12 @@ class Fresh(NamedTuple):
     """A run that starts from nothing."""
 
 
+class Initialized(NamedTuple):
+    """A run whose autoencoder starts from the weights of a trained one."""
+
+    content: dict[str, Any]  # of its checkpoint or folder
+
+
 class Resumed(NamedTuple):
     """A run that goes on from its checkpoint."""
 
@@ -264,7 +275,7 @@ class StageTwo(NamedTuple):
     content: dict[str, Any]
 
 
-Start = Fresh | Resumed | StageTwo
+Start = Fresh | Initialized | Resumed | StageTwo
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -304,6 +315,8 @@ def configure(given: Mapping[str, Any], start: Start, slots: Mapping[str, Slot])
             config = _resumed(Config.from_dict(content["config"]), settings, short, slots)
         case StageTwo(content=content):
             config = _new(_stage_two(Config.from_dict(content["config"]), settings, short, slots))
+        case Initialized(content=content):
+            config = _new(_initialized(Config.from_dict(content["config"]), settings, short, slots))
         case Fresh():
             config = _new(_fresh(settings, short, slots))
     name = config.dataset.name
@@ -325,13 +338,40 @@ def _new(config: Config) -> Config:
 
 
 def _fresh(settings: Mapping[str, Any], short: Mapping[str, Any], slots: Mapping[str, Slot]) -> Config:
+    chosen = _over_preset(settings)
+    return Config(**(chosen | _resolved(chosen, settings, short, slots)))
+
+
+def _over_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings over those of the preset that they name, if any."""
     preset = settings.get("preset")
     if preset is not None and preset not in PRESETS:
         problem = f"no such name{near_misses(preset, PRESETS)}; known: {', '.join(PRESETS)}"
         raise OptionError("", "preset", preset, problem)
     published = {key: _typed(key, value) for key, value in PRESETS[preset].settings.items()} if preset else {}
-    chosen = _merge(published, settings)
-    return Config(**(chosen | _resolved(chosen, settings, short, slots)))
+    return _merge(published, settings)
+
+
+SIZES = ("num_codes", "code_dim")  # options of bottlenecks that a model to start from decides
+
+
+def _initialized(
+    first: Config, settings: Mapping[str, Any], short: Mapping[str, Any], slots: Mapping[str, Slot]
+) -> Config:
+    """The nets, the likelihood and the sizes of the bottleneck are those of the model to start from."""
+    given = {key: resolve(slots[key], getattr(first, key)) for key in ("nets", "likelihood", "bottleneck")}
+    chosen = _merge(given, _over_preset(settings))
+    chosen |= _resolved(chosen, settings, short, slots)
+    for slot, there in given.items():
+        here = chosen[slot]
+        if here.name != there.name:
+            problem = f"the model of --init-from has {there.name}; leave it out"
+            raise OptionError("", slot, here.name, problem)
+        for key, value in there.options.items():
+            if here.options[key] != value and (slot != "bottleneck" or key in SIZES):
+                problem = f"the model of --init-from has {key}={value}; leave it out"
+                raise OptionError(here.name, key, here.options[key], problem, slot=slot)
+    return Config(**chosen)
 
 
 def _merge(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -388,7 +428,7 @@ FROM_STAGE_ONE = ("dataset", "nets", "bottleneck", "likelihood", "objective", "i
 def _stage_two(
     first: Config, settings: Mapping[str, Any], short: Mapping[str, Any], slots: Mapping[str, Slot]
 ) -> Config:
-    for key in (*FROM_STAGE_ONE, "preset"):
+    for key in (*FROM_STAGE_ONE, "preset", "init_from"):
         if key in settings:
             raise OptionError("", key, settings[key], "the model and data come from --checkpoint; leave it out")
     for key, value in short.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vqvae import autoencoder, checkpoint, cli, data, distributed, interrupts, metrics, objectives, plots, report
 from vqvae.autoencoder import Autoencoder, build_autoencoder, unit_range
-from vqvae.config import FIELDS, Config, Fresh, Resumed, StageTwo, Start, configure, default_name, interval
+from vqvae.config import FIELDS, Config, Fresh, Initialized, Resumed, StageTwo, Start, configure, default_name, interval
 from vqvae.data import Dataset
 from vqvae.data.batches import augmentation, pixel_variance
 from vqvae.devices import choose_compile, choose_device, choose_precision
@@ -236,6 +236,11 @@ def how_it_starts(given: Mapping[str, Any], resume: str | None, lock: Lock) -> S
                 name = shlex.quote(Path(os.path.abspath(folder)).name)
                 raise OptionError("", "resume", resume, f"{problem} --name {name}")
             return Resumed(folder, checkpoint.read(path))
+    if "checkpoint" not in given and "init_from" in given:
+        with naming("init_from", given["init_from"]):
+            content = checkpoint.read_model(given["init_from"])
+            checkpoint.verify(content, given["init_from"])
+        return Initialized(content)
     if "checkpoint" not in given:
         return Fresh()
     with naming("checkpoint", given["checkpoint"]):
@@ -301,6 +306,14 @@ def stage_one(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
     module = AutoencoderTraining(model, build(objectives.SLOT, config.objective, {"total_steps": total_steps}))
     if resumed:
         module.restore_state(resumed)
+    if isinstance(start, Initialized):
+        path, there, here = config.init_from, start.content["data"]["shape"][0], images.shape[1]
+        if there != here:
+            problem = f"its images have {there} channels, and those of the data {here}; name data with {there}"
+            raise OptionError("", "init_from", path, problem)
+        with naming("init_from", path):
+            checkpoint.transfer(start.content, model, str(path))
+        module.fitted = True
     module.to(plan.device)
     compiled = choose_compile(config.compile, plan.device, total_steps)
     if compiled:
@@ -411,6 +424,7 @@ def summary(
         *([f"       {len(dataset.classes):,} classes: {_listed(dataset.classes)}"] if dataset.classes else []),
         f"model  {chosen['nets']} nets, {chosen['bottleneck']}; {parameters:,} parameters to train",
         f"       {chosen['likelihood']} likelihood, {chosen['prior']} prior",
+        *([f"start  the weights of {printable(config.init_from)}"] if config.init_from else []),
         f"latent {describe_latent(model)}",
         f"plan   {total:,} steps, {per_epoch:,} an epoch; batch {config.batch_size}{processes}, seed {config.seed}, "
         f"{plan.device}, {plan.precision}{', compiled' if stage.compiled else ''}",

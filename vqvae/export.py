@@ -1,60 +1,77 @@
-"""Export a trained model: weights as safetensors, settings as JSON, encoder and decoder as torch.export programs.
+"""Export a trained model: a folder with its weights, its settings, programs or another library's files, and a card.
 
-B batch, C channels, H W pixels, D latent dimension; `grid` is the bottleneck's code grid, (h, w).
+B batch, C channels, H W pixels, D latent dimension.
 """
 
-import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
-from torch.export import Dim
 
+from vqvae import card, checkpoint, foreign, programs
 from vqvae.autoencoder import Autoencoder
 from vqvae.checkpoint import ABOUT, EXPORTED, UNKNOWN, seal, weights_checksum
-from vqvae.errors import UserError, one_line
-from vqvae.files import NotWritten, whole_file, write_text
-
-TOLERANCE = 1e-4  # sums in another order differ by less, a wrong program by more
-INTERFACE = "interface.json"  # the extra file of a program that describes it
+from vqvae.errors import UserError
+from vqvae.files import whole_file, write_text
+from vqvae.programs import HALVES, interfaces
 
 
-class Encoder(nn.Module):
-    """Images `[B, C, H, W]` uint8 to codes `[B, *grid]` int64, or to a continuous latent's mean `[B, D, 1, 1]`."""
+class Format(NamedTuple):
+    """What an exported folder may hold."""
 
-    def __init__(self, model: Autoencoder):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model.encode(images) if self.model.discrete is not None else self.model.posterior_mean(images)
+    check: Callable[[Mapping[str, Any]], None]  # raises OptionError for a model that it cannot hold, given its content
+    write: Callable[[dict[str, Any], Autoencoder, Path], Iterator[str]]  # the files; describes each, once checked
+    usage: Callable[[Autoencoder], str]  # how to use them, for the card
+    library: str  # that opens them, as hubs call it
 
 
-class Decoder(nn.Module):
-    """Codes or means, as `Encoder` returns them, to images `[B, C, H, W]`, floats in [0, 1]."""
-
-    def __init__(self, model: Autoencoder):
-        super().__init__()
-        self.model = model
-
-    def forward(self, latent: Tensor) -> Tensor:
-        return self.model.decode(latent) if self.model.discrete is not None else self.model.decode_latents(latent)
-
-
-HALVES = {"encoder.pt2": Encoder, "decoder.pt2": Decoder}
-
-
-def export(content: dict[str, Any], model: Autoencoder, folder: Path) -> Iterator[str]:
+def export(
+    content: dict[str, Any],
+    model: Autoencoder,
+    folder: Path,
+    form: str = "pt2",
+    *,
+    evaluation: Mapping[str, Any] | None = None,
+    license: str = card.UNSTATED,
+) -> Iterator[str]:
     """Write a model (on the CPU) into an empty folder. Yields a description of each file, once written and checked.
 
-    `content` is the content of the model's checkpoint. `vqvae.load(folder)` restores the model; the programs need only
-    torch. What each takes and returns stands in `config.json` under `programs`, and in its extra file `interface.json`.
+    `content` is the content of the model's checkpoint, `form` a row of FORMATS. `vqvae.load(folder)` restores the
+    model. The card README.md gets the metrics of `evaluation`, the content of an evaluation.json, and names `license`.
     """
+    chosen = FORMATS[form]
+    chosen.check(content)
+    yield from chosen.write(content, model, folder)
+    usage = chosen.usage(model)
+    text = card.model_card(content, model, usage, library=chosen.library, evaluation=evaluation, license=license)
+    write_text(folder / card.CARD, text)
+    yield f"{folder / card.CARD}: the model card"
+
+
+# programs, and the model itself
+
+
+def _with_programs(kind: str) -> Format:
+    """The format that adds programs of a kind to the model's own weights and settings."""
+
+    def write(content: dict[str, Any], model: Autoencoder, folder: Path) -> Iterator[str]:
+        yield _write_model(content, model, folder, kind)
+        inputs, described = programs.examples(model, 5), interfaces(model)
+        for name, half_of in HALVES.items():
+            half, path = half_of(model), folder / f"{name}.{kind}"
+            # traced with a batch of two, checked with a batch of five
+            programs.write_program(half, inputs[:2], path, described[name])
+            yield f"{path}: {programs.agreement(half, path, inputs)}"
+            inputs = half(inputs)
+
+    return Format(lambda content: programs.need(kind), write, lambda model: _usage_of_programs(kind, model), "vqvae")
+
+
+def _write_model(content: Mapping[str, Any], model: Autoencoder, folder: Path, kind: str) -> str:
     settings, weights = (folder / name for name in EXPORTED)
     # safetensors refuses tensors that share memory or are not contiguous
     state = {name: value.clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
@@ -62,94 +79,92 @@ def export(content: dict[str, Any], model: Autoencoder, folder: Path) -> Iterato
     about = {
         **{key: content[key] for key in ABOUT},
         "checksum": weights_checksum(model),
-        "programs": interfaces(model),
+        "programs": {f"{name}.{kind}": described for name, described in interfaces(model).items()},
         "weights_sha256": hashlib.sha256(raw).hexdigest(),
         "sha256": UNKNOWN,  # of the rest of this file
     }
     with whole_file(weights) as file:
         file.write(raw)
     write_text(settings, seal(json.dumps(about, indent=2) + "\n"))
-    yield f"{weights} and {settings.name}: the model; vqvae.load({str(folder)!r}) restores it"
-    inputs = _examples(model, 5)
-    for name, half_of in HALVES.items():
-        half = half_of(model)
-        # traced with a batch of two, checked with a batch of five
-        write_program(half, inputs[:2], folder / name, interfaces(model)[name])
-        yield f"{folder / name}: {agreement(half, folder / name, inputs)}"
-        inputs = half(inputs)
+    return f"{weights} and {settings.name}: the model; vqvae.load({str(folder)!r}) restores it"
 
 
-def interfaces(model: Autoencoder) -> dict[str, dict[str, Any]]:
-    """What each program takes and returns: for its `input` and its `output`, name, shape, dtype and range.
-
-    A range is the smallest and the largest value, or None where any number may occur. `B` in a shape is any batch size.
-    """
-    points = not model.shows_images
-    image: dict[str, Any] = {"shape": ["B", *model.image_shape]}
-    images = image | {"dtype": "float32" if points else "uint8", "range": None if points else [0, 255]}
-    shown = image | {"dtype": "float32", "range": None if points else [0, 1]}
-    if model.discrete is not None:
-        shape, codes = ["B", *model.discrete.grid], [0, model.discrete.num_codes - 1]
-        latent: dict[str, Any] = {"name": "codes", "shape": shape, "dtype": "int64", "range": codes}
-    else:
-        shape = ["B", model.bottleneck.code_dim, *model.bottleneck.grid]
-        latent = {"name": "latent", "shape": shape, "dtype": "float32", "range": None}
-    return {
-        "encoder.pt2": {"input": {"name": "images", **images}, "output": latent},
-        "decoder.pt2": {"input": latent, "output": {"name": "images", **shown}},
-    }
+def _usage_of_programs(kind: str, model: Autoencoder) -> str:
+    described = interfaces(model)
+    ends = {name: [_describe(half[end]) for end in ("input", "output")] for name, half in described.items()}
+    lines = [f"- `{name}.{kind}` takes {taken} and returns {returned}." for name, (taken, returned) in ends.items()]
+    return "\n".join(
+        [*lines, "- `model.safetensors` and `config.json` are the model itself.", "", PROGRAMS_IN_PYTHON[kind]]
+    )
 
 
-def write_program(half: nn.Module, example: Tensor, path: Path, interface: Mapping[str, Any]) -> None:
-    """Save an encoder or decoder as a program for any batch size, with only the weights that it uses.
+def _describe(end: Mapping[str, Any]) -> str:
+    low_high = "" if end["range"] is None else f" from {end['range'][0]} to {end['range'][1]}"
+    return f"`{end['name']}` `[{', '.join(map(str, end['shape']))}]`, {end['dtype']}{low_high}"
 
-    `interface` describes it, in its extra file `interface.json`. Raises `UserError` if torch.export cannot trace it.
-    """
-    # a program keeps the strides of its weights and may require those of its example, so make both contiguous
-    half = copy.deepcopy(half).requires_grad_(False).to(memory_format=torch.contiguous_format)
-    example = example.clone(memory_format=torch.contiguous_format)
-    try:
-        with torch.no_grad():  # only strict mode keeps the batch size free through len()
-            program = torch.export.export(half, (example,), dynamic_shapes=({0: Dim("batch")},), strict=True)
-        used = {*program.graph_signature.parameters, *program.graph_signature.buffers}
-        for name in set(program.state_dict) - used:
-            del program.state_dict[name]
-        for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)  # contains source lines and paths of this machine
-        with whole_file(path) as file:
-            torch.export.save(program, file, extra_files={INTERFACE: json.dumps(interface)})
-    except NotWritten:
-        raise
-    except Exception as problem:  # torch.export raises many types for what it cannot trace
-        reason = one_line(problem)
+
+PROGRAMS_IN_PYTHON = {
+    "pt2": """```python
+import torch
+
+encode = torch.export.load("encoder.pt2").module()  # needs only torch
+decode = torch.export.load("decoder.pt2").module()
+```
+
+or, with the package vqvae, `model = vqvae.load("this folder")`.""",
+    "onnx": """```python
+import onnxruntime
+
+encoder = onnxruntime.InferenceSession("encoder.onnx")
+(codes,) = encoder.run(None, {encoder.get_inputs()[0].name: images})  # numpy arrays
+```
+
+The programs do not check their input: codes must be in range. With the package vqvae: `vqvae.load("this folder")`.""",
+}
+
+
+# diffusers
+
+
+def _write_diffusers(content: dict[str, Any], model: Autoencoder, folder: Path) -> Iterator[str]:
+    foreign.write(content, model, folder)
+    restored, inputs = checkpoint.load(folder), programs.examples(model, 5)
+    same = (restored.encode(inputs) == model.encode(inputs)).float().mean().item()
+    codes = model.encode(inputs)
+    error = (restored.decode(codes) - model.decode(codes)).abs().max().item()
+    if same < 0.99 or error > programs.TOLERANCE:
         raise UserError(
-            f"{path}: cannot be made from this model ({reason}); its weights are in {path.parent}"
-        ) from None
+            f"{folder}: what was written is not the model ({same:.0%} of its codes, images off by {error:.1g})"
+        )
+    agrees = f"gives {same:.0%} of the model's codes on 5 random examples, images differ by at most {error:.1g}"
+    yield f"{folder / foreign.WEIGHTS} and {foreign.SETTINGS}: read back, it {agrees}"
 
 
-@torch.no_grad()
-def agreement(half: nn.Module, path: Path, inputs: Tensor) -> str:
-    """Compare the program in a file with the module it was made from, and describe the difference.
+def _usage_of_diffusers(model: Autoencoder) -> str:
+    low, high = foreign.RANGE
+    channels, height, width = model.image_shape
+    grid = ", ".join(map(str, model.bottleneck.grid))
+    return f"""**Pixels are in [{low}, {high}]**, in and out: `x = 2 * image - 1` for an image in [0, 1].
 
-    A program that disagrees is deleted, and raises `UserError`.
-    """
-    expected, found = half(inputs), torch.export.load(path).module()(inputs)
-    if expected.is_floating_point():
-        agrees = torch.allclose(expected, found, rtol=TOLERANCE, atol=TOLERANCE)
-        text = f"differs from the model by at most {float((expected - found).abs().max()):.1g}"
-    else:
-        same = int((expected == found).sum())
-        agrees = expected.numel() - same <= max(1, expected.numel() // 100)  # a vector may be as near to two codes
-        text = f"gives {same:,} of {expected.numel():,} codes as the model does"
-    if not agrees:
-        path.unlink()
-        raise UserError(f"{path}: {text}; deleted, because it is not the model. Its weights are in {path.parent}")
-    return f"{text}, on {len(inputs)} random examples"
+```python
+import torch
+from diffusers import VQModel
+
+model = VQModel.from_pretrained("this folder").eval()
+x = 2 * images - 1  # images [B, {channels}, {height}, {width}] in [0, 1]
+with torch.no_grad():
+    latents = model.encode(x).latents
+    codes = model.quantize(latents)[2][2].view(len(x), {grid})
+    shape = (*codes.shape, model.config.vq_embed_dim)
+    y = model.decode(codes.flatten(), force_not_quantize=True, shape=shape).sample
+images = ((y + 1) / 2).clamp(0, 1)
+```
+
+With the package vqvae, `model = vqvae.load("this folder")` encodes and decodes images in [0, 1]."""
 
 
-def _examples(model: Autoencoder, count: int) -> Tensor:
-    """Random examples `[count, C, H, W]`: uint8 pixels, or float points of the plane."""
-    generator = torch.Generator().manual_seed(0)
-    if model.shows_images:
-        return torch.randint(256, (count, *model.image_shape), generator=generator, dtype=torch.uint8)
-    return torch.randn(count, *model.image_shape, generator=generator)
+FORMATS = {
+    "pt2": _with_programs("pt2"),
+    "onnx": _with_programs("onnx"),
+    "diffusers": Format(foreign.check, _write_diffusers, _usage_of_diffusers, "diffusers"),
+}

@@ -14,8 +14,9 @@ from typing import Annotated
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqvae import vqgan
 from vqvae.errors import OptionError
-from vqvae.registry import Range, Size, checked
+from vqvae.registry import Passes, Range, Size, checked
 
 ImageShape = tuple[int, int, int]  # (C, H, W)
 POINT = (2, 1, 1)
@@ -78,6 +79,7 @@ class Sonnet:
     """Nets of the Sonnet example (github.com/google-deepmind/sonnet, nets/vqvae.py and its CIFAR-10 notebook).
 
     Encoder: 4x4 stride 2, 4x4 stride 2, 3x3, then residual layers. The decoder mirrors it. Code grid [H/4, W/4].
+    downsample=8 and 16 add one or two more 4x4 stride 2, with as many channels as the features have.
     """
 
     @checked
@@ -88,10 +90,14 @@ class Sonnet:
         hidden: Annotated[int, Range(2), "channels of the features"] = 128,
         residual_hidden: Annotated[int, Range(1), "hidden channels of a residual layer"] = 32,
         residual_layers: Annotated[int, Range(0), "residual layers of each net"] = 2,
+        downsample: Annotated[
+            int, Passes(lambda n: n in (4, 8, 16), "4, 8 or 16"), "stride of the code grid: 4, 8 or 16 pixels per code"
+        ] = 4,
     ):
         self.image_channels, self.channels = image_shape[0], hidden
-        self.grid = divisible(image_shape, 4)
+        self.grid = divisible(image_shape, downsample)
         self.residual_hidden, self.residual_layers = residual_hidden, residual_layers
+        self.more_halvings = {4: 0, 8: 1, 16: 2}[downsample]
 
     def encoder(self) -> nn.Module:
         n = self.channels
@@ -99,8 +105,9 @@ class Sonnet:
             nn.Sequential(
                 nn.Conv2d(self.image_channels, n // 2, 4, stride=2, padding=1),  # [B, n/2, H/2, W/2]
                 nn.ReLU(),
-                nn.Conv2d(n // 2, n, 4, stride=2, padding=1),  # [B, n, h, w]
+                nn.Conv2d(n // 2, n, 4, stride=2, padding=1),  # [B, n, H/4, W/4]
                 nn.ReLU(),
+                *self._more(nn.Conv2d),  # [B, n, h, w]
                 nn.Conv2d(n, n, 3, padding=1),
                 *self._residual_stack(),
             )
@@ -112,11 +119,18 @@ class Sonnet:
             nn.Sequential(
                 nn.Conv2d(code_dim, n, 3, padding=1),
                 *self._residual_stack(),
+                *self._more(nn.ConvTranspose2d),  # [B, n, H/4, W/4]
                 nn.ConvTranspose2d(n, n // 2, 4, stride=2, padding=1),  # [B, n/2, H/2, W/2]
                 nn.ReLU(),
                 nn.ConvTranspose2d(n // 2, out_channels, 4, stride=2, padding=1),  # [B, C, H, W]
             )
         )
+
+    def _more(self, convolution: type[nn.Conv2d] | type[nn.ConvTranspose2d]) -> list[nn.Module]:
+        """The halvings, or doublings, beyond the published two."""
+        n = self.channels
+        layers = [(convolution(n, n, 4, stride=2, padding=1), nn.ReLU()) for _ in range(self.more_halvings)]
+        return [*itertools.chain.from_iterable(layers)]
 
     def _residual_stack(self) -> list[nn.Module]:
         layers = [ResidualLayer(self.channels, self.residual_hidden) for _ in range(self.residual_layers)]
@@ -433,6 +447,75 @@ class DallE:
         return layers
 
 
+def numbers_in(text: str) -> list[int]:
+    """Whole numbers separated by commas; 0 stands for a word that is none."""
+    return [int(word) if word.strip().isdecimal() and len(word) < 9 else 0 for word in text.split(",")]
+
+
+def _are_multipliers(text: str) -> bool:
+    return all(1 <= n <= 64 for n in numbers_in(text)) and len(numbers_in(text)) <= 8
+
+
+class VQGAN:
+    """The nets that image tokenizers share (VQGAN, 2012.09841; latent diffusion, 2112.10752), n = hidden.
+
+    Encoder: 3x3 to n, levels of residual blocks (group norm, swish, 3x3, twice) with a 3x3 stride 2 between them, two
+    blocks with attention between them, group norm, swish, 3x3 to `features`. The decoder mirrors it with nearest
+    upsampling, and has one block more per level. The bottleneck's projection is the published quant_conv.
+
+    ch_mult gives one level per number, of n times as many channels, and with L levels the code grid [H/s, W/s] with
+    s = 2^(L-1): 1,2,2 has stride 4, 1,1,2,2 stride 8 and 1,1,2,2,4 stride 16. As published for images of 256 pixels:
+    hidden=128 ch_mult=1,1,2,2,4 num_res_blocks=2 features=256 groups=32 attention=16 (29.3M + 42.5M parameters).
+    """
+
+    @checked
+    def __init__(
+        self,
+        *,
+        image_shape: ImageShape,
+        hidden: Annotated[int, Range(1), "n (ch), unit of all widths (128 as published)"] = 32,
+        ch_mult: Annotated[
+            str,
+            Passes(_are_multipliers, "1 to 8 whole numbers from 1 to 64, separated by commas"),
+            "channels of each level in units of n; L numbers give a stride of 2^(L-1)",
+        ] = "1,2,2",
+        num_res_blocks: Annotated[int, Range(1, 64), "residual blocks per level of the encoder"] = 1,
+        features: Annotated[int, Range(1), "channels of the features (z_channels)"] = 64,
+        attention: Annotated[
+            str,
+            Passes(lambda text: text == "none" or 0 not in numbers_in(text), "none, or strides separated by commas"),
+            "levels with attention after every block, by their stride (attn_resolutions=16 at 256 pixels is 16)",
+        ] = "none",
+        middle_attention: Annotated[bool, "attention between the two middle blocks"] = True,
+        groups: Annotated[int, Range(1), "of group norm; the largest number up to it that divides all widths"] = 8,
+    ):
+        multipliers = numbers_in(ch_mult)
+        strides = [2**i for i in range(len(multipliers))]
+        attending = [] if attention == "none" else numbers_in(attention)
+        if unknown := [stride for stride in attending if stride not in strides]:
+            problem = f"has {unknown[0]}, and the levels of ch_mult={ch_mult} have {', '.join(map(str, strides))}"
+            raise OptionError("", "attention", attention, problem)
+        self.levels = [vqgan.Level(hidden * n, s in attending) for n, s in zip(multipliers, strides, strict=True)]
+        self.image_channels, self.channels, self.blocks = image_shape[0], features, num_res_blocks
+        self.middle_attention = middle_attention
+        self.grid = divisible(image_shape, strides[-1])
+        width = math.gcd(*(level.width for level in self.levels))
+        self.groups = max(n for n in range(1, min(groups, width) + 1) if width % n == 0)
+        if self.grid == (1, 1) and self.levels[-1].width == self.groups:  # normalized, one value is always 0
+            size = Size(image_shape[1:])
+            raise OptionError("", "image_size", size, f"leaves group norm one value per group; try {2 * strides[-1]}")
+
+    def encoder(self) -> nn.Module:
+        return vqgan.Encoder(
+            self.image_channels, self.levels, self.blocks, self.channels, self.groups, attends=self.middle_attention
+        )
+
+    def decoder(self, code_dim: int, out_channels: int) -> nn.Module:
+        return vqgan.Decoder(
+            code_dim, self.channels, self.levels, self.blocks, out_channels, self.groups, attends=self.middle_attention
+        )
+
+
 class ToPixels(nn.Conv2d):
     """A convolution to few channels that keeps the size, computed on a CPU as an equivalent transposed convolution.
 
@@ -501,5 +584,6 @@ NETS = {
     "mnist-conv": MnistConv,
     "deepmind": DeepMind,
     "dalle": DallE,
+    "vqgan": VQGAN,
     "mlp": MLP,
 }

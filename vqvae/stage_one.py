@@ -27,6 +27,7 @@ class AutoencoderTraining(nn.Module):
         super().__init__()
         objective.check(model)
         self.model, self.objective = model, objective
+        self.fitted = False  # whether the bottleneck has its start, from a trained model
 
     def forward(self, images: Tensor, labels: Tensor | None, step: int) -> TrainOutput:
         """The loss and metrics of a batch of images `[B, C, H, W]` (uint8, or float points)."""
@@ -60,7 +61,7 @@ class AutoencoderTraining(nn.Module):
         """Let the bottleneck fit its start to features; `batches(n)` gives n training images."""
         model = self.model
         wanted = model.bottleneck.start_vectors
-        if not wanted:
+        if not wanted or self.fitted:
             return
         h, w = model.bottleneck.grid
         images = batches(-(-wanted // (h * w)))
