@@ -4,6 +4,7 @@ import inspect
 import itertools
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import torch
 from vqvae.contracts import Latent
 from vqvae.errors import OptionError
 from vqvae.priors import PRIORS
-from vqvae.priors.autoregressive import AutoregressivePrior, draw
+from vqvae.priors.autoregressive import AutoregressivePrior
+from vqvae.priors.base import Sampling, draw
 from vqvae.priors.transformer import Transformer, TransformerOptions
 from vqvae.registry import Choice, Slot, build
 
@@ -25,11 +27,11 @@ CAUSAL = ("pixelcnn", "gated-pixelcnn", "transformer")
 
 
 def make(
-    name: str, *, num_codes: int = 5, grid: tuple = (4, 5), num_classes: int = 0, **options
-) -> AutoregressivePrior:
+    name: str, *, num_codes: int = 5, grid: tuple = (4, 5), num_classes: int = 0, scales: tuple = (), **options
+) -> Any:
     """A small prior in float64, whose samples do not depend on rounding."""
     torch.manual_seed(0)
-    context = {"num_codes": num_codes, "grid": grid, "num_classes": num_classes}
+    context = {"num_codes": num_codes, "grid": grid, "num_classes": num_classes, "scales": scales}
     prior = build(Slot("prior", PRIORS), Choice(name, SIZES[name] | options), context)
     for p in prior.parameters():  # weights that start at zero would hide mistakes
         p.data.add_(0.3 * torch.randn_like(p))
@@ -147,13 +149,13 @@ def test_draws_follow_the_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(200_000, 4)
     uniform = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
     for temperature, top_k in ((1.0, 0), (0.5, 0), (1.0, 2)):
-        counts = torch.bincount(draw(logits, uniform, temperature, top_k), minlength=4) / 200_000
+        counts = torch.bincount(draw(logits, uniform, Sampling(temperature, top_k)), minlength=4) / 200_000
         expected = (logits[0] / temperature).softmax(0)
         if top_k:
             expected = torch.tensor([0.0, expected[1], expected[2], 0.0])
             expected /= expected.sum()
         assert torch.allclose(counts, expected, atol=0.005)
-    ends = draw(logits[:2], torch.tensor([0.0, 1.0]), 1.0, 0)
+    ends = draw(logits[:2], torch.tensor([0.0, 1.0]))
     assert ends.tolist() == [0, 3]
 
 
@@ -161,7 +163,7 @@ def test_draws_follow_the_softmax():
 @pytest.mark.parametrize("top_k", [0, 1, 3])
 def test_a_draw_at_temperature_0_is_the_likeliest_code(temperature, top_k):
     logits = torch.randn(50, 6)
-    assert torch.equal(draw(logits, torch.rand(50), temperature, top_k), logits.argmax(1))
+    assert torch.equal(draw(logits, torch.rand(50), Sampling(temperature, top_k)), logits.argmax(1))
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -301,4 +303,4 @@ def test_options_are_checked_in_python_too():
     with pytest.raises(OptionError, match="blocks=0: must be at least 1"):
         PRIORS["pixelcnn"](**context, blocks=0)
     with pytest.raises(OptionError, match="width=10: must be a multiple of heads=4"):
-        Transformer(**context, options=TransformerOptions(width=10))
+        Transformer(**context, scales=(), options=TransformerOptions(width=10))
