@@ -368,11 +368,11 @@ train --resume logs/run --epochs 0 | --epochs 0: must be at least 1
 train --resume logs/run | --resume logs/run: has taken all of its 3 steps
 visualize --checkpoint logs/run --class 0 | --class 0: the model's prior is not conditioned on classes; leave it out
 visualize --checkpoint logs/run --top-k 17 | --top-k 17: must be from 0 to 16
-visualize --checkpoint logs/run --guidance 2 | --guidance 2: needs a prior of classes that was trained with label_drop
+visualize --checkpoint logs/run --guidance 2.5 | --guidance 2.5: needs a prior of classes that was trained
 visualize --checkpoint logs/run --steps 4 | --steps 4: only a masked prior draws in steps; leave it out
-visualize --checkpoint logs/run --choice-temperature 1 | --choice-temperature 1: only a masked prior draws in steps
+visualize --checkpoint logs/run --choice-temperature 1.5 | --choice-temperature 1.5: only a masked prior draws in steps
 visualize --checkpoint logs/vae --top-p 0.5 | --top-p 0.5: the model's latent is continuous and has no codes; leave it
-visualize --checkpoint logs/vae --guidance 2 | --guidance 2: the model's latent is continuous and has no codes; leave it
+visualize --checkpoint logs/vae --guidance 2.5 | --guidance 2.5: the model's latent is continuous and has no codes
 visualize --checkpoint logs/vae --top-k 3 | --top-k 3: the model's latent is continuous and has no codes; leave it out
 encode --checkpoint logs/run --input in --dataset digits --output c.npz | --input in: cannot be encoded together with
 encode --checkpoint logs/run --input in --split test --output c.npz | --split test: needs --dataset
@@ -383,8 +383,19 @@ encode --checkpoint logs/run --dataset digits --data-dir in --output c.npz | --d
 TAKE_A_VALUE = {
     "train": [*FIELDS.keys() - {"conditional", "compile"}, *SHORTHANDS, "resume", "list", "iw_samples"],
     "visualize": [
-        "checkpoint", "plot_dir", "only", "samples", "temperature", "top_k", "top_p", "guidance", "steps",
-        "choice_temperature", "class", "seed", "device",
+        "checkpoint",
+        "plot_dir",
+        "only",
+        "samples",
+        "temperature",
+        "top_k",
+        "top_p",
+        "guidance",
+        "steps",
+        "choice_temperature",
+        "class",
+        "seed",
+        "device",
     ],
     "encode": ["checkpoint", "dataset", "input", "split", "data_dir", "limit", "output", "batch_size", "device"],
     "decode": ["checkpoint", "output", "batch_size", "device"],

@@ -543,7 +543,9 @@ def test_as_many_steps_as_codes_in_random_order_draw_from_the_chain(small):
 def test_one_step_draws_every_code_by_itself(small):
     prior, _, _, _ = small
     with torch.no_grad():
-        alone = prior.logits(torch.zeros(1, 2, 2, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.bool)).softmax(-1)[0]
+        alone = prior.logits(torch.zeros(1, 2, 2, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.bool)).softmax(-1)[
+            0
+        ]
     drawn = prior.sample(5_000, steps=1, generator=torch.Generator().manual_seed(0)).flatten(1)
     found = torch.stack([torch.bincount(column, minlength=3) for column in drawn.unbind(1)]) / 5_000
     assert torch.allclose(found.double(), alone, atol=0.035)
@@ -552,7 +554,7 @@ def test_one_step_draws_every_code_by_itself(small):
 @pytest.mark.parametrize(("length", "steps"), [(49, 8), (4, 4), (4, 100), (1, 1), (256, 12), (10, 9), (0, 8), (7, 1)])
 def test_every_step_of_sampling_adds_codes_until_none_is_unknown(length, steps):
     left = [length, *schedule(length, steps)]
-    assert all(later < earlier for earlier, later in zip(left, left[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(left))
     assert len(left) == 1 + min(steps, length)
     assert left[-1] == 0
 

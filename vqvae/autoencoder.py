@@ -168,8 +168,8 @@ class Autoencoder(nn.Module):
         """n images `[n, C, H, W]` decoded from draws of the prior; options are those of the prior's `sample`.
 
         `temperature` (at least 0) below 1 makes the draws likelier and less varied; at 0 they are the likeliest ones.
-        `top_k`, `top_p`, `guidance` and `labels` are options of priors over codes, `steps` and `choice_temperature` of the
-        masked one. Raises ValueError for values out of range.
+        `top_k`, `top_p`, `guidance` and `labels` are options of priors over codes, and `steps` and `choice_temperature`
+        of the masked one. Raises ValueError for values out of range.
         """
         draws = self.prior.sample(n, **options)
         return self.decode_latents(draws if self.discrete is None else _wide(self.discrete).embed(draws))

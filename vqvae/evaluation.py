@@ -34,7 +34,9 @@ def evaluate(
     bound: their importance-weighted mean would be none.
     """
     if iw_samples and model.bottleneck.stochastic and not model.prior.exact:
-        problem = "the prior only bounds log p(z), and importance weights would exceed the bound; use 0, or another prior"
+        problem = (
+            "the prior only bounds log p(z), and importance weights would exceed the bound; use 0, or another prior"
+        )
         raise OptionError("", "iw_samples", iw_samples, problem)
     totals = metrics.Totals()
     with evaluating(model), seeded(seed):

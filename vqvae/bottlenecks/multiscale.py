@@ -33,11 +33,14 @@ class Search(NamedTuple):
 
 
 class MultiScale(Discrete):
-    """Every scale quantizes the error of the coarser ones, on its own grid, with one codebook (VAR: 2404.02905, alg. 1).
+    """Every scale quantizes the error of the coarser ones, on its own grid (VAR: 2404.02905, alg. 1 and 2).
+
+    All scales share one codebook.
 
     r_0 = f, k_s = nearest codes of area(r_(s-1)), z_s = phi_s(bicubic(e_(k_s))), r_s = r_(s-1) - z_s, z = sum_s z_s,
-    straight through. The grids are h x w and its halves, rounded up: 7x7, 4x4, 2x2 and 1x1 codes. phi_s(x) = (1 - phi) x
-    + phi conv_s(x) repairs what enlarging blurs; the finest scale is not enlarged and has none. So one scale is `vq`.
+    straight through. The grids are h x w and its halves, rounded up: 1x1, 2x2, 4x4 and 7x7 codes for 7x7 features.
+    phi_s(x) = (1 - phi) x + phi conv_s(x) repairs what enlarging blurs. The finest scale is not enlarged and has no
+    phi, so that one scale is `vq`.
     Loss: beta * mean over scales of mean (f - sg sum_(i<=s) z_i)^2, and mean (sg f - sum_(i<=s) z_i)^2 for the
     convolutions and a codebook that is trained by gradient.
 
@@ -61,7 +64,9 @@ class MultiScale(Discrete):
         self.projection = Projection(channels, self.code_dim)
         self.codebook = Codebook(options, self.code_dim, learns=options.codebook)
         enlarged = len(self.sizes) - 1 if options.phi else 0
-        self.convolutions = nn.ModuleList(nn.Conv2d(self.code_dim, self.code_dim, 3, padding=1) for _ in range(enlarged))
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(self.code_dim, self.code_dim, 3, padding=1) for _ in range(enlarged)
+        )
         for convolution in self.convolutions:  # starts as the identity
             nn.init.dirac_(convolution.weight)
             nn.init.zeros_(convolution.bias)

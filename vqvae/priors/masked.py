@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vqvae.contracts import Latent
@@ -25,9 +24,13 @@ class Masked(CodeTransformer):
     """Masked prior (MaskGIT: 2202.04200; absorbing diffusion: 2107.03006). p(code_i | known codes) for every unknown i.
 
     The chain uncovers the codes in a random order s, each drawn given those before: p(x) = E_s prod_i p(x_(s_i) |
-    x_(s_1) .. x_(s_(i-1))). `log_prob` bounds it by Jensen's inequality (2110.02037, eq. 2 and 3):
-    log p(x) >= E_s sum_i log p(x_(s_i) | x_(s_<i)) = E_m E_M L/m sum_(i in M) log p(x_i | x without M), for m uniform in
-    1..L and M a uniform set of m positions. Training descends that with one M per example; evaluation averages `draws`.
+    x_(s_1) .. x_(s_(i-1))). `log_prob` estimates the bound of any-order models, which is that of absorbing diffusion
+    (2110.02037, eq. 2 and 3), from Jensen's inequality:
+
+        log p(x) >= E_s sum_i log p(x_(s_i) | x_(s_<i)) = E_m E_M L/m sum_(i in M) log p(x_i | x without M)
+
+    for m uniform in 1..L and M a uniform set of m positions. Training descends it with one M per example; evaluation
+    averages `draws` of them.
     """
 
     sampling_options = (*CodeTransformer.sampling_options, "steps", "choice_temperature")
@@ -113,8 +116,8 @@ class Masked(CodeTransformer):
         unknown codes falls as a quarter of a cosine; every step adds at least one.
 
         steps               forward passes; at most one per code that is not given.
-        choice_temperature  scale of the Gumbel noise of the choice, which falls linearly to 0. A large one, such as 1e9,
-                            makes the order random: with as many steps as codes, samples then follow the chain.
+        choice_temperature  scale of the Gumbel noise of the choice, which falls linearly to 0. A large one, such as
+                            1e9, makes the order random: with as many steps as codes, samples then follow the chain.
 
         The other arguments are those of `AutoregressivePrior.sample`. Raises ValueError for values out of range.
         """
@@ -167,8 +170,8 @@ class Masked(CodeTransformer):
 def masks(examples: int, length: int, draws: int, device: torch.device) -> list[Tensor]:
     """`draws` random sets of positions for each example, `[examples, length]` (bool).
 
-    Each has m positions, m uniform in 1..length, and is uniform among those of its size. The sizes of one example's sets
-    are spread evenly, and so are those of the examples: the mean over both varies less (2107.00630, appendix I.1).
+    Each has m positions, m uniform in 1..length, and is uniform among those of its size. The sizes of one example's
+    sets are spread evenly, and so are those of the examples: the mean over both varies less (2107.00630, appendix I.1).
     """
     offsets = (torch.randperm(examples, device=device) + torch.rand(examples, device=device)) / max(examples, 1)
     found = []

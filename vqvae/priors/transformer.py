@@ -3,6 +3,7 @@
 B batch, h w code grid, L = h w positions, K codes, D width.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -150,7 +151,7 @@ class Transformer(CodeTransformer, AutoregressivePrior):
 def sources(scales: tuple[tuple[int, int], ...]) -> Tensor:
     """For each position of multi-scale codes, 1 + the position of the code that covers it in the scale before, or 0."""
     parts, first = [torch.zeros(scales[0][0] * scales[0][1], dtype=torch.int64)], 1
-    for (h, w), (height, width) in zip(scales, scales[1:], strict=False):
+    for (h, w), (height, width) in itertools.pairwise(scales):
         rows, columns = torch.arange(height) * h // height, torch.arange(width) * w // width
         parts.append((first + rows[:, None] * w + columns).flatten())
         first += h * w
