@@ -173,9 +173,10 @@ def test_every_scale_is_half_as_large_as_the_next(grid, sizes):
     assert few.tokens == sum(h * w for h, w in sizes[-2:])
 
 
-def test_every_scale_quantizes_the_error_of_the_coarser_ones():
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_scale_quantizes_the_error_of_the_coarser_ones(shared):
     torch.manual_seed(0)
-    vq = make("multiscale", (4, 4), phi=0.3, **SMALL).eval()
+    vq = make("multiscale", (4, 4), phi=0.3, shared=shared, **SMALL).eval()
     for convolution in vq.convolutions:
         torch.nn.init.normal_(convolution.weight, std=0.2)
     features = torch.randn(5, 6, 4, 4)
@@ -185,8 +186,9 @@ def test_every_scale_quantizes_the_error_of_the_coarser_ones():
     losses = []
     for i, (codes, size) in enumerate(zip(vq.maps(latent.codes).values(), (1, 2, 4), strict=True)):
         blocks = rest.unflatten(3, (size, -1)).unflatten(2, (size, -1)).mean((3, 5))  # the mean of each position's area
-        assert_nearest(codes.flatten(), rows(blocks), vq.codebook.vectors)
-        part = vq.codebook.vectors[codes].movedim(3, 1)
+        table = vq.codebooks[0 if shared else i].vectors
+        assert_nearest(codes.flatten(), rows(blocks), table)
+        part = table[codes].movedim(3, 1)
         if size < 4:
             part = torch.nn.functional.interpolate(part, scale_factor=4 / size, mode="bicubic")
             part = 0.7 * part + 0.3 * vq.convolutions[i](part)
@@ -198,13 +200,13 @@ def test_every_scale_quantizes_the_error_of_the_coarser_ones():
     assert latent.codes.shape == (5, 21, 1)
 
 
-def test_scales_share_a_codebook_that_learns_from_all_of_them():
-    vq = make("multiscale", (4, 4), num_codes=9, code_dim=4, revive=0.0)
+@pytest.mark.parametrize(("shared", "counts"), [(False, [30, 120, 480]), (True, [630])])
+def test_every_codebook_learns_from_the_codes_of_its_scales(shared, counts):
+    vq = make("multiscale", (4, 4), num_codes=9, code_dim=4, revive=0.0, shared=shared)
     features = torch.randn(30, 6, 4, 4)
     vq.initialize(features)
-    latent = vq(features, 0)
-    assert vq.codebook.counts.sum().item() == pytest.approx((1 - 0.99) * latent.codes.numel(), rel=1e-4)
-    assert latent.codes.numel() == 30 * 21
+    vq(features, 0)
+    assert [book.counts.sum().item() for book in vq.codebooks] == pytest.approx([0.01 * n for n in counts], rel=1e-4)
 
 
 def test_the_convolutions_learn_from_the_error_of_each_scale_and_start_as_the_identity():

@@ -488,14 +488,16 @@ def test_estimates_of_the_bound_have_it_as_their_mean(small, draws):
 
 
 def test_masks_are_of_all_sizes_equally_often_and_of_all_positions():
-    sets = masks(6_000, 5, 3, torch.device("cpu"))
-    sizes = torch.stack(sets).sum(-1)
-    assert (torch.bincount(sizes.flatten(), minlength=6)[1:] - 3_600).abs().max() <= 3  # spread evenly
-    assert sizes.double().mean(0).std() < 0.5 * sizes.double().std() / 3**0.5 + 1e-9  # so are those of one example
-    assert torch.stack(sets).double().mean((0, 1)) == pytest.approx([0.6] * 5, abs=0.02)
-    for masked in sets:
-        pairs = torch.bincount((masked[masked.sum(1) == 2].long() * torch.tensor([1, 2, 4, 8, 16])).sum(1))
-        assert (pairs[pairs > 0] / pairs.sum()).tolist() == pytest.approx([0.1] * 10, abs=0.045)
+    sets = torch.stack(masks(6_000, 6, 3, torch.device("cpu")))  # [3, 6000, 6]
+    sizes = sets.sum(-1)
+    assert (torch.bincount(sizes.flatten(), minlength=7)[1:] - 3_000).abs().max() <= 3
+    for i, found in enumerate(sizes):  # each example has a small, a middle and a large set
+        assert found.unique().tolist() == [2 * i + 1, 2 * i + 2]
+    pairs = (sets[sizes == 2].long() * 2 ** torch.arange(6)).sum(-1)
+    counts = torch.bincount(pairs)
+    counts = counts[counts > 0]
+    assert len(counts) == 15
+    assert (counts / counts.sum() - 1 / 15).abs().max() < 0.025  # 5.5 standard errors
 
 
 def test_evaluation_averages_as_many_draws_as_asked_for_and_repeats_them():

@@ -3,8 +3,9 @@
 B batch, D code dimension, K codes, h w feature grid, S scales, sg stop-gradient.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from vqvae.registry import Range
 class MultiScaleOptions(CodebookOptions):
     scales: Annotated[int, Range(0, 16), "scales S, each half as large as the next; 0: down to a single code"] = 0
     phi: Annotated[float, Range(0, 1), "share of a 3x3 convolution in each enlarged scale; 0: none"] = 0.5
+    shared: Annotated[bool, "one codebook for all scales, as in VAR; otherwise one for each"] = False
 
 
 class Search(NamedTuple):
@@ -35,7 +37,8 @@ class Search(NamedTuple):
 class MultiScale(Discrete):
     """Every scale quantizes the error of the coarser ones, on its own grid (VAR: 2404.02905, alg. 1 and 2).
 
-    All scales share one codebook.
+    Every scale has a codebook of its own, or shares one with all others (`shared`, as published): then the coarsest
+    scale, whose vectors vary least, uses a part of the codes only.
 
     r_0 = f, k_s = nearest codes of area(r_(s-1)), z_s = phi_s(bicubic(e_(k_s))), r_s = r_(s-1) - z_s, z = sum_s z_s,
     straight through. The grids are h x w and its halves, rounded up: 1x1, 2x2, 4x4 and 7x7 codes for 7x7 features.
@@ -62,17 +65,23 @@ class MultiScale(Discrete):
         self.start_vectors = enough_vectors(options.num_codes)
         self.grid = (sum(h * w for h, w in self.sizes), 1) if self.scales else (grid[0], grid[1])
         self.projection = Projection(channels, self.code_dim)
-        self.codebook = Codebook(options, self.code_dim, learns=options.codebook)
+        count = 1 if options.shared else len(self.sizes)
+        books = nn.ModuleList(Codebook(options, self.code_dim, learns=options.codebook) for _ in range(count))
+        self.codebooks = cast(Sequence[Codebook], books)  # ModuleList has no type parameter
         enlarged = len(self.sizes) - 1 if options.phi else 0
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(self.code_dim, self.code_dim, 3, padding=1) for _ in range(enlarged)
-        )
-        for convolution in self.convolutions:  # starts as the identity
-            nn.init.dirac_(convolution.weight)
-            nn.init.zeros_(convolution.bias)
+        self.convolutions = nn.ModuleList(identity(self.code_dim) for _ in range(enlarged))
 
     def code_vectors(self) -> Tensor:
-        return self.codebook.table()
+        """The finest scale's codebook `[K, D]`."""
+        return self.codebooks[-1].table()
+
+    def book(self, scale: int) -> Codebook:
+        """The codebook of a scale."""
+        return self.codebooks[0 if self.options.shared else scale]
+
+    def per_book(self, scales: list[Tensor]) -> list[Tensor]:
+        """One tensor of rows for each codebook, given those of each scale."""
+        return [torch.cat(scales)] if self.options.shared else scales
 
     def maps(self, codes: Tensor) -> dict[str, Tensor]:
         if not self.scales:
@@ -82,7 +91,9 @@ class MultiScale(Discrete):
 
     def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:
         maps = list(self.maps(codes).values())[:levels]
-        return torch.stack([self.enlarge(self.codebook.embed(part), scale) for scale, part in enumerate(maps)]).sum(0)
+        return torch.stack([self.enlarge(self.book(scale).embed(part), scale) for scale, part in enumerate(maps)]).sum(
+            0
+        )
 
     def enlarge(self, vectors: Tensor, scale: int) -> Tensor:
         """Code vectors `[B, D, h_s, w_s]` of a scale at full size, `[B, D, h, w]`."""
@@ -99,7 +110,8 @@ class MultiScale(Discrete):
         for size in self.sizes:  # the vectors of all scales, as if every coarser one were coded without error
             given.append(F.adaptive_avg_pool2d(rest, size))
             rest = rest - F.interpolate(given[-1], self.sizes[-1], mode="bicubic") if size != self.sizes[-1] else rest
-        self.codebook.initialize(torch.cat([vectors_of(part) for part in given]))
+        for book, vectors in zip(self.codebooks, self.per_book([vectors_of(part) for part in given]), strict=True):
+            book.initialize(vectors)
 
     def search(self, f: Tensor) -> Search:
         """Quantize vectors f `[B, D, h, w]`, scale by scale."""
@@ -107,8 +119,8 @@ class MultiScale(Discrete):
         for scale, size in enumerate(self.sizes):
             rest = f.detach() if total is None else f.detach() - total.detach()
             given = F.adaptive_avg_pool2d(rest, size) if size != self.sizes[-1] else rest
-            codes = self.codebook.nearest(vectors_of(given)).view(len(f), *size)
-            part = self.enlarge(self.codebook.embed(codes), scale)
+            codes = self.book(scale).nearest(vectors_of(given)).view(len(f), *size)
+            part = self.enlarge(self.book(scale).embed(codes), scale)
             total = part if total is None else total + part
             found.given.append(given)
             found.codes.append(codes)
@@ -124,19 +136,30 @@ class MultiScale(Discrete):
         found = self.search(f)
         latent = self._latent(f, found)
         if self.training:
-            rows = torch.cat([vectors_of(given) for given in found.given])
-            self.codebook.update(rows, torch.cat([codes.flatten() for codes in found.codes]))
+            vectors = self.per_book([vectors_of(given) for given in found.given])
+            codes = self.per_book([codes.flatten() for codes in found.codes])
+            for book, *batch in zip(self.codebooks, vectors, codes, strict=True):
+                book.update(*batch)
         return latent
 
     def _latent(self, f: Tensor, found: Search) -> Latent:
         commitment = torch.stack([F.mse_loss(f, total.detach()) for total in found.sums]).mean()
         loss = self.options.beta * commitment
-        if len(self.convolutions) or not self.codebook.learns_by_ema:
+        if len(self.convolutions) or not self.codebooks[0].learns_by_ema:
             loss = loss + torch.stack([F.mse_loss(total, f.detach()) for total in found.sums]).mean()
         codes = torch.cat([codes.flatten(1) for codes in found.codes], dim=1).unflatten(1, self.grid)
         zero = torch.zeros(len(f), device=f.device)
         z = straight_through(f, found.sums[-1])
         return Latent(z, codes, log_q=zero, loss=loss, stats={"commitment": commitment.detach()})
+
+
+def identity(channels: int) -> nn.Conv2d:
+    """A 3x3 convolution that starts as the identity."""
+    convolution = nn.Conv2d(channels, channels, 3, padding=1)
+    for parameter in convolution.parameters():
+        nn.init.zeros_(parameter)
+    nn.init.dirac_(convolution.weight)
+    return convolution
 
 
 def halves(grid: tuple[int, int]) -> tuple[tuple[int, int], ...]:

@@ -50,7 +50,7 @@ class CodePrior(BasePrior):
     of them: classifier-free guidance (2207.12598) compares the two. Members have `label_rows` embeddings of classes.
     """
 
-    sampling_options = Sampling._fields
+    sampling_options: tuple[str, ...] = Sampling._fields
 
     def __init__(self, num_codes: int, grid: tuple[int, int], num_classes: int = 0, label_drop: float = 0.0):
         super().__init__(grid)
