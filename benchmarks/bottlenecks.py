@@ -27,6 +27,7 @@ SAME_RATE = {  # row: bottleneck with 64 codes x 9 bits per image, or nearly as 
     "residual, 3 x 8": "residual quantizers=3 num_codes=8",
     "grouped, 3 x 8": "grouped groups=3 num_codes=8 code_dim=63",
     "hierarchy, 80 x 147": "hierarchy num_codes=147",
+    "multiscale, 85 x 109": "multiscale num_codes=109",
     "deterministic": "deterministic num_codes=512 code_dim=64",
     "categorical": "categorical num_codes=512 code_dim=64 num_samples=1",
     "gumbel, distances": "gumbel num_codes=512 code_dim=64 temperature=linear:1:0.1",

@@ -45,6 +45,7 @@ SMALL_PRIORS = {
     "pixelcnn": "pixelcnn channels=8 blocks=2 head=16 dropout=0.1",
     "gated-pixelcnn": "gated-pixelcnn channels=8 layers=2 embedding=8 head=16 kernel=5 dropout=0.1",
     "transformer": "transformer layers=2 width=16 heads=2 dropout=0.1",
+    "masked": "masked layers=2 width=16 heads=2 dropout=0.1",
 }
 
 FAMILIES = {
@@ -69,6 +70,8 @@ FAMILIES = {
     "grouped gradient": f"{VQ} --bottleneck grouped codebook=gradient init=fan-in",
     "hierarchy": f"{VQ} --bottleneck hierarchy hidden=16",
     "hierarchy gradient": f"{VQ} --bottleneck hierarchy hidden=16 codebook=gradient",
+    "multiscale": f"{VQ} --bottleneck multiscale",
+    "multiscale gradient": f"{VQ} --bottleneck multiscale codebook=gradient scales=2",
     "deterministic": f"{VQ} --bottleneck deterministic",
     "categorical": f"{VQ} --bottleneck categorical num_samples=3",
     "categorical apart": f"{VQ} --bottleneck categorical num_samples=3 average_samples=no revive=0",
@@ -87,6 +90,8 @@ FAMILIES = {
     "gumbel pixelcnn": f"{VQ} --bottleneck gumbel --prior {SMALL_PRIORS['pixelcnn']}",
     "gumbel gated": f"{VQ} --bottleneck gumbel --prior {SMALL_PRIORS['gated-pixelcnn']}",
     "residual transformer": f"{VQ} --bottleneck residual --prior {SMALL_PRIORS['transformer']}",
+    "residual masked": f"{VQ} --bottleneck residual --prior {SMALL_PRIORS['masked']}",
+    "multiscale transformer": f"{VQ} --bottleneck multiscale --prior {SMALL_PRIORS['transformer']}",
     "mse symmetric": f"{VQ} --likelihood mse pixels=symmetric variance=0.1",
     "gaussian likelihood": f"{VQ} --likelihood gaussian",
     "logit-gaussian": f"{VQ} --likelihood logit-gaussian alpha=0.05",

@@ -34,7 +34,7 @@ def seconds(prior, n: int, naive: bool) -> tuple[float, torch.Tensor]:
 
 def measure(name: str, options: dict, side: int, n: int, rounds: int) -> dict:
     torch.manual_seed(0)
-    context = {"num_codes": 512, "grid": (side, side), "num_classes": 0}
+    context = {"num_codes": 512, "grid": (side, side), "num_classes": 0, "scales": ()}
     prior = build(SLOTS["prior"], Choice(name, options), context)
     for p in prior.parameters():  # an untrained prior may be uniform; its logits should differ
         p.data.add_(0.02 * torch.randn_like(p))

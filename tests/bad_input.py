@@ -187,6 +187,11 @@ visualize --checkpoint logs/run --samples many | --samples many: must be a whole
 visualize --checkpoint logs/run --temperature nan | --temperature nan: must be a finite number, from 0 to below 1000
 visualize --checkpoint logs/run --temperature -1 | --temperature -1: must be from 0 to below 1000
 visualize --checkpoint logs/run --top-k -1 | --top-k -1: must be at least 0
+visualize --checkpoint logs/run --top-p 0 | --top-p 0: must be above 0 and at most 1
+visualize --checkpoint logs/run --top-p 1.1 | --top-p 1.1: must be above 0 and at most 1
+visualize --checkpoint logs/run --guidance -1 | --guidance -1: must be from 0 to below 1000
+visualize --checkpoint logs/run --steps 0 | --steps 0: must be at least 1
+visualize --checkpoint logs/run --choice-temperature -1 | --choice-temperature -1: must be at least 0
 visualize --checkpoint logs/run --top-k DIGITS | --top-k DIGITS: must be at most 2147483647
 visualize --checkpoint logs/run --class -1 | --class -1: must be at least 0
 visualize --checkpoint logs/run --seed 1e19 | --seed 1e19: must be from 0 to
@@ -362,6 +367,12 @@ train --resume logs/run --data-dir in | --data-dir in: the data set digits reads
 train --resume logs/run --epochs 0 | --epochs 0: must be at least 1
 train --resume logs/run | --resume logs/run: has taken all of its 3 steps
 visualize --checkpoint logs/run --class 0 | --class 0: the model's prior is not conditioned on classes; leave it out
+visualize --checkpoint logs/run --top-k 17 | --top-k 17: must be from 0 to 16
+visualize --checkpoint logs/run --guidance 2.5 | --guidance 2.5: needs a prior of classes that was trained
+visualize --checkpoint logs/run --steps 4 | --steps 4: only a masked prior draws in steps; leave it out
+visualize --checkpoint logs/run --choice-temperature 1.5 | --choice-temperature 1.5: only a masked prior draws in steps
+visualize --checkpoint logs/vae --top-p 0.5 | --top-p 0.5: the model's latent is continuous and has no codes; leave it
+visualize --checkpoint logs/vae --guidance 2.5 | --guidance 2.5: the model's latent is continuous and has no codes
 visualize --checkpoint logs/vae --top-k 3 | --top-k 3: the model's latent is continuous and has no codes; leave it out
 encode --checkpoint logs/run --input in --dataset digits --output c.npz | --input in: cannot be encoded together with
 encode --checkpoint logs/run --input in --split test --output c.npz | --split test: needs --dataset
@@ -371,7 +382,21 @@ encode --checkpoint logs/run --dataset digits --data-dir in --output c.npz | --d
 
 TAKE_A_VALUE = {
     "train": [*FIELDS.keys() - {"conditional", "compile"}, *SHORTHANDS, "resume", "list", "iw_samples"],
-    "visualize": ["checkpoint", "plot_dir", "only", "samples", "temperature", "top_k", "class", "seed", "device"],
+    "visualize": [
+        "checkpoint",
+        "plot_dir",
+        "only",
+        "samples",
+        "temperature",
+        "top_k",
+        "top_p",
+        "guidance",
+        "steps",
+        "choice_temperature",
+        "class",
+        "seed",
+        "device",
+    ],
     "encode": ["checkpoint", "dataset", "input", "split", "data_dir", "limit", "output", "batch_size", "device"],
     "decode": ["checkpoint", "output", "batch_size", "device"],
     "export": ["checkpoint", "output"],

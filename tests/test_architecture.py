@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": {"contracts", "errors", "optimizer", "registry", "schedules"},
     "autoencoder": {"bottlenecks", "contracts", "errors", "likelihoods", "nets", "priors", "registry"},
     # training
-    "evaluation": {"autoencoder", "contracts", "metrics"},
+    "evaluation": {"autoencoder", "contracts", "errors", "metrics"},
     "stage_one": {"autoencoder", "contracts", "evaluation", "metrics"},
     "stage_two": {
         "archives", "autoencoder", "checkpoint", "contracts", "data", "evaluation", "files", "metrics", "optimizer",

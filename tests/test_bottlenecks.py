@@ -253,6 +253,8 @@ VARIANTS = [
     ("grouped", {"revive": 0.5, "decay": 0.5}),
     ("hierarchy", {"revive": 0.5, "decay": 0.5}),
     ("hierarchy", {"codebook": "gradient"}),
+    ("multiscale", {"revive": 0.5, "decay": 0.5, "phi": 0.0}),
+    ("multiscale", {"codebook": "gradient", "scales": 2}),
     ("categorical", {"posterior": "linear"}),
     ("categorical", {"iaf_flows": 1, "average_samples": False}),
     ("gumbel", {"hard": True, "num_samples": 2}),

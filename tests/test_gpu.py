@@ -82,7 +82,7 @@ def test_no_objective_reads_or_moves_a_value(words, no_autocast):
     take_steps(loop_on(META, training(words, bottleneck=gumbel, prior="unigram"), images(8)))
 
 
-@pytest.mark.parametrize("prior", ["unigram", "pixelcnn", "gated-pixelcnn", "transformer"])
+@pytest.mark.parametrize("prior", ["unigram", "pixelcnn", "gated-pixelcnn", "transformer", "masked"])
 def test_no_step_of_the_second_stage_reads_or_moves_a_value(prior, no_autocast):
     assert prior in PRIORS
     codes = torch.randint(7, (8, 2, 2), dtype=torch.int32)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.bottleneck_helpers import assert_nearest, clearly_nearest, make, rows
+from vqvae.bottlenecks.multiscale import halves
 from vqvae.errors import OptionError
 
 SMALL = {"num_codes": 9, "code_dim": 4, "init": "normal", "revive": 0.0}
@@ -126,9 +127,104 @@ def test_the_bottom_level_depends_on_the_top():
     assert not torch.equal(vq.maps(vq(features, 0).codes)["bottom"], before)
 
 
+# scales
+
+
+@pytest.mark.parametrize("options", [{}, {"codebook": "gradient"}, {"init": "normal", "revive": 0.5, "decay": 0.5}])
+def test_one_scale_is_vq(options):
+    features = torch.randn(5, 6, 4, 3)
+    pair = []
+    for name, scales in (("vq", {}), ("multiscale", {"scales": 1})):
+        torch.manual_seed(0)
+        bottleneck = make(name, (4, 3), num_codes=9, code_dim=4, **options, **scales)
+        bottleneck.initialize(features)
+        pair.append(bottleneck)
+    vq, one = pair
+    assert (one.grid, one.scales) == (vq.grid, ())
+    for step in range(40):  # enough that codes are revived
+        latents, states = [], []
+        for bottleneck in pair:
+            torch.manual_seed(step)
+            found = bottleneck(features, step)
+            (found.loss + found.z.square().mean()).backward()
+            latents.append(found)
+            states.append([*bottleneck.state_dict().values(), *(p.grad for p in bottleneck.parameters())])
+        assert torch.equal(latents[0].z, latents[1].z)
+        assert torch.equal(latents[0].codes, latents[1].codes)
+        assert torch.equal(latents[0].loss, latents[1].loss)
+        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    assert torch.equal(one.embed(latents[1].codes), vq.embed(latents[0].codes))
+
+
+@pytest.mark.parametrize(
+    ("grid", "sizes"),
+    [
+        ((8, 8), ((1, 1), (2, 2), (4, 4), (8, 8))),
+        ((7, 7), ((1, 1), (2, 2), (4, 4), (7, 7))),
+        ((4, 6), ((1, 2), (2, 3), (4, 6))),
+        ((10, 1), ((1, 1), (2, 1), (3, 1), (5, 1), (10, 1))),
+    ],
+)
+def test_every_scale_is_half_as_large_as_the_next(grid, sizes):
+    assert halves(grid)[-len(sizes) :] == sizes
+    assert halves(grid)[0] == (1, 1)
+    few = make("multiscale", grid, scales=2)
+    assert few.scales == sizes[-2:]
+    assert few.tokens == sum(h * w for h, w in sizes[-2:])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_scale_quantizes_the_error_of_the_coarser_ones(shared):
+    torch.manual_seed(0)
+    vq = make("multiscale", (4, 4), phi=0.3, shared=shared, **SMALL).eval()
+    for convolution in vq.convolutions:
+        torch.nn.init.normal_(convolution.weight, std=0.2)
+    features = torch.randn(5, 6, 4, 4)
+    latent = vq(features, 0)
+    rest = vq.projection(features)
+    total = torch.zeros_like(rest)
+    losses = []
+    for i, (codes, size) in enumerate(zip(vq.maps(latent.codes).values(), (1, 2, 4), strict=True)):
+        blocks = rest.unflatten(3, (size, -1)).unflatten(2, (size, -1)).mean((3, 5))  # the mean of each position's area
+        table = vq.codebooks[0 if shared else i].vectors
+        assert_nearest(codes.flatten(), rows(blocks), table)
+        part = table[codes].movedim(3, 1)
+        if size < 4:
+            part = torch.nn.functional.interpolate(part, scale_factor=4 / size, mode="bicubic")
+            part = 0.7 * part + 0.3 * vq.convolutions[i](part)
+        total, rest = total + part, rest - part
+        losses.append(rest.square().mean())
+        assert torch.allclose(vq.embed(latent.codes, levels=i + 1), total, atol=1e-5)
+    assert torch.allclose(latent.z, total, atol=1e-5)
+    assert latent.loss.item() == pytest.approx(1.25 * torch.stack(losses).mean().item(), rel=1e-4)
+    assert latent.codes.shape == (5, 21, 1)
+
+
+@pytest.mark.parametrize(("shared", "counts"), [(False, [30, 120, 480]), (True, [630])])
+def test_every_codebook_learns_from_the_codes_of_its_scales(shared, counts):
+    vq = make("multiscale", (4, 4), num_codes=9, code_dim=4, revive=0.0, shared=shared)
+    features = torch.randn(30, 6, 4, 4)
+    vq.initialize(features)
+    vq(features, 0)
+    assert [book.counts.sum().item() for book in vq.codebooks] == pytest.approx([0.01 * n for n in counts], rel=1e-4)
+
+
+def test_the_convolutions_learn_from_the_error_of_each_scale_and_start_as_the_identity():
+    vq, plain = (make("multiscale", (4, 4), phi=phi, **SMALL) for phi in (0.5, 0.0))
+    plain.load_state_dict({k: v for k, v in vq.state_dict().items() if "convolutions" not in k})
+    features = torch.randn(5, 6, 4, 4)
+    latent = vq.eval()(features, 0)
+    assert torch.allclose(latent.z, plain.eval()(features, 0).z, atol=1e-5)
+    latent.loss.backward()
+    assert all(convolution.weight.grad.abs().sum() > 0 for convolution in vq.convolutions)
+    assert not list(plain.parameters())[2:]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("multiscale", {"scales": 4}, "multiscale scales=4: must be at most 3, the halves of the nets' 4x4 grid"),
+        ("multiscale", {"phi": 1.5}, "multiscale phi=1.5: must be from 0 to 1"),
         ("residual", {"quantizers": 0}, "residual quantizers=0: must be from 1 to 1024"),
         ("residual", {"dropout": 2.0}, "residual dropout=2.0: must be from 0 to 1"),
         ("grouped", {"groups": 3}, "grouped code_dim=4: must be a multiple of groups=3"),

@@ -4,6 +4,7 @@ import inspect
 import itertools
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ import torch
 from vqvae.contracts import Latent
 from vqvae.errors import OptionError
 from vqvae.priors import PRIORS
-from vqvae.priors.autoregressive import AutoregressivePrior, draw
-from vqvae.priors.transformer import Transformer, TransformerOptions
+from vqvae.priors.autoregressive import AutoregressivePrior
+from vqvae.priors.base import Sampling, draw
+from vqvae.priors.masked import Masked, masks, schedule
+from vqvae.priors.transformer import Transformer, TransformerOptions, sources
 from vqvae.registry import Choice, Slot, build
 
 SIZES = {
@@ -21,16 +24,18 @@ SIZES = {
     "gated-pixelcnn": {"channels": 6, "layers": 3, "embedding": 4, "kernel": 3, "head": 8},
     "transformer": {"layers": 2, "width": 8, "heads": 2},
 }
+MASKED = {"layers": 2, "width": 8, "heads": 2}
+SCALES = ((1, 1), (2, 2), (3, 4))
 CAUSAL = ("pixelcnn", "gated-pixelcnn", "transformer")
 
 
 def make(
-    name: str, *, num_codes: int = 5, grid: tuple = (4, 5), num_classes: int = 0, **options
-) -> AutoregressivePrior:
+    name: str, *, num_codes: int = 5, grid: tuple = (4, 5), num_classes: int = 0, scales: tuple = (), **options
+) -> Any:
     """A small prior in float64, whose samples do not depend on rounding."""
     torch.manual_seed(0)
-    context = {"num_codes": num_codes, "grid": grid, "num_classes": num_classes}
-    prior = build(Slot("prior", PRIORS), Choice(name, SIZES[name] | options), context)
+    context = {"num_codes": num_codes, "grid": grid, "num_classes": num_classes, "scales": scales}
+    prior = build(Slot("prior", PRIORS), Choice(name, SIZES.get(name, MASKED) | options), context)
     for p in prior.parameters():  # weights that start at zero would hide mistakes
         p.data.add_(0.3 * torch.randn_like(p))
     return prior.double().eval()
@@ -102,7 +107,7 @@ def test_uniform_and_unigram_have_their_distributions():
 def test_uniform_takes_the_sampling_options_of_other_priors_over_codes():
     uniform, given, seen = PRIORS["uniform"](num_codes=5, grid=(4, 5)), torch.full((6, 4, 5), 3), []
     codes = uniform.sample(
-        6, temperature=0.5, top_k=2, labels=None, given=(given, 3), progress=lambda *a: seen.append(a)
+        6, temperature=0.5, top_k=2, top_p=0.9, labels=None, given=(given, 3), progress=lambda *a: seen.append(a)
     )
     assert (codes[:, :3] == 3).all()
     assert codes[:, 3:].unique().tolist() == [0, 1, 2, 3, 4]
@@ -113,11 +118,21 @@ def test_uniform_takes_the_sampling_options_of_other_priors_over_codes():
 
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.7}, {"top_k": 2}, {"labels": torch.tensor([0, 1, 1, 0, 1, 0])}, {"given": 2}]
+    "options",
+    [
+        {},
+        {"temperature": 0.7},
+        {"top_k": 2},
+        {"top_p": 0.6},
+        {"labels": torch.tensor([0, 1, 1, 0, 1, 0])},
+        {"labels": torch.tensor([0, 1, 1, 0, 1, 0]), "guidance": 2.0},
+        {"given": 2},
+    ],
 )
 def test_the_fast_sampler_draws_the_codes_of_the_naive_one(name, options):
     options = dict(options)
-    prior = make(name, num_classes=2 if "labels" in options else 0)
+    dropped = {"label_drop": 0.1} if "guidance" in options else {}
+    prior = make(name, num_classes=2 if "labels" in options else 0, **dropped)
     given = torch.randint(5, (6, 4, 5))
     if "given" in options:
         options["given"] = (given, options["given"])
@@ -147,21 +162,52 @@ def test_draws_follow_the_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(200_000, 4)
     uniform = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
     for temperature, top_k in ((1.0, 0), (0.5, 0), (1.0, 2)):
-        counts = torch.bincount(draw(logits, uniform, temperature, top_k), minlength=4) / 200_000
+        counts = torch.bincount(draw(logits, uniform, Sampling(temperature, top_k)), minlength=4) / 200_000
         expected = (logits[0] / temperature).softmax(0)
         if top_k:
             expected = torch.tensor([0.0, expected[1], expected[2], 0.0])
             expected /= expected.sum()
         assert torch.allclose(counts, expected, atol=0.005)
-    ends = draw(logits[:2], torch.tensor([0.0, 1.0]), 1.0, 0)
+    ends = draw(logits[:2], torch.tensor([0.0, 1.0]))
     assert ends.tolist() == [0, 3]
+
+
+def share_of_codes(logits: list[float], **options) -> list[float]:
+    """How often each code is drawn at evenly spread uniform numbers."""
+    uniform = (torch.arange(1000) + 0.5) / 1000
+    codes = draw(torch.tensor([logits]).expand(1000, -1), uniform, Sampling(**options))
+    return (torch.bincount(codes, minlength=len(logits)) / 1000).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"top_p": 0.75}, [0, 0.625, 0.375, 0]),  # 0.5 is less than 0.75, 0.5 + 0.3 is not
+        ({"top_p": 0.45}, [0, 1, 0, 0]),
+        ({"top_p": 1e-9}, [0, 1, 0, 0]),
+        ({"top_p": 0.85}, [0.15, 0.5, 0.3, 0.05]),
+        ({"top_k": 2, "top_p": 0.6}, [0, 1, 0, 0]),  # of the two that top_k leaves, the first has 0.625
+        ({"temperature": 0.5, "top_p": 0.6}, [0, 1, 0, 0]),  # which the temperature makes 0.68
+    ],
+)
+def test_top_p_keeps_the_fewest_likeliest_codes_of_that_probability(options, expected):
+    p = torch.tensor([0.15, 0.5, 0.3, 0.05])
+    if options == {"top_p": 0.85}:
+        expected = (torch.tensor([0.15, 0.5, 0.3, 0.0]) / 0.95).tolist()
+    assert share_of_codes(p.log().tolist(), **options) == pytest.approx(expected, abs=0.0011)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 2}, {"top_p": 0.4}])
+def test_equally_likely_codes_are_no_more_than_asked_for(options):
+    assert share_of_codes([0.0] * 5, **options) == pytest.approx([0.5, 0.5, 0, 0, 0], abs=0.0011)
+    assert share_of_codes([0.0, 1.0, 1.0, 1.0, 0.0], top_k=1) == [0, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-9])  # logits divided by the second are infinite
 @pytest.mark.parametrize("top_k", [0, 1, 3])
 def test_a_draw_at_temperature_0_is_the_likeliest_code(temperature, top_k):
     logits = torch.randn(50, 6)
-    assert torch.equal(draw(logits, torch.rand(50), temperature, top_k), logits.argmax(1))
+    assert torch.equal(draw(logits, torch.rand(50), Sampling(temperature, top_k)), logits.argmax(1))
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -191,6 +237,10 @@ OUT_OF_RANGE = [
     ({"top_k": -1}, "top_k=-1: must be from 0 to 5"),
     ({"top_k": 6}, "top_k=6: must be from 0 to 5"),
     ({"top_k": 1.5}, "top_k=1.5: must be a whole number"),
+    ({"top_p": 0}, "top_p=0: must be above 0 and at most 1"),
+    ({"top_p": 1.5}, "top_p=1.5: must be above 0 and at most 1"),
+    ({"guidance": -1}, "guidance=-1: must be at least 0"),
+    ({"guidance": 2}, "guidance=2: needs a prior of classes that was trained with label_drop above 0; leave it out"),
     ({"n": -2}, "n=-2: must be at least 0"),
     ({"given": (GIVEN + 5, 2)}, "codes must be from 0 to 4, not 5 to 5"),
     ({"given": (GIVEN[:1], 2)}, "given codes must be those of 2 images, not of 1"),
@@ -207,7 +257,7 @@ LABELS_OUT_OF_RANGE = [
 ]
 
 
-@pytest.mark.parametrize("name", ["uniform", *SIZES])
+@pytest.mark.parametrize("name", ["uniform", "masked", *SIZES])
 @pytest.mark.parametrize(("options", "message"), OUT_OF_RANGE)
 def test_options_of_samples_out_of_range_are_refused(name, options, message):
     prior = PRIORS["uniform"](num_codes=5, grid=(4, 5)) if name == "uniform" else make(name)
@@ -215,7 +265,7 @@ def test_options_of_samples_out_of_range_are_refused(name, options, message):
         prior.sample(**({"n": 2} | options))
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", ["masked", *SIZES])
 @pytest.mark.parametrize(("labels", "message"), LABELS_OUT_OF_RANGE)
 def test_labels_out_of_range_are_refused(name, labels, message):
     prior = make(name, num_classes=3)
@@ -224,7 +274,7 @@ def test_labels_out_of_range_are_refused(name, labels, message):
             use()
 
 
-@pytest.mark.parametrize("name", ["uniform", *SIZES])
+@pytest.mark.parametrize("name", ["uniform", "masked", *SIZES])
 def test_a_prior_without_classes_takes_no_labels(name):
     prior = PRIORS["uniform"](num_codes=5, grid=(4, 5)) if name == "uniform" else make(name)
     with pytest.raises(ValueError, match="not conditional and takes no labels"):
@@ -241,7 +291,7 @@ def test_labels_and_given_codes_may_have_any_integer_type():
     assert all(torch.equal(codes, drawn[0]) for codes in drawn)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", ["masked", *SIZES])
 def test_training_lowers_the_cost_of_the_codes(name):
     prior = make(name).float().train()
     codes = torch.randint(2, (16, 4, 5))  # only two of the five codes
@@ -288,6 +338,9 @@ def test_latents_of_the_wrong_kind_are_refused():
         ("gated-pixelcnn", {"layers": 0}, "layers=0: must be at least 1"),
         ("gated-pixelcnn", {"dropout": 1.0}, "dropout=1.0: must be from 0 to below 1"),
         ("transformer", {"heads": 0}, "heads=0: must be at least 1"),
+        ("transformer", {"label_drop": 1.0}, "label_drop=1.0: must be from 0 to below 1"),
+        ("masked", {"draws": 0}, "draws=0: must be from 1 to 10000"),
+        ("masked", {"width": 10, "heads": 4}, "width=10: must be a multiple of heads=4"),
         ("transformer", {"width": 10, "heads": 4}, "width=10: must be a multiple of heads=4"),
     ],
 )
@@ -301,4 +354,246 @@ def test_options_are_checked_in_python_too():
     with pytest.raises(OptionError, match="blocks=0: must be at least 1"):
         PRIORS["pixelcnn"](**context, blocks=0)
     with pytest.raises(OptionError, match="width=10: must be a multiple of heads=4"):
-        Transformer(**context, options=TransformerOptions(width=10))
+        Transformer(**context, scales=(), options=TransformerOptions(width=10))
+
+
+# guidance
+
+
+@pytest.mark.parametrize("name", ["masked", *SIZES])
+def test_only_priors_that_drop_labels_have_a_class_for_no_label(name):
+    with_it, without = make(name, num_classes=2, label_drop=0.1), make(name, num_classes=2, label_drop=0.0)
+    sizes = [sum(p.numel() for p in prior.parameters()) for prior in (with_it, without)]
+    assert sizes[0] > sizes[1]
+    unconditional = make(name, label_drop=0.1)
+    assert sum(p.numel() for p in unconditional.parameters()) == sum(p.numel() for p in make(name).parameters())
+
+
+@pytest.mark.parametrize("name", ["masked", *SIZES])
+def test_labels_are_dropped_in_training_only(name):
+    prior, labels = make(name, num_classes=2, label_drop=0.25), torch.arange(20_000) % 2
+    assert torch.equal(prior.without_some(labels), labels)
+    seen = prior.train().without_some(labels)
+    dropped = seen == 2
+    assert dropped.double().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert torch.equal(seen[~dropped], labels[~dropped])
+    untouched = make(name, num_classes=2, label_drop=0.0).train()
+    state = torch.get_rng_state()
+    assert untouched.without_some(labels) is labels
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", ["masked", *SIZES])
+def test_guidance_of_0_ignores_the_label_and_of_1_changes_nothing(name):
+    prior, labels = make(name, num_classes=2, label_drop=0.1), torch.tensor([0, 1] * 4)
+
+    def sample(**options) -> torch.Tensor:
+        return prior.sample(8, generator=torch.Generator().manual_seed(0), **options)
+
+    assert torch.equal(sample(labels=labels, guidance=0), sample(labels=1 - labels, guidance=0))
+    assert torch.equal(sample(labels=labels, guidance=1), sample(labels=labels))
+    assert not torch.equal(sample(labels=labels, guidance=0), sample(labels=labels))
+
+
+def test_guidance_scales_the_difference_that_the_label_makes():
+    prior = make("unigram", num_classes=2, label_drop=0.1, num_codes=3, grid=(40, 50))
+    codes = prior.sample(10, labels=torch.ones(10, dtype=torch.int64), guidance=2.5)
+    unconditional, conditional = prior.table[2], prior.table[1]
+    expected = (unconditional + 2.5 * (conditional - unconditional)).softmax(0)
+    assert torch.bincount(codes.flatten(), minlength=3) / 20_000 == pytest.approx(expected.tolist(), abs=0.02)
+
+
+# scale after scale
+
+
+def test_multi_scale_codes_depend_on_all_coarser_ones_and_on_no_others():
+    seen = dependencies(make("transformer", grid=(17, 1), scales=SCALES))
+    scale = torch.tensor([0] * 1 + [1] * 4 + [2] * 12)
+    assert torch.equal(seen, scale[:, None] > scale)
+
+
+def test_the_input_of_a_position_is_the_code_that_covers_it_one_scale_before():
+    assert sources(SCALES).tolist() == [0, 1, 1, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+def test_probabilities_of_all_multi_scale_codes_sum_to_one():
+    prior = make("transformer", num_codes=3, grid=(5, 1), scales=((1, 1), (2, 2)))
+    codes = torch.tensor(list(itertools.product(range(3), repeat=5))).view(-1, 5, 1)
+    assert prior.log_prob(Latent.of_codes(codes)).double().exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_multi_scale_codes_are_drawn_in_one_pass_per_scale(monkeypatch):
+    prior = make("transformer", grid=(17, 1), scales=SCALES)
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    naive = prior.sample(6, generator=generators[0], naive=True)
+    passes = []
+    monkeypatch.setattr(type(prior), "output", lambda self, x: [passes.append(x.shape[1]), output(self, x)][1])
+    assert torch.equal(prior.sample(6, generator=generators[1]), naive)
+    assert passes == [1, 4, 12]
+
+
+output = Transformer.output
+
+
+# the masked prior, against all orders and all masks of a small grid
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Masked, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A masked prior over a 2x2 grid of 3 codes, all 81 codes, log p of its chain, and the chain's bound."""
+    prior = make("masked", num_codes=3, grid=(2, 2))
+    codes = torch.tensor(list(itertools.product(range(3), repeat=4))).view(-1, 2, 2)
+    by_order = []
+    with torch.no_grad():
+        for order in itertools.permutations(range(4)):
+            known, log_p = torch.zeros(81, 4, dtype=torch.bool), torch.zeros(81, dtype=torch.float64)
+            for i in order:
+                given = prior.logits(codes, known).log_softmax(-1)
+                log_p += given[torch.arange(81), i, codes.flatten(1)[:, i]]
+                known[:, i] = True
+            by_order.append(log_p)
+    orders = torch.stack(by_order)  # [24, 81]
+    return prior, codes, orders.logsumexp(0) - math.log(24), orders.mean(0)
+
+
+def test_the_chain_is_a_distribution_and_its_bound_lies_below(small):
+    _, _, chain, bound = small
+    assert chain.exp().sum().item() == pytest.approx(1, abs=1e-9)
+    assert (bound <= chain + 1e-12).all()
+    assert (bound < chain - 1e-3).any()
+
+
+def test_the_mean_over_all_masks_is_the_bound_over_all_orders(small):
+    prior, codes, _, bound = small
+    total = torch.zeros(81)
+    for size in range(1, 5):
+        sets = list(itertools.combinations(range(4), size))
+        for positions in sets:
+            masked = torch.zeros(81, 4, dtype=torch.bool)
+            masked[:, list(positions)] = True
+            with torch.no_grad():
+                total = total + prior.log_prob_of(codes, masked) / len(sets) / 4
+    assert torch.allclose(total.double(), bound, atol=1e-5)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_estimates_of_the_bound_have_it_as_their_mean(small, draws):
+    prior, codes, _, bound = small
+    many = codes[:3].repeat_interleave(3_000, dim=0)
+    sets = masks(len(many), 4, draws, many.device)
+    with torch.no_grad():
+        found = torch.stack([prior.log_prob_of(many, masked) for masked in sets]).mean(0).view(3, -1).double()
+    error = found.std(1) / found.shape[1] ** 0.5
+    assert ((found.mean(1) - bound[:3]).abs() < 4.5 * error).all()
+
+
+def test_masks_are_of_all_sizes_equally_often_and_of_all_positions():
+    sets = torch.stack(masks(6_000, 6, 3, torch.device("cpu")))  # [3, 6000, 6]
+    sizes = sets.sum(-1)
+    assert (torch.bincount(sizes.flatten(), minlength=7)[1:] - 3_000).abs().max() <= 3
+    for i, found in enumerate(sizes):  # each example has a small, a middle and a large set
+        assert found.unique().tolist() == [2 * i + 1, 2 * i + 2]
+    pairs = (sets[sizes == 2].long() * 2 ** torch.arange(6)).sum(-1)
+    counts = torch.bincount(pairs)
+    counts = counts[counts > 0]
+    assert len(counts) == 15
+    assert (counts / counts.sum() - 1 / 15).abs().max() < 0.025  # 5.5 standard errors
+
+
+def test_evaluation_averages_as_many_draws_as_asked_for_and_repeats_them():
+    codes = Latent.of_codes(torch.randint(5, (100, 4, 5)))
+    spread = {}
+    for draws in (1, 12):
+        prior, found = make("masked", draws=draws), []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                found.append(prior.log_prob(codes))
+        assert torch.equal(found[0], found[1])
+        assert not torch.equal(found[0], found[2])
+        spread[draws] = (found[0] - found[2]).std().item()
+    assert spread[12] < 0.5 * spread[1]
+
+
+def test_unknown_codes_have_no_influence(small):
+    prior, _, _, _ = small
+    codes, known = torch.randint(3, (6, 2, 2)), torch.tensor([[True, False, True, False]]).expand(6, -1)
+    other = torch.where(known.view(6, 2, 2), codes, 2 - codes)
+    assert torch.equal(prior.logits(codes, known), prior.logits(other, known))
+    changed = codes.clone()
+    changed[:, 0, 0] = 2 - changed[:, 0, 0].clamp(max=0)
+    assert not torch.equal(prior.logits(codes, known)[:, 1], prior.logits(1 + 0 * changed, known)[:, 1])
+
+
+def test_one_hot_assignments_cost_the_masked_prior_as_much_as_their_codes(small):
+    prior, codes, _, _ = small
+    one_hot = torch.nn.functional.one_hot(codes, 3).movedim(-1, 1).double()
+    (masked,) = masks(81, 4, 1, codes.device)
+    assert torch.allclose(prior.log_prob_of(one_hot, masked).float(), prior.log_prob_of(codes, masked), atol=1e-5)
+
+
+def test_as_many_steps_as_codes_in_random_order_draw_from_the_chain(small):
+    prior, _, chain, _ = small
+    n = 15_000
+    drawn = prior.sample(n, steps=4, choice_temperature=1e9, generator=torch.Generator().manual_seed(0))
+    found = torch.bincount((drawn.flatten(1) * torch.tensor([27, 9, 3, 1])).sum(1), minlength=81) / n
+    expected = chain.exp()
+    chi_square = (n * (found - expected).square() / expected).sum().item()
+    assert chi_square < 140  # 80 degrees of freedom: exceeded once in 25,000 seeds
+
+
+def test_one_step_draws_every_code_by_itself(small):
+    prior, _, _, _ = small
+    with torch.no_grad():
+        alone = prior.logits(torch.zeros(1, 2, 2, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.bool)).softmax(-1)[
+            0
+        ]
+    drawn = prior.sample(5_000, steps=1, generator=torch.Generator().manual_seed(0)).flatten(1)
+    found = torch.stack([torch.bincount(column, minlength=3) for column in drawn.unbind(1)]) / 5_000
+    assert torch.allclose(found.double(), alone, atol=0.035)
+
+
+@pytest.mark.parametrize(("length", "steps"), [(49, 8), (4, 4), (4, 100), (1, 1), (256, 12), (10, 9), (0, 8), (7, 1)])
+def test_every_step_of_sampling_adds_codes_until_none_is_unknown(length, steps):
+    left = [length, *schedule(length, steps)]
+    assert all(later < earlier for earlier, later in itertools.pairwise(left))
+    assert len(left) == 1 + min(steps, length)
+    assert left[-1] == 0
+
+
+def test_the_number_of_unknown_codes_falls_as_a_cosine():
+    assert schedule(256, 8) == [251, 236, 212, 181, 142, 97, 49, 0]
+
+
+def test_masked_samples_keep_given_rows_and_restore_the_mode():
+    prior, given, seen = make("masked").train(), torch.randint(5, (3, 4, 5)), []
+    before = given.clone()
+    codes = prior.sample(3, given=(given, 2), steps=3, progress=lambda *a: seen.append(a))
+    assert torch.equal(codes[:, :2], given[:, :2])
+    assert torch.equal(given, before)
+    assert prior.training
+    assert seen[-1] == (20, 20)
+    assert len(seen) == 3
+    assert torch.equal(prior.sample(3, given=(given, 4)), given)
+    assert prior.sample(0).shape == (0, 4, 5)
+
+
+def test_masked_samples_at_temperature_0_and_without_noise_are_the_likeliest():
+    prior = make("masked")
+    drawn = [prior.sample(2, temperature=0, choice_temperature=0) for _ in range(2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0][0], drawn[0][1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"steps": 1.5}, "steps=1.5: must be a whole number"),
+        ({"choice_temperature": -1}, "choice_temperature=-1: must be at least 0"),
+        ({"choice_temperature": math.nan}, "choice_temperature=nan: must be a finite number, at least 0"),
+    ],
+)
+def test_options_of_few_step_samples_out_of_range_are_refused(options, message):
+    with pytest.raises(OptionError, match=re.escape(message)):
+        make("masked").sample(2, **options)

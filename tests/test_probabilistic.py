@@ -22,7 +22,7 @@ L, K, D = 2, 3, 4
 def tiny(name: str = "categorical", **options) -> Autoencoder:
     """Two latents of three codes and images of four binary pixels: few enough to enumerate."""
     images = {"image_shape": (1, 2, 2), "data_variance": 0.25}
-    codes = {"num_codes": K, "grid": (L, 1), "num_classes": 0}
+    codes = {"num_codes": K, "grid": (L, 1), "num_classes": 0, "scales": ()}
     model = Autoencoder(
         encoder=nn.Sequential(nn.Flatten(), nn.Linear(4, L * D), nn.Unflatten(1, (D, L, 1))),
         bottleneck=make(name, (L, 1), D, num_codes=K, code_dim=D, init="normal", **options),

@@ -290,7 +290,7 @@ MEMBERS = [(slot, name) for slot in SLOTS.values() for name in slot.table]
 EVERY_MEMBER = pytest.mark.parametrize(("slot", "name"), MEMBERS, ids=[f"{slot.name}-{name}" for slot, name in MEMBERS])
 CONTEXT = {
     "image_shape": (3, 32, 32), "data_variance": 0.06, "channels": 8, "grid": (4, 4), "total_steps": 10,
-    "num_codes": 8, "latent_dim": 2, "num_classes": 0,
+    "num_codes": 8, "latent_dim": 2, "num_classes": 0, "scales": (),
 }  # fmt: skip
 
 

@@ -264,7 +264,7 @@ def test_a_vae_is_drawn_with_its_latent(folder, monkeypatch, prior):
 
 
 def reporting(model: Autoencoder, logs: Path, /, **content) -> report.Report:
-    options = argparse.Namespace(only=None, seed=0, samples=4, temperature=1.0, top_k=0, label=None)
+    options = argparse.Namespace(only=None, seed=0, samples=4, label=None, **report.SAMPLING)
     return report.Report(model, content, logs, options)
 
 
@@ -310,7 +310,7 @@ def test_interpolations_start_and_end_at_the_reconstructions_of_two_images(tmp_p
         assert not torch.equal(between[3], between[0])
 
 
-FAMILIES = ["vq", "cosine", "simvq", "fsq", "lfq", "residual", "grouped", "hierarchy", "gumbel"]
+FAMILIES = ["vq", "cosine", "simvq", "fsq", "lfq", "residual", "grouped", "hierarchy", "multiscale", "gumbel"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -345,12 +345,13 @@ def test_the_vector_of_a_code_decides_its_color():
 def test_titles_say_tokens_temperature_and_class(tmp_path):
     words = {
         name: reporting(make((3, 16, 16), bottleneck=name), tmp_path).tokens()
-        for name in ("vq", "residual", "hierarchy")
+        for name in ("vq", "residual", "hierarchy", "multiscale")
     }
     assert words == {
         "vq": "4x4 codes, K = 7",
         "residual": "4 levels of 4x4 codes, K = 7",
         "hierarchy": "2x2 top + 4x4 bottom codes, K = 7",
+        "multiscale": "1x1 + 2x2 + 4x4 codes, K = 7",
     }
     sequence = make((1, 28, 28), nets="mnist-conv", bottleneck="vq")
     assert reporting(sequence, tmp_path).tokens() == "10 codes, K = 7"
@@ -364,6 +365,8 @@ def test_titles_say_tokens_temperature_and_class(tmp_path):
     assert (found.sampling(), found.sampled_class()) == ("temperature 1", "classes in turn")
     found.options.temperature, found.options.top_k, found.options.label = 0.5, 3, 1
     assert (found.sampling(), found.sampled_class()) == ("temperature 0.5, the 3 likeliest codes", "class dog")
+    found.options.top_k, found.options.top_p, found.options.guidance, found.options.steps = 0, 0.9, 2.0, 4
+    assert found.sampling() == "temperature 0.5, top p 0.9, guidance 2, 4 steps"
     assert reporting(make(), tmp_path, **content()).sampled_class() == ""
 
 

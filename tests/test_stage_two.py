@@ -13,6 +13,7 @@ import torch
 from tests.helpers import images, make, run_train
 from vqvae import cli, load
 from vqvae.commands import visualize
+from vqvae.errors import OptionError
 from vqvae.evaluation import evaluate, evaluate_prior
 from vqvae.presets import PRESETS
 from vqvae.stage_two import PriorTraining, extract_codes, store_codes
@@ -191,6 +192,54 @@ def test_two_stages_then_samples_and_completions(there, capsys):
     capsys.readouterr()
     assert cli.run(visualize.main, ["--checkpoint", "logs/second", "--class", "10"]) == 2
     assert "--class 10" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prior", "bottleneck"),
+    [
+        ("masked", "residual quantizers=2"),
+        ("masked", "hierarchy hidden=8"),
+        ("masked", "multiscale"),
+        ("transformer", "multiscale"),
+    ],
+)
+def test_priors_learn_codes_of_several_levels(there, prior, bottleneck):
+    assert run_train("--epochs", "1", "--name", "first", "--bottleneck", *bottleneck.split()) == 0
+    line = f"--prior {prior} layers=1 width=8 heads=2 --checkpoint logs/first --batch-size 20 --lr 3e-2 --name second"
+    assert train(f"{line} --epochs 8") == 0
+    last = json.loads(Path("logs/second/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["held_out_bits_per_code"] < 3.9  # of 4 without knowledge
+    options = "--samples 4 --top-p 0.9" + (" --steps 3 --choice-temperature 2" if prior == "masked" else "")
+    assert (
+        cli.run(visualize.main, f"--checkpoint logs/second {options} --only samples.png completions.png".split()) == 0
+    )
+    assert {"samples.png", "completions.png"} <= {p.name for p in Path("plots/second").iterdir()}
+
+
+def test_a_masked_prior_resumes_exactly_repeats_its_evaluation_and_takes_guidance(there, capsys):
+    assert run_train("--epochs", "1", "--name", "first") == 0
+    line = "--prior masked layers=1 width=8 heads=2 --checkpoint logs/first --batch-size 20 --conditional"
+    for name, epochs in (("second", 2), ("straight", 3)):
+        assert train(f"{line} --epochs {epochs} --name {name}") == 0
+    assert train("--resume logs/second --epochs 3") == 0
+    resumed, straight = (load(f"logs/{name}").state_dict() for name in ("second", "straight"))
+    assert all(torch.equal(value, straight[key]) for key, value in resumed.items())
+    rows = [json.loads(Path(f"logs/{n}/metrics.jsonl").read_text().splitlines()[-1]) for n in ("second", "straight")]
+    assert rows[0]["held_out_prior_nats"] == rows[1]["held_out_prior_nats"]
+    assert cli.run(visualize.main, "--checkpoint logs/second --only class_rows.png --guidance 2.5".split()) == 0
+    assert train(f"{line.replace('heads=2', 'heads=2 label_drop=0')} --epochs 1 --name without") == 0
+    assert cli.run(visualize.main, "--checkpoint logs/without --guidance 2.5".split()) == 2
+    assert "--guidance 2.5: needs a prior of classes that was trained with label_drop" in capsys.readouterr().err
+
+
+def test_a_masked_prior_and_a_stochastic_posterior_have_no_importance_weighted_bound():
+    model = make(bottleneck="gumbel", prior="masked").eval()
+    batch = images(4)
+    assert math.isfinite(evaluate(model, batch, LABELS[:4])["neg_elbo"])
+    with pytest.raises(OptionError, match="iw_samples=2: the prior only bounds log p"):
+        evaluate(model, batch, LABELS[:4], iw_samples=2)
+    exact = evaluate(make(prior="masked").eval(), batch, LABELS[:4], iw_samples=2)
+    assert exact["iw_bound"] == pytest.approx(exact["neg_elbo"])
 
 
 def test_a_prior_can_train_jointly_with_the_autoencoder(there):

@@ -168,7 +168,8 @@ class Autoencoder(nn.Module):
         """n images `[n, C, H, W]` decoded from draws of the prior; options are those of the prior's `sample`.
 
         `temperature` (at least 0) below 1 makes the draws likelier and less varied; at 0 they are the likeliest ones.
-        `top_k` and `labels` are options of priors over codes. Raises ValueError for values out of range.
+        `top_k`, `top_p`, `guidance` and `labels` are options of priors over codes, and `steps` and `choice_temperature`
+        of the masked one. Raises ValueError for values out of range.
         """
         draws = self.prior.sample(n, **options)
         return self.decode_latents(draws if self.discrete is None else _wide(self.discrete).embed(draws))
@@ -265,7 +266,8 @@ def build_autoencoder(
     encoder = nets.encoder()
     decoder = nets.decoder(bottleneck.code_dim, image_shape[0] * likelihood.params_per_channel)
     # last, so that models with one seed that differ only in their prior start from the same nets
-    prior = build(SLOTS["prior"], choices["prior"], {**bottleneck.prior_context(), "num_classes": num_classes})
+    of_codes = {"num_classes": num_classes, "scales": bottleneck.scales}
+    prior = build(SLOTS["prior"], choices["prior"], {**bottleneck.prior_context(), **of_codes})
     if num_classes and not needs(SLOTS["prior"], choices["prior"].name, "num_classes"):
         raise OptionError("", "conditional", None, f"the prior {choices['prior'].name} cannot use labels; leave it out")
     model = Autoencoder(

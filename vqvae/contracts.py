@@ -9,6 +9,7 @@ Context names that a member's constructor may ask for (see registry.py):
     num_codes       K, given to priors by bottlenecks with codes
     latent_dim      D, given to priors by continuous bottlenecks
     num_classes     number of labels that condition the prior, 0 for none
+    scales          (h, w) of each scale of multi-scale codes, the coarsest first; () for other codes
 
 B batch, S samples, C channels, H W pixels, D code dimension, K codes, h w code grid.
 """
@@ -102,6 +103,7 @@ class Bottleneck(nn.Module):
     grid: tuple[int, int]  # (h, w) of the latent
     stochastic = False  # whether a draw may differ from the most likely latent
     start_vectors = 0  # feature vectors that `initialize` wants; 0 for none
+    scales: tuple[tuple[int, int], ...] = ()  # (h, w) of each, where the codes are those of one grid after the other
 
     def forward(self, features: Tensor, step: int) -> Latent:
         raise NotImplementedError
@@ -209,6 +211,9 @@ def kind_of(value: object) -> str:
 
 class Prior(Protocol):
     """A distribution over latents."""
+
+    sampling_options: tuple[str, ...]  # those of `sample`, which `check_sampling` checks
+    exact: bool  # whether `log_prob` is log p(z) itself; otherwise its mean over the noise is at most log p(z)
 
     def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
         """log p(z) in nats, `[B]`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from vqvae import metrics
 from vqvae.autoencoder import Autoencoder, evaluating, unit_range
 from vqvae.contracts import Latent
+from vqvae.errors import OptionError
 
 MOST_POINTS = 2**16  # posterior means that are kept for the plot of a latent plane
 
@@ -29,7 +30,14 @@ def evaluate(
     images. With `iw_samples` = S the importance-weighted bound with S draws is computed too. Scalars that the
     bottleneck monitors (commitment ...) are averaged; `usage` counts the codes, `[levels, K]`. Where the latent is a
     plane, `posterior` has the `means` `[N, 2]` and `labels` `[N]` of all images, or of `MOST_POINTS` evenly chosen.
+    Raises `OptionError` for `iw_samples` of draws that differ, where the prior's log p is itself the estimate of a
+    bound: their importance-weighted mean would be none.
     """
+    if iw_samples and model.bottleneck.stochastic and not model.prior.exact:
+        problem = (
+            "the prior only bounds log p(z), and importance weights would exceed the bound; use 0, or another prior"
+        )
+        raise OptionError("", "iw_samples", iw_samples, problem)
     totals = metrics.Totals()
     with evaluating(model), seeded(seed):
         for batch, batch_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
@@ -64,11 +72,14 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_prior(
-    model: Autoencoder, codes: Tensor, labels: Tensor, *, conditional: bool, batch_size: int = 256
+    model: Autoencoder, codes: Tensor, labels: Tensor, *, conditional: bool, batch_size: int = 256, seed: int = 0
 ) -> dict[str, Any]:
-    """Metrics of a model's prior on held-out codes `[N, h, w]`: nats per image, bits per code, and what follows."""
+    """Metrics of a model's prior on held-out codes `[N, h, w]`: nats per image, bits per code, and what follows.
+
+    A prior that estimates a bound of log p draws from generators seeded with `seed`.
+    """
     totals = metrics.Totals()
-    with evaluating(model.prior):
+    with evaluating(model.prior), seeded(seed):
         for batch, batch_labels in zip(codes.split(batch_size), labels.split(batch_size), strict=True):
             log_prior = log_prior_of_codes(model, batch.to(model.device), batch_labels.to(model.device), conditional)
             totals.add(metrics.of_examples(metrics.Examples(log_prior)))

@@ -347,7 +347,7 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
         model = checkpoint.restore(start.content, path, new_prior=config)
     model.to(plan.device)
     if not any(True for _ in model.prior.parameters()):
-        problem = "has no parameters to train; try unigram, pixelcnn or transformer"
+        problem = "has no parameters to train; try unigram, pixelcnn, transformer or masked"
         raise OptionError("", "prior", config.prior.name, problem)
     # next to the autoencoder, so that every prior trained on its codes finds them; but no checkpoint names a place
     folder = start.folder if isinstance(start, Resumed) else checkpoint.locate(path).parent
@@ -368,7 +368,7 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
         module,
         codes,
         dataset.train.labels,
-        evaluate=lambda: module.evaluate(held_out, dataset.test.labels),
+        evaluate=lambda: module.evaluate(held_out, dataset.test.labels, config.seed),
         draw=sample if model.shows_images else None,
         caption="samples",
         compiled=compiled,

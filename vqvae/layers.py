@@ -15,8 +15,8 @@ from vqvae.errors import OptionError
 from vqvae.registry import Choice, Member, Slot, build, signature
 
 SLOT = Slot("bottleneck", BOTTLENECKS)
-# the hierarchy has to know the size of the grid when it is made
-LAYERS = [name for name, member in BOTTLENECKS.items() if issubclass(member, Discrete) and name != "hierarchy"]
+SIZED = ("hierarchy", "multiscale")  # have to know the size of the grid when they are made
+LAYERS = [name for name, member in BOTTLENECKS.items() if issubclass(member, Discrete) and name not in SIZED]
 
 
 class Quantized(NamedTuple):
@@ -42,7 +42,7 @@ class Quantizer(nn.Module):
         out = quantize(features)
         loss = model_loss + out.loss
 
-    name         a row of `python train.py --list bottlenecks`, except gaussian and hierarchy
+    name         a row of `python train.py --list bottlenecks`, except gaussian, hierarchy and multiscale
     dim          D, channels of the input
     total_steps  training steps after which schedules without a length of their own end
     options      those of the bottleneck; `num_samples` is 1 unless given

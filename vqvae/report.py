@@ -34,6 +34,8 @@ from vqvae.runs import LOG, read_metrics
 MOST_CODES = 16_384  # that the plot of the codebook shows; t-SNE of more takes many minutes
 MOST_CLASSES = 40  # that have a row of samples
 MOST_LEVELS = 8  # of codes that are shown one by one
+# options of samplers, and the values that change nothing; None stands for the prior's own
+SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0, "steps": None, "choice_temperature": None}
 PAGE = "index.html"
 
 
@@ -101,13 +103,22 @@ class Report:
         elif len(set(sizes.values())) == 1:
             words = f"{len(sizes)} levels of {sizes.popitem()[1]} codes"
         else:
-            words = " + ".join(f"{size} {name}" for name, size in sizes.items()) + " codes"
+            # the name of a scale is its size
+            words = " + ".join(name if "x" in name else f"{size} {name}" for name, size in sizes.items()) + " codes"
         return f"{words}, K = {bottleneck.num_codes:,}"
 
     def sampling(self) -> str:
         """How samples are drawn, in words."""
-        most = f", the {self.options.top_k} likeliest codes" if self.options.top_k else ""
-        return f"temperature {self.options.temperature:g}{most}"
+        options = self.options
+        words = [
+            f"temperature {options.temperature:g}",
+            f"the {options.top_k} likeliest codes" if options.top_k else "",
+            f"top p {options.top_p:g}" if options.top_p != 1 else "",
+            f"guidance {options.guidance:g}" if options.guidance != 1 else "",
+            f"{options.steps} steps" if options.steps else "",
+            f"choice temperature {options.choice_temperature:g}" if options.choice_temperature is not None else "",
+        ]
+        return ", ".join(filter(None, words))
 
     def sampled_class(self) -> str:
         """Which class samples have, in words; "" if the prior knows none."""
@@ -158,7 +169,7 @@ class Report:
             label = self.options.label
             labels = torch.arange(n) % len(self.classes) if label is None else torch.full((n,), label)
             options["labels"] = labels.to(self.model.device)
-        options |= {"temperature": self.options.temperature, "generator": self.generator(seed_offset)}
+        options |= {"generator": self.generator(seed_offset), **sampling_options(self.options, self.model)}
         if self.model.discrete is None:
             return self.model.sample(n, **options)
         # closed before anything is printed; it appears only where sampling takes long
@@ -168,7 +179,23 @@ class Report:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            return self.model.sample(n, top_k=self.options.top_k, progress=progress, **options)
+            return self.model.sample(n, progress=progress, **options)
+
+
+def sampling_options(options: argparse.Namespace, model: Autoencoder) -> dict[str, Any]:
+    """The sampler's options that were given, as the model's prior takes them. Raises `OptionError` for others."""
+    prior, given = model.prior, {}
+    for name, neutral in SAMPLING.items():
+        value = getattr(options, name)
+        if value == neutral:
+            continue
+        if name not in prior.sampling_options:
+            has_no_codes = "the model's latent is continuous and has no codes; leave it out"
+            problem = has_no_codes if model.discrete is None else "only a masked prior draws in steps; leave it out"
+            raise OptionError("", name, value, problem)
+        given[name] = value
+    prior.check_sampling(**given)
+    return given
 
 
 def _levels(bottleneck: Discrete) -> dict[str, Tensor]:
@@ -356,7 +383,7 @@ def class_rows(report: Report, path: Path) -> None:
 
 
 def completions(report: Report, path: Path) -> None:
-    """Held-out images whose first half of codes (with levels: the top level) is kept, and the rest sampled."""
+    """Held-out images whose first half of codes (with levels: all but the finest) is kept, and the rest sampled."""
     report.need_images()
     bottleneck = report.need_codes()
     if report.content["kind"] != "prior":
@@ -367,10 +394,12 @@ def completions(report: Report, path: Path) -> None:
     if h == 1:
         raise NotApplicable("the codes of an image have a single row, of which no half can be kept")
     rows = [("originals", images), ("reconstructions", report.model.reconstruct(images))]
-    top = bottleneck.maps(codes).get("top")
-    if top is not None:
-        kept, explanation = top.shape[1], "the top codes kept, the bottom codes sampled"
-        rows.append(("given", report.model.decode_latents(bottleneck.embed(codes, levels=1))))
+    *coarser, finest = maps = bottleneck.maps(codes)
+    if len({level.shape for level in maps.values()}) > 1:
+        kept = sum(maps[name][0].numel() for name in coarser) // w
+        words = coarser[0] if len(coarser) == 1 else "coarser"
+        explanation = f"the {words} codes kept, the {finest} codes sampled"
+        rows.append(("given", report.model.decode_latents(bottleneck.embed(codes, levels=len(coarser)))))
     else:
         kept, explanation = h // 2, "codes of the top half kept, the rest sampled"
         if w > 1:  # in a sequence (w = 1) codes have no position
@@ -433,7 +462,7 @@ def scatter_2d(report: Report, path: Path) -> None:
     points = report.images[:1000]
     panels = [("held-out data", points), ("reconstructions", model.reconstruct(points))]
     if report.prior != "uniform" or report.options.only:
-        options = {"temperature": report.options.temperature, "generator": report.generator()}
+        options = {"generator": report.generator(), **sampling_options(report.options, model)}
         draws = model.prior.sample(len(points), **options)
         params = model.decoder(draws if model.discrete is None else model.discrete.embed(draws))
         panels.append(("samples with decoder noise", model.likelihood.sample(params)))
@@ -575,8 +604,7 @@ def draw(options: argparse.Namespace) -> None:
     with naming("checkpoint", options.checkpoint):
         content = checkpoint.read(path)
         model = checkpoint.restore(content, str(path)).to(choose_device(options.device))
-    if options.top_k and model.discrete is None:
-        raise OptionError("", "top_k", options.top_k, "the model's latent is continuous and has no codes; leave it out")
+    sampling_options(options, model)
     _check_label(options.label, len(content["data"]["classes"]) if content["config"]["conditional"] else 0)
     # names and places inside a checkpoint do not choose where anything is written: it may come from anywhere
     run = printable(Path(os.path.abspath(path)).parent.name) or "run"

@@ -56,9 +56,9 @@ class PriorTraining(nn.Module):
         numbers = {name: float(value) for name, value in means.items()}
         return numbers | metrics.of_split(metrics.Split(numbers, facts_of(self.model)), monitored=True)
 
-    def evaluate(self, codes: Tensor, labels: Tensor) -> dict[str, Any]:
-        """The prior's metrics on held-out codes `[N, h, w]`."""
-        return evaluate_prior(self.model, codes, labels, conditional=self.conditional)
+    def evaluate(self, codes: Tensor, labels: Tensor, seed: int = 0) -> dict[str, Any]:
+        """The prior's metrics on held-out codes `[N, h, w]`; `seed` is that of a prior which estimates a bound."""
+        return evaluate_prior(self.model, codes, labels, conditional=self.conditional, seed=seed)
 
     def initialize(self, batches: Callable[[int], Tensor]) -> None:
         """Priors start from their random weights."""

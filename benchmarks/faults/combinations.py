@@ -186,6 +186,9 @@ def cases(draw: Any) -> dict[str, Any]:
     for chance, flag, choices in (
         (2, "--top-k", ("1", "2", "100000")),
         (2, "--temperature", ("0.1", "1e-12", "999")),
+        (1, "--top-p", ("0.5", "1e-9")),
+        (1, "--guidance", ("0", "3")),
+        (1, "--steps", ("1", "1000")),
         (2, "--seed", ("3", "9223372036854775807")),
         (1, "--class", ("0", "1", "12")),
     ):
@@ -318,10 +321,13 @@ def trial(case: dict[str, Any], folder: Path) -> str:
     return "worked"
 
 
+LOOKING_REFUSES = tuple(f"error: --{flag}" for flag in ("top-k", "top-p", "guidance", "steps", "class"))
+
+
 def look(run: str, case: dict[str, Any], where: str) -> None:
     line = ["--checkpoint", run, "--plot-dir", "drawn", "--device", "cpu", *case["draw"]]
     said = call(visualize.main, line, where=where)
-    if said.code and not said.err[0].startswith(("error: --top-k", "error: --class")):
+    if said.code and not said.err[0].startswith(LOOKING_REFUSES):
         raise Lost(f"{where}: {said.err[0]}")
     if said.code:
         line = ["--checkpoint", run, "--plot-dir", "drawn", "--device", "cpu"]

@@ -5,6 +5,7 @@ from vqvae.bottlenecks.fsq import FSQ
 from vqvae.bottlenecks.gaussian import Gaussian
 from vqvae.bottlenecks.lfq import LFQ
 from vqvae.bottlenecks.multilevel import GroupedVQ, Hierarchy, ResidualVQ
+from vqvae.bottlenecks.multiscale import MultiScale
 from vqvae.bottlenecks.vq import VQ, CosineVQ, SimVQ
 from vqvae.contracts import Bottleneck
 
@@ -17,6 +18,7 @@ BOTTLENECKS: dict[str, type[Bottleneck]] = {
     "residual": ResidualVQ,
     "grouped": GroupedVQ,
     "hierarchy": Hierarchy,
+    "multiscale": MultiScale,
     "deterministic": Deterministic,
     "categorical": Categorical,
     "gumbel": Gumbel,

@@ -38,7 +38,7 @@ plots, each drawn if it applies to the model
 
 The page index.html shows all plots, how to read them, and the run's metrics and settings. With --only it stays as it
 is. Images come from the checkpoint, so no data set is needed. Plots without samples do not use --samples,
---temperature, --top-k, --class and --seed.
+--temperature, --top-k, --top-p, --guidance, --steps, --choice-temperature, --class and --seed.
 """
 
 
@@ -68,6 +68,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "likeliest (default: 1)")  # fmt: skip
     top_k = cli.value("top_k", int, Range(0))
     add("--top-k", metavar="K", type=top_k, default=0, help="sample among the K likeliest codes (default: 0, all)")
+    top_p = cli.value("top_p", float, Range(above=0, high=1))
+    add("--top-p", metavar="P", type=top_p, default=1.0,
+        help="sample among the fewest likeliest codes that have probability P together (default: 1, all)")  # fmt: skip
+    guidance = cli.value("guidance", float, Range(0, below=1000))
+    add("--guidance", metavar="G", type=guidance, default=1.0,
+        help="strength of the class, for a conditional prior trained with label_drop; above 1, samples are more "
+        "typical of it (default: 1)")  # fmt: skip
+    steps = cli.value("steps", int, Range(1))
+    add("--steps", metavar="N", type=steps, help="steps of sampling from a masked prior (default: 8)")
+    choice = cli.value("choice_temperature", float, Range(0))
+    add("--choice-temperature", metavar="T", type=choice,
+        help="noise in the order in which a masked prior keeps codes; 1e9 makes it random (default: 4.5)")  # fmt: skip
     label = cli.value("class", int, Range(0))
     add("--class", dest="label", metavar="LABEL", type=label, help="class of the samples, for a conditional prior")
     seed = cli.value("seed", int, Range(0, 2**63 - 1))

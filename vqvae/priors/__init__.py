@@ -1,6 +1,7 @@
 """Priors: log p(z) in nats, and samples of z. `PRIORS` maps names to classes."""
 
 from vqvae.priors.continuous import MadeFlow, Normal
+from vqvae.priors.masked import Masked
 from vqvae.priors.pixelcnn import GatedPixelCNN, PixelCNN
 from vqvae.priors.simple import Uniform, Unigram
 from vqvae.priors.transformer import Transformer
@@ -11,6 +12,7 @@ PRIORS = {
     "pixelcnn": PixelCNN,
     "gated-pixelcnn": GatedPixelCNN,
     "transformer": Transformer,
+    "masked": Masked,
     "normal": Normal,
     "made-flow": MadeFlow,
 }

@@ -4,6 +4,7 @@ B batch, h w code grid, K codes.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.contracts import Latent
-from vqvae.priors.base import CodePrior, check_count, check_temperature
+from vqvae.priors.base import CodePrior, check_count, draw, guided
 
 
 class Stepper(Protocol):
@@ -46,7 +47,7 @@ class AutoregressivePrior(CodePrior):
         """
         w = latent.assignments
         known = latent.need_codes() if w is None else w
-        labels = self.check_labels(len(known), labels)
+        labels = self.without_some(self.check_labels(len(known), labels))
         # nets produce channels-last memory, so that K last needs no copy
         logits = self.logits(known, labels).movedim(1, -1).float()  # [B, h, w, K]
         if w is not None:
@@ -61,6 +62,8 @@ class AutoregressivePrior(CodePrior):
         *,
         temperature: float = 1.0,
         top_k: int = 0,
+        top_p: float = 1.0,
+        guidance: float = 1.0,
         labels: Tensor | None = None,
         given: tuple[Tensor, int] | None = None,
         generator: torch.Generator | None = None,
@@ -71,6 +74,10 @@ class AutoregressivePrior(CodePrior):
 
         temperature   divides the logits; at 0, each position gets its likeliest code.
         top_k         number of most likely codes to draw from at each position, at most K; 0 for all.
+        top_p         draws from the fewest most likely codes that have this probability together (1904.09751), at that
+                      temperature and among the top_k; 1 for all.
+        guidance      how much stronger the label's influence is: logits are u + guidance (c - u), with the label (c)
+                      and without it (u); 1 leaves it, 0 ignores the label. Needs a prior trained with `label_drop`.
         labels        classes `[n]`, needed if the prior has classes, and refused if it has none.
         given         codes `[n, h, w]` and how many of their rows to keep; the rest is drawn.
         progress      called with (positions done, positions) after each position.
@@ -79,7 +86,8 @@ class AutoregressivePrior(CodePrior):
         The uniform numbers are drawn in advance, one per position, and go through the inverse distribution function.
         The stepper and the naive way thus draw the same codes from one seed. Raises ValueError for values out of range.
         """
-        n, temperature, top_k = check_count(n), check_temperature(temperature), self.check_top_k(top_k)
+        n = check_count(n)
+        how = self.check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
         kept, rows = self.check_given(n, given)
         labels = self.sample_labels(n, labels)
         training = self.training
@@ -88,14 +96,16 @@ class AutoregressivePrior(CodePrior):
         device = self.anchor.device
         uniform = torch.rand(h * w, n, generator=generator, device=generator.device if generator else device).to(device)
         codes = torch.zeros(n, h, w, dtype=torch.int64, device=device)
-        stepper = NaiveStepper(self, codes, labels) if naive else self.stepper(n, labels)
+        make: Callable[[int, Tensor | None], Stepper] = partial(NaiveStepper, self) if naive else self.stepper
+        guides = how.guidance != 1
+        stepper = GuidedStepper(make(2 * n, self.with_and_without(labels)), how.guidance) if guides else make(n, labels)
         for position in range(h * w):
             row, column = divmod(position, w)
             logits = stepper.logits(row, column)
             if row < rows:
                 codes[:, row, column] = kept[:, row, column]
             else:
-                codes[:, row, column] = draw(logits, uniform[position], temperature, top_k)
+                codes[:, row, column] = draw(logits, uniform[position], how)
             stepper.append(row, column, codes[:, row, column])
             if progress:
                 progress(position + 1, h * w)
@@ -103,37 +113,31 @@ class AutoregressivePrior(CodePrior):
         return codes
 
 
+class GuidedStepper:
+    """Combines the logits of a stepper that has each grid twice, with its label and without."""
+
+    def __init__(self, stepper: Stepper, guidance: float):
+        self.stepper, self.guidance = stepper, guidance
+
+    def logits(self, row: int, column: int) -> Tensor:
+        return guided(self.stepper.logits(row, column), self.guidance)
+
+    def append(self, row: int, column: int, codes: Tensor) -> None:
+        self.stepper.append(row, column, codes.repeat(2))
+
+
 class NaiveStepper:
     """Runs the whole forward pass at every position: the reference that fast steppers are tested against."""
 
-    def __init__(self, prior: AutoregressivePrior, codes: Tensor, labels: Tensor | None):
-        self.prior, self.codes, self.labels = prior, codes, labels
+    def __init__(self, prior: AutoregressivePrior, n: int, labels: Tensor | None):
+        self.prior, self.labels = prior, labels
+        self.codes = torch.zeros(n, *prior.grid, dtype=torch.int64, device=prior.anchor.device)
 
     def logits(self, row: int, column: int) -> Tensor:
         return self.prior.logits(self.codes, self.labels)[:, :, row, column]
 
     def append(self, row: int, column: int, codes: Tensor) -> None:
         self.codes[:, row, column] = codes
-
-
-def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int) -> Tensor:
-    """Codes `[B]` from logits `[B, K]`: the inverse distribution function at uniform numbers `[B]`.
-
-    At temperature 0, the likeliest codes.
-    """
-    if temperature == 0:
-        return logits.argmax(1)
-    device = logits.device
-    if device.type == "mps":  # has no float64
-        logits, uniform = logits.cpu(), uniform.cpu()
-    logits = logits.double()
-    if top_k and top_k < logits.shape[1]:
-        least = logits.topk(top_k, dim=1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    logits = (logits - logits.amax(1, keepdim=True)) / temperature  # the largest stays finite at any temperature
-    cumulative = logits.softmax(1).cumsum(1)
-    reached = uniform.double().unsqueeze(1) * cumulative[:, -1:]
-    return (cumulative <= reached).sum(1).clamp(max=logits.shape[1] - 1).to(device)
 
 
 def look_up(embedding: nn.Embedding, codes: Tensor) -> Tensor:

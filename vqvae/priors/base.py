@@ -3,18 +3,25 @@
 B batch, h w code grid, K codes.
 """
 
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vqvae.contracts import check_codes, kind_of
+from vqvae.errors import OptionError
 from vqvae.registry import Option, Range
+
+LabelDrop = Annotated[
+    float, Range(0, below=1), "share of training examples without their label, which sampling with guidance needs"
+]
 
 
 class BasePrior(nn.Module):
     """A distribution over latents on a grid (h, w). Members implement `log_prob` and `sample` of `contracts.Prior`."""
 
+    sampling_options: tuple[str, ...] = ("temperature",)
+    exact = True
     anchor: Tensor  # scalar; samples have its device and dtype
 
     def __init__(self, grid: tuple[int, int]):
@@ -22,17 +29,59 @@ class BasePrior(nn.Module):
         self.grid = (grid[0], grid[1])
         self.register_buffer("anchor", torch.zeros(()), persistent=False)
 
+    def check_sampling(self, *, temperature: Any = 1.0) -> Any:
+        """The sampler's options, checked. Raises ValueError for values out of range."""
+        return number("temperature", float, temperature, Range(0))
+
+
+class Sampling(NamedTuple):
+    """How a sampler draws codes from logits."""
+
+    temperature: float = 1.0  # divides the logits; at 0, the likeliest code
+    top_k: int = 0  # draws among so many likeliest codes; 0: among all
+    top_p: float = 1.0  # draws among the fewest likeliest codes that have this probability together; 1: among all
+    guidance: float = 1.0  # logits are u + guidance (c - u), with the label (c) and without (u); 1: with it only
+
 
 class CodePrior(BasePrior):
-    """A distribution over codes `[B, h, w]`, conditional on labels if `num_classes` > 0."""
+    """A distribution over codes `[B, h, w]`, conditional on labels if `num_classes` > 0.
 
-    def __init__(self, num_codes: int, grid: tuple[int, int], num_classes: int = 0):
+    With `label_drop` > 0, training replaces that share of labels by one more class, `num_classes`, which stands for all
+    of them: classifier-free guidance (2207.12598) compares the two. Members have `label_rows` embeddings of classes.
+    """
+
+    sampling_options: tuple[str, ...] = Sampling._fields
+
+    def __init__(self, num_codes: int, grid: tuple[int, int], num_classes: int = 0, label_drop: float = 0.0):
         super().__init__(grid)
         self.num_codes, self.num_classes = num_codes, num_classes
+        self.label_drop = label_drop if num_classes else 0.0
+        self.label_rows = num_classes + (self.label_drop > 0)
 
-    def check_top_k(self, top_k: Any) -> int:
-        """The number of most likely codes to draw from; 0 for all. Raises ValueError unless it is from 0 to K."""
-        return number("top_k", int, top_k, Range(0, self.num_codes))
+    def check_sampling(
+        self, *, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.0, guidance: Any = 1.0
+    ) -> Sampling:
+        """The sampler's options, checked. Raises ValueError for values out of range."""
+        how = Sampling(
+            super().check_sampling(temperature=temperature),
+            number("top_k", int, top_k, Range(0, self.num_codes)),
+            number("top_p", float, top_p, Range(above=0, high=1)),
+            number("guidance", float, guidance, Range(0)),
+        )
+        if how.guidance != 1 and not self.label_drop:
+            problem = "needs a prior of classes that was trained with label_drop above 0; leave it out"
+            raise OptionError("", "guidance", guidance, problem)
+        return how
+
+    def without_some(self, labels: Tensor | None) -> Tensor | None:
+        """The labels `[B]` of a training step, some of them dropped; in evaluation all are kept."""
+        if labels is None or not (self.training and self.label_drop):
+            return labels
+        return labels.masked_fill(torch.rand(len(labels), device=labels.device) < self.label_drop, self.num_classes)
+
+    def with_and_without(self, labels: Tensor | None) -> Tensor | None:
+        """The labels `[n]`, then as many that are dropped, `[2n]`: what `guided` needs the logits of."""
+        return None if labels is None else torch.cat([labels, torch.full_like(labels, self.num_classes)])
 
     def check_given(self, n: int, given: tuple[Tensor, int] | None) -> tuple[Tensor, int]:
         """Codes `[n, h, w]` (int64) and how many of their rows a sample keeps. Raises ValueError if out of range."""
@@ -77,11 +126,37 @@ def number(name: str, kind: type, value: Any, rule: Range) -> Any:
     return Option(name, kind, None, (rule,), "").convert(value)
 
 
-def check_temperature(temperature: Any) -> float:
-    """A temperature: a finite number, at least 0."""
-    return number("temperature", float, temperature, Range(0))
-
-
 def check_count(n: Any) -> int:
     """A number of samples."""
     return number("n", int, n, Range(0))
+
+
+def guided(logits: Tensor, guidance: float) -> Tensor:
+    """Logits `[n, ...]`, given `[2n, ...]` of n examples with their labels and without (2207.12598, eq. 6)."""
+    conditional, unconditional = logits.chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def draw(logits: Tensor, uniform: Tensor, how: Sampling = Sampling()) -> Tensor:
+    """Codes `[B]` from logits `[B, K]`: the inverse distribution function at uniform numbers `[B]`.
+
+    At temperature 0, the likeliest codes. Among equally likely ones, the first are kept by top_k and top_p.
+    """
+    if how.temperature == 0:
+        return logits.argmax(1)
+    device = logits.device
+    if device.type == "mps":  # has no float64
+        logits, uniform = logits.cpu(), uniform.cpu()
+    logits = logits.double()
+    if 0 < how.top_k < logits.shape[1]:
+        likeliest = logits.argsort(dim=1, descending=True, stable=True)[:, : how.top_k]
+        logits = torch.full_like(logits, -torch.inf).scatter(1, likeliest, logits.gather(1, likeliest))
+    logits = (logits - logits.amax(1, keepdim=True)) / how.temperature  # the largest stays finite at any temperature
+    p = logits.softmax(1)
+    if how.top_p < 1:
+        ordered, order = p.sort(dim=1, descending=True, stable=True)
+        likelier = ordered.cumsum(1) - ordered  # the probability of all codes before
+        p = torch.zeros_like(p).scatter(1, order, ordered.where(likelier < how.top_p, 0))
+    cumulative = p.cumsum(1)
+    reached = uniform.double().unsqueeze(1) * cumulative[:, -1:]
+    return (cumulative <= reached).sum(1).clamp(max=logits.shape[1] - 1).to(device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqvae.contracts import Latent
 from vqvae.flows import Stack
-from vqvae.priors.base import BasePrior, check_count, check_temperature
+from vqvae.priors.base import BasePrior, check_count
 from vqvae.registry import Range, checked
 
 
@@ -35,7 +35,9 @@ class Normal(BasePrior):
         """Draw vectors `[n, D, h, w]`; `temperature` multiplies the standard deviation, so that 0 gives the mean."""
         shape = (check_count(n), self.latent_dim, *self.grid)
         device, dtype = self.anchor.device, self.anchor.dtype
-        return check_temperature(temperature) * torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        return self.check_sampling(temperature=temperature) * torch.randn(
+            shape, generator=generator, device=device, dtype=dtype
+        )
 
 
 class MadeFlow(Normal):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.priors.autoregressive import AutoregressivePrior, ChannelNorm, look_up
+from vqvae.priors.base import LabelDrop
 from vqvae.registry import Passes, Range, checked
 
 Kernel = Annotated[int, Range(3), Passes(lambda k: k % 2 == 1, "odd"), "side of the masked convolutions"]
@@ -93,11 +94,12 @@ class PixelCNN(AutoregressivePrior):
         kernel: Kernel = 7,
         head: Annotated[int, Range(1), "width of the 1x1 convolution before the logits"] = 512,
         dropout: Annotated[float, Range(0, below=1), "dropout on each residual branch"] = 0.0,
+        label_drop: LabelDrop = 0.0,
     ):
-        super().__init__(num_codes, grid, num_classes)
+        super().__init__(num_codes, grid, num_classes, label_drop)
         self.embedding = nn.Embedding(num_codes, channels)
         self.first = MaskedConv(channels, channels, kernel, center=False)
-        self.classes = nn.Embedding(num_classes, channels) if num_classes else None
+        self.classes = nn.Embedding(self.label_rows, channels) if num_classes else None
         self.blocks = nn.ModuleList(Block(channels, kernel, dropout) for _ in range(blocks))
         self.head = nn.Sequential(nn.ReLU(), Conv(channels, head, 1), nn.ReLU(), Conv(head, num_codes, 1))
 
@@ -201,12 +203,13 @@ class GatedPixelCNN(AutoregressivePrior):
         kernel: Kernel = 5,
         head: Annotated[int, Range(1), "width of the 1x1 convolution before the logits"] = 512,
         dropout: Annotated[float, Range(0, below=1), "dropout on each horizontal branch"] = 0.0,
+        label_drop: LabelDrop = 0.0,
     ):
-        super().__init__(num_codes, grid, num_classes)
+        super().__init__(num_codes, grid, num_classes, label_drop)
         self.embedding = nn.Embedding(num_codes, embedding)
         gated = nn.ModuleList(
             GatedLayer(embedding if i == 0 else channels, channels, kernel,
-                       center=i > 0, num_classes=num_classes, dropout=dropout)
+                       center=i > 0, num_classes=self.label_rows, dropout=dropout)
             for i in range(layers + 1)
         )  # fmt: skip
         self.layers = cast(Sequence[GatedLayer], gated)  # ModuleList has no type parameter

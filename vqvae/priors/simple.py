@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from vqvae.contracts import Latent
 from vqvae.priors.autoregressive import AutoregressivePrior
-from vqvae.priors.base import CodePrior, check_count, check_temperature
+from vqvae.priors.base import CodePrior, LabelDrop, check_count
+from vqvae.registry import checked
 
 
 class Uniform(CodePrior):
@@ -32,6 +33,8 @@ class Uniform(CodePrior):
         *,
         temperature: float = 1.0,
         top_k: int = 0,
+        top_p: float = 1.0,
+        guidance: float = 1.0,
         labels: Tensor | None = None,
         given: tuple[Tensor, int] | None = None,
         generator: torch.Generator | None = None,
@@ -40,11 +43,10 @@ class Uniform(CodePrior):
     ) -> Tensor:
         """Draw codes `[n, h, w]` (int64). Arguments are those of `AutoregressivePrior.sample`.
 
-        All codes are equally likely: `temperature`, also 0, `top_k` and `naive` change nothing.
+        All codes are equally likely: `temperature`, also 0, `top_k`, `top_p` and `naive` change nothing.
         """
         n = check_count(n)
-        check_temperature(temperature)
-        self.check_top_k(top_k)
+        self.check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
         self.sample_labels(n, labels)
         kept, rows = self.check_given(n, given)
         h, w = self.grid
@@ -58,9 +60,10 @@ class Uniform(CodePrior):
 class Unigram(AutoregressivePrior):
     """One categorical distribution for all positions (one per class): how often each code occurs."""
 
-    def __init__(self, *, num_codes: int, grid: tuple[int, int], num_classes: int):
-        super().__init__(num_codes, grid, num_classes)
-        self.table = nn.Parameter(torch.zeros(max(num_classes, 1), num_codes))
+    @checked
+    def __init__(self, *, num_codes: int, grid: tuple[int, int], num_classes: int, label_drop: LabelDrop = 0.0):
+        super().__init__(num_codes, grid, num_classes, label_drop)
+        self.table = nn.Parameter(torch.zeros(max(self.label_rows, 1), num_codes))
 
     def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
         rows = self._rows(len(codes), labels)

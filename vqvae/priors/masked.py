@@ -1,0 +1,193 @@
+"""A masked prior: a bidirectional Transformer that predicts unknown codes from known ones, in any order.
+
+B batch, h w code grid, L = h w positions, K codes, D width.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from vqvae.contracts import Latent
+from vqvae.priors.autoregressive import look_up
+from vqvae.priors.base import LabelDrop, Sampling, check_count, draw, guided, number
+from vqvae.priors.transformer import CodeTransformer, TransformerOptions
+from vqvae.registry import Range, checked
+
+CHOICE_TEMPERATURE = 4.5  # MaskGIT's
+STEPS = 8
+
+
+class Masked(CodeTransformer):
+    """Masked prior (MaskGIT: 2202.04200; absorbing diffusion: 2107.03006). p(code_i | known codes) for every unknown i.
+
+    The chain uncovers the codes in a random order s, each drawn given those before: p(x) = E_s prod_i p(x_(s_i) |
+    x_(s_1) .. x_(s_(i-1))). `log_prob` estimates the bound of any-order models, which is that of absorbing diffusion
+    (2110.02037, eq. 2 and 3), from Jensen's inequality:
+
+        log p(x) >= E_s sum_i log p(x_(s_i) | x_(s_<i)) = E_m E_M L/m sum_(i in M) log p(x_i | x without M)
+
+    for m uniform in 1..L and M a uniform set of m positions. Training descends it with one M per example; evaluation
+    averages `draws` of them.
+    """
+
+    sampling_options = (*CodeTransformer.sampling_options, "steps", "choice_temperature")
+    exact = False
+
+    @checked
+    def __init__(
+        self,
+        *,
+        num_codes: int,
+        grid: tuple[int, int],
+        num_classes: int,
+        draws: Annotated[int, Range(1, 10_000), "sets of masked codes per image that evaluation averages over"] = 4,
+        label_drop: LabelDrop = 0.1,
+        options: TransformerOptions = TransformerOptions(),
+    ):
+        super().__init__(num_codes, grid, num_classes, label_drop, options, causal=False)
+        self.draws = draws
+
+    def logits(self, codes: Tensor, known: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits `[B, L, K]` of all positions, given codes `[B, h, w]` (or assignments `[B, K, h, w]`) where `known`.
+
+        `known` `[B, L]` (bool) says which codes the net sees; the others have no influence.
+        """
+        return self.output(self._features(codes, known, labels))
+
+    def _features(self, codes: Tensor, known: Tensor, labels: Tensor | None) -> Tensor:
+        """The last layer's output, `[B, L, D]`."""
+        embedded = look_up(self.embedding, codes).flatten(1, 2)
+        x = torch.where(known.unsqueeze(-1), embedded, self.start) + self.positions(labels)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
+        """An unbiased estimate of the bound of log p in nats per image, `[B]`, from torch's random numbers.
+
+        With assignments w, each position contributes sum_k w_k log p_k. Raises ValueError if labels are missing or out
+        of range.
+        """
+        w = latent.assignments
+        codes = latent.need_codes() if w is None else w
+        labels = self.without_some(self.check_labels(len(codes), labels))
+        sets = masks(len(codes), math.prod(self.grid), 1 if self.training else self.draws, codes.device)
+        return torch.stack([self.log_prob_of(codes, masked, labels) for masked in sets]).mean(0)
+
+    def log_prob_of(self, codes: Tensor, masked: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The bound's term of a set M, L/m sum_(i in M) log p(x_i | x without M), `[B]`; `masked` `[B, L]` is M."""
+        log_p = self.logits(codes, ~masked, labels).float().log_softmax(-1)  # [B, L, K]
+        if codes.is_floating_point():
+            of_codes = (codes.flatten(2).mT * log_p).sum(-1)
+        else:
+            of_codes = log_p.gather(-1, codes.flatten(1).unsqueeze(-1)).squeeze(-1)
+        return of_codes.where(masked, 0).sum(1) * (masked.shape[1] / masked.sum(1))
+
+    def check_sampling(
+        self, *, steps: Any = STEPS, choice_temperature: Any = CHOICE_TEMPERATURE, **others: Any
+    ) -> Sampling:
+        """The sampler's options, checked. Raises ValueError for values out of range."""
+        number("steps", int, steps, Range(1))
+        number("choice_temperature", float, choice_temperature, Range(0))
+        return super().check_sampling(**others)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        guidance: float = 1.0,
+        steps: int = STEPS,
+        choice_temperature: float = CHOICE_TEMPERATURE,
+        labels: Tensor | None = None,
+        given: tuple[Tensor, int] | None = None,
+        generator: torch.Generator | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Draw codes `[n, h, w]` (int64) in a few steps (2202.04200, section 3.2).
+
+        Every step draws a code for each unknown position and keeps those of largest log p + noise. The number of
+        unknown codes falls as a quarter of a cosine; every step adds at least one.
+
+        steps               forward passes; at most one per code that is not given.
+        choice_temperature  scale of the Gumbel noise of the choice, which falls linearly to 0. A large one, such as
+                            1e9, makes the order random: with as many steps as codes, samples then follow the chain.
+
+        The other arguments are those of `AutoregressivePrior.sample`. Raises ValueError for values out of range.
+        """
+        n = check_count(n)
+        how = self.check_sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, steps=steps,
+            choice_temperature=choice_temperature,
+        )  # fmt: skip
+        kept, rows = self.check_given(n, given)
+        labels = self.sample_labels(n, labels)
+        training = self.training
+        self.eval()
+        device = self.anchor.device
+
+        def uniform(count: int) -> Tensor:
+            source = generator.device if generator else device
+            return torch.rand(n, count, generator=generator, device=source).to(device)
+
+        codes = kept.flatten(1).clone()
+        length, first = codes.shape[1], rows * self.grid[1]
+        unknown = torch.arange(first, length, device=device).expand(n, -1)  # [n, positions without a code]
+        for left in schedule(length - first, int(steps)):
+            logits = self._of_unknown(codes, unknown, labels, how.guidance)  # [n, U, K]
+            u = logits.shape[1]
+            drawn = draw(logits.flatten(0, 1), uniform(u).flatten(), how).view(n, u)
+            score = logits.log_softmax(-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+            noise = -(-uniform(u).clamp(min=torch.finfo(torch.float32).tiny).log()).log()
+            score = score + choice_temperature * left / (length - first) * noise
+            chosen, rest = score.argsort(dim=1, descending=True, stable=True).split([u - left, left], dim=1)
+            codes.scatter_(1, unknown.gather(1, chosen), drawn.gather(1, chosen))
+            unknown = unknown.gather(1, rest)
+            if progress:
+                progress(length - left, length)
+        self.train(training)
+        return codes.view(n, *self.grid)
+
+    def _of_unknown(self, codes: Tensor, unknown: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
+        """Logits `[n, U, K]` of the positions `unknown` `[n, U]`, given the codes `[n, L]` of all others."""
+        known = torch.ones_like(codes, dtype=torch.bool).scatter(1, unknown, False)
+        guides = guidance != 1
+        if guides:
+            codes, known, unknown = (x.repeat(2, 1) for x in (codes, known, unknown))
+            labels = self.with_and_without(labels)
+        x = self._features(codes.view(-1, *self.grid), known, labels)
+        x = x.gather(1, unknown.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        logits = self.output(x)
+        return guided(logits, guidance) if guides else logits
+
+
+def masks(examples: int, length: int, draws: int, device: torch.device) -> list[Tensor]:
+    """`draws` random sets of positions for each example, `[examples, length]` (bool).
+
+    Each has m positions, m uniform in 1..length, and is uniform among those of its size. The sizes of one example's
+    sets are spread evenly, and so are those of the examples: the mean over both varies less (2107.00630, appendix I.1).
+    """
+    offsets = (torch.randperm(examples, device=device) + torch.rand(examples, device=device)) / max(examples, 1)
+    found = []
+    for i in range(draws):
+        sizes = ((i + offsets) / draws * length).long().clamp(max=length - 1) + 1  # [examples]
+        ranks = torch.rand(examples, length, device=device).argsort(1).argsort(1)
+        found.append(ranks < sizes.unsqueeze(1))
+    return found
+
+
+def schedule(length: int, steps: int) -> list[int]:
+    """How many of `length` codes are unknown after each step, down to 0: a cosine, with at least one code per step."""
+    steps = min(steps, length)
+    left, found = length, []
+    for step in range(1, steps + 1):
+        wanted = math.floor(length * math.cos(math.pi / 2 * step / steps))
+        left = max(min(wanted, left - 1), steps - step)
+        found.append(left)
+    return found
