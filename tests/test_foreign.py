@@ -69,7 +69,7 @@ def test_diffusers_opens_what_is_exported_and_computes_the_same(kind, capsys):
     assert "gives 100% of the model's codes" in capsys.readouterr().out
     back, about = diffusers.VQModel.from_pretrained("there", output_loading_info=True)
     assert not any(about.values())  # no weight is missing or left over
-    inputs = unambiguous(model, images(60, SHAPE), 8)
+    inputs = unambiguous(model, images(200, SHAPE), 4)
     codes, out = theirs(back.eval(), unit_range(inputs))
     assert torch.equal(codes, model.encode(inputs))
     assert len(codes.unique()) > 2
@@ -80,7 +80,7 @@ def test_diffusers_opens_what_is_exported_and_computes_the_same(kind, capsys):
 def test_what_is_exported_is_read_back_as_the_same_model(kind):
     model = exported(**MODELS[kind])
     back = load("there")
-    inputs = unambiguous(model, images(60, SHAPE), 8)
+    inputs = unambiguous(model, images(200, SHAPE), 4)
     assert torch.equal(back.encode(inputs), model.encode(inputs))
     assert torch.allclose(back.reconstruct(inputs), model.reconstruct(inputs), atol=1e-5)
     assert back.data_variance == model.data_variance
@@ -99,8 +99,8 @@ def test_what_is_exported_is_read_back_as_the_same_model(kind):
 )  # fmt: skip
 def test_a_model_of_diffusers_is_read_and_computes_the_same(settings):
     diffusers = pytest.importorskip("diffusers")
-    small = {"block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
-             "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 8, "sample_size": 16,
+    small = {"block_out_channels": (8, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 3,
+             "up_block_types": ("UpDecoderBlock2D",) * 3, "norm_num_groups": 8, "sample_size": 16,
              "num_vq_embeddings": 9}  # fmt: skip
     model = diffusers.VQModel(**(small | settings)).eval()
     with torch.no_grad():  # the default codes are so small that the image hardly depends on them
@@ -108,7 +108,7 @@ def test_a_model_of_diffusers_is_read_and_computes_the_same(settings):
         model.quantize.embedding.weight.copy_(features[torch.randperm(len(features))[:9]])
     model.save_pretrained("there")
     back = load("there")
-    inputs = unambiguous(back, images(60, (3, 16, 16)), 6)
+    inputs = unambiguous(back, images(400, (3, 16, 16)), 4)
     codes, out = theirs(model, unit_range(inputs))
     assert torch.equal(codes, back.encode(inputs))
     assert len(codes.unique()) > 2
