@@ -14,6 +14,7 @@ from vqvae.config import (
     SHORTHANDS,
     Config,
     Fresh,
+    Initialized,
     Resumed,
     StageTwo,
     Start,
@@ -322,6 +323,46 @@ def test_a_prior_may_not_change_model_or_data(line):
 )
 def test_a_prior_that_cannot_train_is_refused(line, message):
     assert refusal(line, SECOND).startswith(message)
+
+
+TRAINED = Config(
+    dataset=Choice("folder", {}),
+    nets=Choice("vqgan", {"hidden": 16}),
+    bottleneck=Choice("vq", {"num_codes": 64, "code_dim": 8}),
+    likelihood=Choice("mse", {"pixels": "symmetric"}),
+    epochs=7,
+)
+FROM = Initialized({"config": TRAINED.to_dict()})
+
+
+def test_a_run_takes_nets_likelihood_and_sizes_from_the_model_that_it_starts_from():
+    line = "--init-from m --dataset mnist --bottleneck vq decay=0.9 codebook=gradient --nets vqgan hidden=16 --codes 64"
+    config = typed(line, FROM)
+    assert config.nets == Choice("vqgan", options("nets", "vqgan hidden=16"))
+    assert config.likelihood.options["pixels"] == "symmetric"
+    words = "vq num_codes=64 code_dim=8 decay=0.9 codebook=gradient"
+    assert config.bottleneck == Choice("vq", options("bottleneck", words))
+    assert (config.dataset.name, config.epochs, config.init_from) == ("mnist", Config.epochs, "m")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--hidden 32", "--nets vqgan hidden=32: the model of --init-from has hidden=16; leave it out"),
+        ("--nets sonnet", "--nets sonnet: the model of --init-from has vqgan; leave it out"),
+        ("--codes 32", "--bottleneck vq num_codes=32: the model of --init-from has num_codes=64; leave it out"),
+        ("--bottleneck fsq", "--bottleneck fsq: the model of --init-from has vq; leave it out"),
+        ("--likelihood mse pixels=centered", "--likelihood mse pixels=centered: the model of --init-from has pixels="),
+        ("--preset dvq-dalle", "--nets dalle: the model of --init-from has vqgan; leave it out"),
+    ],
+)
+def test_what_differs_from_the_model_to_start_from_is_refused(line, message):
+    assert refusal(f"--init-from m {line}", FROM).startswith(message)
+
+
+def test_a_prior_of_a_second_stage_starts_from_no_other_model():
+    message = "--init-from m: the model and data come from --checkpoint; leave it out"
+    assert refusal("--prior pixelcnn --checkpoint logs/a --init-from m", SECOND) == message
 
 
 @pytest.mark.parametrize(

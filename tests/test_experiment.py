@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tests.helpers import CONSTANT, ROOT, SMALL, images, run_train
 from vqvae import checkpoint, cli, experiment, load
-from vqvae.commands import train, visualize
+from vqvae.commands import export, train, visualize
 from vqvae.data import Dataset, Images
 from vqvae.runs import Lock
 from vqvae.stage_one import AutoencoderTraining
@@ -153,6 +153,43 @@ def test_the_default_start_loses_no_codes(tmp_path):
     assert len(perplexity) == 40
     assert min(perplexity[10:]) > perplexity[-1] / 4  # before the decay's warm-up: 3 of 62
     assert last_row("run")["held_out_perplexity"] > 128
+
+
+TOKENIZER = "--nets vqgan features=4 ch_mult=1,2 --dataset photos crops=20 test_crops=6"
+
+
+def test_a_run_starts_from_a_folder_of_diffusers(capsys):
+    assert run_train(*TOKENIZER.split(), "--epochs", "1", "--name", "run") == 0
+    assert cli.run(export.main, "--checkpoint logs/run --output there --format diffusers".split()) == 0
+    line = "--dataset photos crops=20 test_crops=6 --image-size 16 --batch-size 20 --epochs 1 --device cpu --lr 1e-30"
+    learn = "--bottleneck vq codebook=gradient revive=0"
+    assert run_train("--init-from", "there", *line.split(), *learn.split(), "--name", "more", small=False) == 0
+    assert "start  the weights of there" in capsys.readouterr().out
+    before, after = load("there").state_dict(), load("logs/more").state_dict()
+    for name, value in after.items():  # neither redrawn nor fitted to the data again
+        assert name.endswith(("counts", "debias")) or torch.allclose(value, before[name]), name
+    assert last_row("more")["held_out_mse"] == pytest.approx(last_row("run")["held_out_mse"], rel=1e-3)
+    shutil.rmtree("there")  # a resumed run needs it no more
+    assert resume("logs/more --epochs 2") == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--dataset digits", "--init-from logs/run: its images have 3 channels, and those of the data 1"),
+        ("--bottleneck vq projection=no", "--bottleneck vq code_dim=4: must equal the nets' 8 feature channels"),
+        ("--init-from nowhere", "--init-from"),
+    ],
+)
+def test_a_model_to_start_from_that_does_not_fit_is_one_line(there, line, message, capsys):
+    assert run_train("--dataset", "photos", "crops=20", "test_crops=6", "--epochs", "1", "--name", "run") == 0
+    capsys.readouterr()
+    files = sorted(there.rglob("*"))
+    words = line if line.startswith("--init-from") else f"--init-from logs/run {line}"
+    data = [] if "--dataset" in line else ["--dataset", "photos", "crops=20", "test_crops=6"]
+    assert run_train(*words.split(), *data, "--image-size", "16", "--batch-size", "20", small=False) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(there.rglob("*")) == files
 
 
 @pytest.mark.parametrize("preset", ["dvq-vqvae", "dvq-gumbel", "dvq-dalle"])

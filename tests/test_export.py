@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.checkpoints import stored, unambiguous
-from tests.helpers import choose, fitting, images
+from tests.helpers import ROOT, choose, fitting, images
 from tests.test_tokens import run, write_images
 from vqvae import checkpoint, load
 from vqvae.bottlenecks import BOTTLENECKS
@@ -23,6 +23,7 @@ from vqvae.checkpoint import UNKNOWN, seal, weights_checksum
 from vqvae.errors import UserError
 from vqvae.export import export
 from vqvae.programs import HALVES, INTERFACE, agreement, write_program
+from vqvae.registry import Choice
 
 MODELS = {  # tracing takes seconds per model, so most of them have the nets with the fewest operations
     **{name: fitting(name) | {"nets": "mlp"} for name in BOTTLENECKS},
@@ -359,3 +360,65 @@ def test_export_does_not_change_the_model(workdir):
     assert len(lines) == 4
     assert [p.requires_grad for p in model.parameters()] == grads
     assert next(model.encoder.parameters()).is_contiguous(memory_format=torch.channels_last)
+
+
+ONNX = {"vqgan": {"nets": Choice("vqgan", {"hidden": 8, "ch_mult": "1,2"})}, "continuous": MODELS["gaussian"]}
+
+
+@pytest.mark.parametrize("kind", ONNX)
+def test_onnx_programs_compute_what_the_model_computes_for_any_batch(workdir, kind, capsys):
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = stored(workdir / "run", (3, 4, 6), **ONNX[kind])
+    assert run("export --checkpoint run --output exported --format onnx") == 0
+    assert "on 5 random examples, in batches of 1, 2, 5" in capsys.readouterr().out
+    names = {path.name for path in Path("exported").iterdir()}
+    assert names == {"model.safetensors", "config.json", "encoder.onnx", "decoder.onnx", "README.md"}
+    check_loaded(model)
+    about = json.loads(Path("exported/config.json").read_text())["programs"]
+    inputs = examples(model, 40)
+    inputs = inputs[:5] if model.discrete is None else unambiguous(model, inputs, 5)
+    for half in HALVES:
+        path, outputs = Path(f"exported/{half}.onnx"), HALVES[half](model)(inputs)
+        session = runtime.InferenceSession(path)
+        for count in (1, 2, 5):
+            name = session.get_inputs()[0].name
+            found = torch.from_numpy(session.run(None, {name: inputs[:count].numpy()})[0])
+            assert torch.allclose(found, outputs[:count], atol=1e-4)
+        proto = onnx.load(path)
+        described = json.loads(next(p.value for p in proto.metadata_props if p.key == INTERFACE))
+        assert described == about[path.name]
+        for end, value, values in (
+            ("input", session.get_inputs()[0], inputs),
+            ("output", session.get_outputs()[0], outputs),
+        ):
+            assert value.shape == described[end]["shape"]
+            check_described(described[end], values)
+        raw = path.read_bytes()
+        assert b"autoencoder.py" not in raw
+        assert str(ROOT).encode() not in raw
+        inputs = outputs
+
+
+def test_without_the_extra_the_format_onnx_is_one_line_and_nothing_is_written(workdir, capsys, monkeypatch):
+    stored(workdir / "run")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    for name in ("onnx", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, sys.modules.get(name, sys))
+    assert run("export --checkpoint run --output exported --format onnx") == 2
+    line = "error: --format onnx: needs onnxscript, which is not installed; pip install 'vqvae[onnx]'\n"
+    assert capsys.readouterr().err == line
+    assert not Path("exported").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--format tflite", "--format tflite: must be one of pt2, onnx, diffusers"),
+        ("--license two words", "--license two words"),
+        ("--license a:b", "--license a:b: must be an identifier such as mit or cc-by-4.0"),
+    ],
+)
+def test_a_bad_option_of_export_is_one_line(workdir, words, message, capsys):
+    assert run(f"export --checkpoint run --output exported {words}") == 2
+    assert message in capsys.readouterr().err

@@ -37,8 +37,8 @@ class Search(NamedTuple):
 class MultiScale(Discrete):
     """Every scale quantizes the error of the coarser ones, on its own grid (VAR: 2404.02905, alg. 1 and 2).
 
-    Every scale has a codebook of its own, or shares one with all others (`shared`, as published). With a shared one, the
-    single code of the coarsest scale used only half of the codes in our runs.
+    Every scale has a codebook of its own, or shares one with all others (`shared`, as published). With a shared one,
+    the single code of the coarsest scale used only half of the codes in our runs.
 
     r_0 = f, k_s = nearest codes of area(r_(s-1)), z_s = phi_s(bicubic(e_(k_s))), r_s = r_(s-1) - z_s, z = sum_s z_s,
     straight through. The grids are h x w and its halves, rounded up: 1x1, 2x2, 4x4 and 7x7 codes for 7x7 features.
@@ -138,8 +138,8 @@ class MultiScale(Discrete):
         if self.training:
             vectors = self.per_book([vectors_of(given) for given in found.given])
             codes = self.per_book([codes.flatten() for codes in found.codes])
-            for book, *batch in zip(self.codebooks, vectors, codes, strict=True):
-                book.update(*batch, step)
+            for book, f_s, codes_s in zip(self.codebooks, vectors, codes, strict=True):
+                book.update(f_s, codes_s, step)
         return latent
 
     def _latent(self, f: Tensor, found: Search) -> Latent:

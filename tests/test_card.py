@@ -1,0 +1,93 @@
+"""The card of an exported model: metadata, sizes, data, steps and metrics."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import content, stored
+from tests.helpers import make
+from tests.test_tokens import run
+from vqvae import checkpoint
+from vqvae.card import model_card, read_evaluation
+from vqvae.errors import UserError
+from vqvae.export import FORMATS
+
+NUMBERS = {
+    "step": 3,
+    "images": 200,
+    "mse": 0.0123456,
+    "mse_se": 0.001,
+    "perplexity": 31.5,
+    "neg_elbo": None,
+    "run": "x",
+}
+
+
+def card(evaluation=None, **changes) -> str:
+    model = make()
+    return model_card(content(model, **changes), model, "Use it.", library="vqvae", evaluation=evaluation)
+
+
+def test_a_card_begins_with_metadata_that_hubs_read():
+    head = card().split("---\n")[1]
+    assert head.splitlines() == [
+        "license: other", "license_name: not-stated", "library_name: vqvae", "tags:", "- vqvae", "- image-tokenizer",
+    ]  # fmt: skip
+
+
+def test_a_card_says_sizes_data_and_steps():
+    data = {"name": "none", "shape": [3, 8, 8], "variance": 0.06, "classes": [], "note": "a note"}
+    text = card(data=data | {"examples": {"train": 1234, "test": 56}})
+    for row in (
+        "| latent | 2x2 codes of 7: 4 tokens, 11 bits |", "| data | none (a note) |", "| examples, train | 1,234 |",
+        "| steps | 3 |", "| nets | sonnet hidden=8 |", "| batch size | 128 |",
+    ):  # fmt: skip
+        assert row in text.splitlines()
+
+
+def test_a_card_has_the_metrics_of_its_step_only():
+    text = card(NUMBERS)
+    assert "On 200 held-out examples" in text
+    assert (
+        "| mse | 0.012346 ± 0.001 | mean squared error of images in [0, 1] |".replace("[", "\\[").replace("]", "\\]")
+        in text.splitlines()
+    )
+    assert "| perplexity | 31.5 | " in text
+    assert "| neg" not in text
+    assert "Not evaluated at this step." in card(NUMBERS | {"step": 2})
+    assert "Not evaluated." in card()
+
+
+def test_names_of_strangers_stay_text():
+    text = card(run="run", data={"name": "a|b `c`\n# d", "note": "<script>", "classes": []})
+    assert "| data | a\\|b \\`c\\`\\\\n\\# d (\\<script\\>) |" in text.splitlines()
+
+
+def test_an_export_finds_the_evaluation_beside_the_checkpoint_and_states_the_license(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = stored(Path("run"))
+    Path("run/evaluation.json").write_text(json.dumps(NUMBERS))
+    # the programs, which take seconds, are left out
+    write = FORMATS["pt2"].write
+    short = FORMATS["pt2"]._replace(write=lambda *words: iter([next(iter(write(*words)))]))
+    monkeypatch.setitem(FORMATS, "pt2", short)
+    assert run("export --checkpoint run --output exported --license mit") == 0
+    text = Path("exported/README.md").read_text()
+    assert text.startswith("---\nlicense: mit\nlibrary_name")
+    assert "| mse | 0.012346" in text
+    assert f"`codes` `[B, 2, 2]`, int64 from 0 to {model.discrete.num_codes - 1}" in text
+    assert str(tmp_path) not in text
+    assert torch.equal(checkpoint.load("exported").state_dict()["encoder.0.weight"], model.encoder[0].weight)
+
+
+@pytest.mark.parametrize("raw", [b"{", b"[1]", b"\xff", b"[" * 100_000])
+def test_a_damaged_evaluation_is_one_line(tmp_path, raw):
+    path = tmp_path / "evaluation.json"
+    assert read_evaluation(path) is None
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match="evaluate the model again") as caught:
+        read_evaluation(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
