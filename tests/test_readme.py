@@ -1,6 +1,7 @@
 """Every command and every block of Python in the README runs as printed, in order, on small data."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def test_the_readme_prints_commands_of_every_program():
     programs = {" ".join(words[:2]) for language, text in blocks() if not language for words in commands(text)}
     expected = {"python train.py", "python visualize_codes.py", "torchrun --nproc-per-node"}
     expected |= {f"vqvae {name}" for name in ("compare", "encode", "decode", "export")}
+    expected |= {"python examples/gpt.py"}
     assert programs == expected
 
 
@@ -72,6 +74,10 @@ def shortened(words: list[str]) -> int:
     if program == "torchrun":  # one process stands for two: tests/test_distributed.py starts them
         rest = rest[rest.index("train.py") :]
     script, *flags = rest
+    if script == "examples/gpt.py":
+        runpy.run_path(str(ROOT / script))["main"]([*flags, "--steps", "2"])
+        return 0
+    flags = ["64" if word == "256" else word for word in flags]  # pixels
     if script == "visualize_codes.py":
         return cli.run(visualize.main, flags)
     if "--prior" in flags and "--checkpoint" in flags:
