@@ -15,6 +15,8 @@ from pathlib import Path
 
 from runs import command_line, hardware_of, row_of, table, write
 
+from vqvae.config import Config
+
 SAME_RATE = {  # row: bottleneck with 64 codes x 9 bits per image, or nearly as many bits
     "vq, EMA": "vq",
     "vq, gradient": "vq codebook=gradient",
@@ -41,7 +43,7 @@ LARGE = {
 } | {"simvq, K = 8,192": "simvq num_codes=8192", "fsq, K = 8,192": "fsq levels=8,8,8,16"}
 INTRODUCTION = """# Comparison of bottlenecks
 
-{dataset}, Sonnet's nets in {precision}, {steps:,} steps at batch {batch_size}, learning rate 3e-4. All rows of a seed
+{dataset}, Sonnet's nets in {precision}, {steps:,} steps at batch {batch_size}, learning rate {rate}. All rows of a seed
 have the same initial nets and the same batches. Metrics are computed in fp32 on the whole test split, with the most
 likely codes; MSE is that of images in [0, 1]. ± is one standard error over seeds, or over images for a single seed.
 bits/image is codes per image x log2 K. For a bottleneck with several levels, perplexity is the mean over levels.
@@ -100,7 +102,7 @@ def report(found: dict[str, list[dict]], options: argparse.Namespace) -> list[st
         "data": rows[0]["note"] or "as published",
         "hardware": hardware_of(rows),
     }
-    lines = [INTRODUCTION.format(**(vars(options) | facts))]
+    lines = [INTRODUCTION.format(rate=Config.lr, **(vars(options) | facts))]
     for title, names in (("The same rate", SAME_RATE), ("Larger codebooks", LARGE)):
         if shown := [cells(name, found[name]) for name in names if name in found]:
             lines += [f"## {title}", "", *table(COLUMNS, shown), ""]

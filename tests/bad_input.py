@@ -80,7 +80,7 @@ PATH = "cannot be used"
 
 LINES = f"""
 # vqvae
- | no command; known: train, visualize, compare, encode, decode, export; see vqvae --help
+ | no command; known: train, visualize, compare, encode, decode, export, cache; see vqvae --help
 EMPTY | '': no such command; known: train
 trian --epochs 3 | trian: no such command (did you mean 'train'?)
 NEWLINE | a\\nb: no such command
@@ -97,7 +97,7 @@ train --epoch 3 | --epoch: no such flag (did you mean '--epochs'?); see --help
 train -epochs 3 | -epochs: no such flag (did you mean '--epochs'?)
 train —epochs 3 | —epochs: belongs to no flag (did you mean '--epochs'?)
 train epochs=3 | epochs=3: belongs to no flag (did you mean '--epochs'?)
-train --batch_size 3 | --batch_size: no such flag (did you mean '--batch-size'?)
+train --batch_size 3 | --batch_size: no such flag (did you mean '--batch-size' or '--resize'?)
 train digits | digits: belongs to no flag; see --help
 train --epochs 3 4 | --epochs 3 4: takes one value
 train --epochs | --epochs: expected one argument

@@ -246,7 +246,7 @@ def test_the_program_lists_its_commands(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no command; known: train, visualize, compare, encode, decode, export"),
+        ([], "no command; known: train, visualize, compare, encode, decode, export, cache"),
         (["expor"], "expor: no such command (did you mean 'export'?)"),
     ],
 )

@@ -251,7 +251,7 @@ def test_a_masked_prior_and_a_stochastic_posterior_have_no_importance_weighted_b
 
 
 def test_a_prior_can_train_jointly_with_the_autoencoder(there):
-    prior = ("--prior", "transformer", "layers=1", "width=8", "heads=2", "--lr", "3e-2")
+    prior = ("--prior", "transformer", "layers=1", "width=8", "heads=2", "--lr", "3e-3")
     assert run_train(*prior, "--epochs", "20", "--name", "joint") == 0
     rows = [json.loads(line) for line in Path("logs/joint/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["held_out_rate"] < 0.95 * 16 * math.log(16)  # the cost without knowledge is 16 log 16
