@@ -166,8 +166,8 @@ class Codebook(nn.Module):
     def _revive(self, f: Tensor, decay: float) -> None:
         average = self.counts.sum() / len(self.counts)
         # Counts are judged only after enough batches (23 with a decay of 0.99), and only if the batches that they
-        # remember, 1 / (1 - decay), use an average code at least twice.
-        judged = (self.debias > 0.2) & (average > 2 * (1 - decay))
+        # remember, 1 / (1 - decay), use every second code on average.
+        judged = (self.debias > 0.2) & (average > (1 - decay) / 2)
         dead = (self.counts < self.options.revive * average) & judged  # [K]
         replacement = f[torch.randint(len(f), (len(self.counts),), device=f.device)]  # [K, D]
         replacement = distributed.broadcast(replacement)
