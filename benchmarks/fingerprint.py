@@ -33,8 +33,9 @@ from vqvae.runs import LOG, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = "--limit 64 --batch-size 16 --max-steps 6 --epochs 2 --image-size 16 --log-every 1 --device cpu"
-SMALL = f"{SHARED} --hidden 16"
-VQ = f"{SMALL} --codes 32 --code-dim 8"
+CODES = "--codes 32 --code-dim 8"
+SMALL = f"{SHARED} --hidden 16 --lr 3e-4"  # constant: a resumed run of another length is the same
+VQ = f"{SMALL} {CODES}"
 FLAT = f"{SMALL} --nets conv-vae --bottleneck gaussian latents=4 --objective elbo reduction=sum"
 PROBABILISTIC = (
     "--objective probabilistic reduction=sum entropy_scale=0.5 sum_over_latents=no stop_gradient_for_prior=yes "
@@ -112,7 +113,7 @@ FAMILIES = {
     "photos": f"{VQ} --dataset photos crops=64 test_crops=32 --augment crop-flip",
     "folder": f"{VQ} --dataset folder --data-dir color",
     "points": "--preset vae-2d-2 --limit 640 --max-steps 6 --log-every 1 --device cpu",
-    "schedules": f"{VQ} --lr linear:0:1e-3:3,cosine:1e-3:1e-5 --weight-decay 0.1",
+    "schedules": f"{SHARED} --hidden 16 {CODES} --lr linear:0:1e-3:3,cosine:1e-3:1e-5 --weight-decay 0.1",
     "bf16": f"{VQ} --precision bf16",
     "bf16 gumbel": f"{VQ} --bottleneck gumbel --precision bf16",
     "seed": f"{VQ} --seed 3",

@@ -39,8 +39,8 @@ HENRHOI_VQVAE = {
     "dataset": "cifar10",
     "nets": "henrhoi",
     "likelihood": "mse pixels=symmetric variance=0.125",
-    "bottleneck": "vq num_codes=128 code_dim=256 codebook=gradient init=uniform revive=0 beta=1 weight=5.3333 "
-    "projection=no",
+    "bottleneck": "vq num_codes=128 code_dim=256 codebook=gradient init=uniform revive=0 warmup=no beta=1 "
+    "weight=5.3333 projection=no",
     "lr": "1e-3",
     "epochs": 40,
 }
@@ -133,8 +133,8 @@ PRESETS = {
         "variance; stops after 98 epochs, as in its figure, early in its rate's 1.2 million steps",
         DVQ
         | {
-            "bottleneck": "vq num_codes=512 code_dim=64 codebook=gradient init=kmeans spread=0 revive=0 beta=0.25 "
-            "weight=10"
+            "bottleneck": "vq num_codes=512 code_dim=64 codebook=gradient init=kmeans spread=0 revive=0 warmup=no "
+            "beta=0.25 weight=10"
         },
     ),
     "dvq-gumbel": Preset(
