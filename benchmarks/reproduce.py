@@ -51,8 +51,8 @@ ROWS = {
 }
 INTRODUCTION = """# Runs of published length
 
-Each row is `python train.py` with the flags named, evaluated once on the test split at the end. ± is one standard error
-over images. Hardware: {hardware}.
+Each row is `python train.py` with the flags named; its last weights are evaluated on the test split. ± is one standard
+error over images. Hardware: {hardware}.
 """
 COLUMNS = ("row", "seed", "data", "steps x batch", "MSE x 1000", "PSNR, dB", "perplexity", "-ELBO", "hours", "commit")
 

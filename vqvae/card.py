@@ -3,7 +3,6 @@
 B batch, C channels, H W pixels, h w code grid, K codes.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,11 @@ from typing import Any
 from vqvae.autoencoder import SLOTS, Autoencoder
 from vqvae.config import Config
 from vqvae.errors import UserError, one_line, printable
-from vqvae.files import open_file
+from vqvae.files import read_json
 from vqvae.metrics import METRICS
 from vqvae.registry import brief
 
 CARD = "README.md"
-EVALUATION = "evaluation.json"
 LARGEST_JSON = 2**20  # bytes
 UNSTATED = "other"  # the hubs' word for a license that is none of those they know
 
@@ -24,8 +22,7 @@ UNSTATED = "other"  # the hubs' word for a license that is none of those they kn
 def read_evaluation(path: Path) -> dict[str, Any] | None:
     """The held-out metrics that an evaluation stored beside a checkpoint, or None. Raises `UserError` for damage."""
     try:
-        with open_file(path) as file:
-            found = json.loads(file.read(LARGEST_JSON).decode())
+        found = read_json(path, LARGEST_JSON)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as problem:

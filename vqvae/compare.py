@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from vqvae.errors import UserError, one_line, printable
-from vqvae.files import open_file
-from vqvae.metrics import for_json
+from vqvae.files import read_json
+from vqvae.metrics import EVALUATION, for_json
 
 Format = Literal["text", "markdown", "json"]
-EVALUATION = "evaluation.json"
 WIDTH = 100  # columns of the table as text
 SHORTEST = {"run": 12, "data": 8}  # cells that are broken into lines where the table is too wide
 LARGEST_FILE = 2**24  # bytes of an evaluation.json
@@ -147,8 +146,7 @@ def _metrics(folder: Path, content: Mapping[str, Any]) -> tuple[str | None, int,
 def _evaluation(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
     """The metrics that an evaluation of the checkpoint stored, or None."""
     try:
-        with open_file(path) as file:
-            found = json.loads(file.read(LARGEST_FILE))
+        found = read_json(path, LARGEST_FILE)
         if not isinstance(found, dict):
             raise ValueError("not a table of metrics")
     except FileNotFoundError:

@@ -303,7 +303,8 @@ def stage_one(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
         total_steps=total_steps,
     )
     model.likelihood.check(images)
-    module = AutoencoderTraining(model, build(objectives.SLOT, config.objective, {"total_steps": total_steps}))
+    objective = build(objectives.SLOT, config.objective, {"total_steps": total_steps})
+    module = AutoencoderTraining(model, objective, fitted=isinstance(start, Initialized))
     if resumed:
         module.restore_state(resumed)
     if isinstance(start, Initialized):
@@ -313,7 +314,6 @@ def stage_one(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
             raise OptionError("", "init_from", path, problem)
         with naming("init_from", path):
             checkpoint.transfer(start.content, model, str(path))
-        module.fitted = True
     module.to(plan.device)
     compiled = choose_compile(config.compile, plan.device, total_steps)
     if compiled:
@@ -506,7 +506,7 @@ def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | No
     width = max(map(len, table))
     for key, value in table.items():
         print(f"{key:{width}}  {value:,.6g}" if isinstance(value, float) else f"{key:{width}}  {value}")
-    out = path.with_name("evaluation.json") if output is None else Path(output)
+    out = path.with_name(metrics.EVALUATION) if output is None else Path(output)
     try:
         write_json(out, metrics.for_json(table))
         print(f"stored in {out}")

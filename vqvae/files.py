@@ -199,6 +199,12 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def read_json(path: Path, most: int) -> Any:
+    """The content of a JSON file of at most `most` bytes. Raises OSError, ValueError or RecursionError."""
+    with open_file(path) as file:
+        return json.loads(file.read(most).decode())
+
+
 def open_file(path: Path) -> BinaryIO:
     """Open a file for reading. Raises `OSError` for named pipes, devices, sockets and folders, which stay unopened."""
     if not stat.S_ISREG(path.stat().st_mode):

@@ -8,7 +8,6 @@ last one is all. Nets that take [0, 1] would need a shift, which no weights of a
 C channels, H W pixels, h w code grid, D code dimension, K codes.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from vqvae.autoencoder import SLOTS, Autoencoder
 from vqvae.config import Config
 from vqvae.contracts import Discrete
 from vqvae.errors import OptionError, UserError, one_line, shown
-from vqvae.files import open_file, whole_file, write_json
+from vqvae.files import open_file, read_json, whole_file, write_json
 from vqvae.likelihoods import MSE
 from vqvae.nets import VQGAN
 from vqvae.registry import Choice, build
@@ -173,8 +172,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        with open_file(path) as file:
-            settings = json.loads(file.read(LARGEST_JSON).decode())
+        settings = read_json(path, LARGEST_JSON)
     except (OSError, ValueError, RecursionError) as problem:
         raise UserError(f"{path}: cannot be read ({one_line(problem)}); use another copy") from None
     if not isinstance(settings, dict) or settings.get("_class_name") != CLASS:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
+EVALUATION = "evaluation.json"  # the file beside a checkpoint with its held-out metrics
+
 
 class Examples(NamedTuple):
     """What is known of each example of a batch. Stage two knows only `log_prior`."""

@@ -369,7 +369,7 @@ def build(slot: Slot, choice: Choice, context: Mapping[str, Any]) -> Any:
     Raises `OptionError` where the context lacks something: two slots do not fit (a code prior on continuous latents).
     """
     member = find(slot, choice.name)
-    needed, _, shared = signature(member)
+    needed = signature(member).context
     if missing := [key for key in needed if key not in context]:
         fitting = [name for name, m in slot.table.items() if all(key in context for key in signature(m).context)]
         raise OptionError(
@@ -377,21 +377,26 @@ def build(slot: Slot, choice: Choice, context: Mapping[str, Any]) -> Any:
             f"needs {', '.join(missing)}, which the other choices do not give; those that fit: {', '.join(fitting)}",
         )  # fmt: skip
     values = resolve(slot, choice).options
-    sizes = dict(values)
     try:
-        grouped = {name: cls(**{key: values.pop(key) for key in fields_of(cls)}) for name, cls in shared.items()}
-        return member(**{key: context[key] for key in needed}, **grouped, **values)
+        return member(**{key: context[key] for key in needed}, **arguments(member, values))
     except OptionError as problem:
         if problem.option not in signature(member).options:  # a setting of the run, such as image_size
             raise
         raise problem.within(slot.name, choice.name) from None
     except (MemoryError, RuntimeError) as problem:
-        sizes = {key: value for key, value in sizes.items() if type(value) is int}
+        sizes = {key: value for key, value in values.items() if type(value) is int}
         if not (out_of_memory(problem) and sizes):
             raise
         largest = max(sizes, key=lambda key: sizes[key])
         reason = "the model does not fit into memory; choose a smaller one"
         raise OptionError(choice.name, largest, sizes[largest], reason, slot=slot.name) from None
+
+
+def arguments(member: Member, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a member for all of its options: those of a shared dataclass become one object."""
+    shared = {name: cls(**{k: values[k] for k in fields_of(cls)}) for name, cls in signature(member).shared.items()}
+    taken = {key for options in shared.values() for key in fields_of(type(options))}
+    return shared | {key: value for key, value in values.items() if key not in taken}
 
 
 def needs(slot: Slot, name: str, context: str) -> bool:

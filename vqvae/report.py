@@ -203,6 +203,12 @@ def _levels(bottleneck: Discrete) -> dict[str, Tensor]:
     return bottleneck.maps(torch.arange(math.prod(bottleneck.grid)).view(1, *bottleneck.grid))
 
 
+def _shown_maps(bottleneck: Discrete, codes: Tensor) -> dict[str, Tensor]:
+    """The maps of codes `[N, h, w]`, of `MOST_LEVELS` levels where there are more."""
+    maps = bottleneck.maps(codes)
+    return {name: maps[name] for name in plots.evenly(list(maps), MOST_LEVELS)}
+
+
 def _some(names: list[str]) -> str:
     """A note for the title of a plot that cannot show all levels."""
     return f"{MOST_LEVELS} of {len(names)} levels" if len(names) > MOST_LEVELS else ""
@@ -231,8 +237,7 @@ def code_visualization(report: Report, path: Path) -> None:
     names = list(_levels(bottleneck))
     if len(names) > 1:
         codes = codes[:4]
-    images, levels = report.images[: len(codes)], bottleneck.maps(codes)
-    maps = {name: levels[name] for name in plots.evenly(names, MOST_LEVELS)}
+    images, maps = report.images[: len(codes)], _shown_maps(bottleneck, codes)
     title = report.title("images and their codes", report.tokens(), _some(names), "like colors, like codes")
     colors = code_colors(bottleneck, maps, images)
     plots.code_visualization(images, maps, colors, report.model.decode(codes), path, title=title)
@@ -272,9 +277,7 @@ def code_maps(bottleneck: Discrete, codes: Tensor, images: Tensor) -> Tensor:
 
     codes `[N, h, w]` are those of images `[N, C, H, W]`.
     """
-    maps = bottleneck.maps(codes)
-    maps = {name: maps[name] for name in plots.evenly(list(maps), MOST_LEVELS)}
-    colors = code_colors(bottleneck, maps, images)
+    colors = code_colors(bottleneck, _shown_maps(bottleneck, codes), images)
     rows = [torch.from_numpy(plots.pixels(images)).movedim(-1, 1)]
     for level in colors.values():
         rows.append(F.interpolate(torch.from_numpy(level).movedim(-1, 1), images.shape[2:], mode="nearest"))

@@ -23,11 +23,11 @@ class AutoencoderTraining(nn.Module):
         "mse", "psnr", "perplexity", "active_codes", "active_units", "neg_elbo", "bits_per_dim", "commitment", "nmse"
     )  # fmt: skip
 
-    def __init__(self, model: Autoencoder, objective: Objective):
+    def __init__(self, model: Autoencoder, objective: Objective, *, fitted: bool = False):
+        """`fitted`: whether the bottleneck has its start, from a trained model."""
         super().__init__()
         objective.check(model)
-        self.model, self.objective = model, objective
-        self.fitted = False  # whether the bottleneck has its start, from a trained model
+        self.model, self.objective, self.fitted = model, objective, fitted
 
     def forward(self, images: Tensor, labels: Tensor | None, step: int) -> TrainOutput:
         """The loss and metrics of a batch of images `[B, C, H, W]` (uint8, or float points)."""

@@ -59,8 +59,9 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
 
     from vqvae import checkpoint, files
-    from vqvae.card import EVALUATION, read_evaluation
+    from vqvae.card import read_evaluation
     from vqvae.export import FORMATS, export
+    from vqvae.metrics import EVALUATION
 
     with naming("checkpoint", options.checkpoint):
         content = checkpoint.read_model(options.checkpoint)

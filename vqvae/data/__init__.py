@@ -13,7 +13,7 @@ from vqvae.data.containers import npz, parquet, webdataset
 from vqvae.data.image_folder import folder
 from vqvae.data.published import cifar10, fashion_mnist, mnist, mnist_binary, svhn
 from vqvae.errors import OptionError, one_line
-from vqvae.registry import Choice, Range, Sides, Size, Slot, checked, resolve
+from vqvae.registry import Choice, Range, Sides, Size, Slot, arguments, checked, resolve
 
 __all__ = ["DATASETS", "SLOT", "Dataset", "Images", "fingerprint", "load"]
 
@@ -60,7 +60,7 @@ def load(
         raise OptionError("", "data_dir", "''", "names no folder; . is the current one")
     try:
         size = None if image_size is None else Size(image_size)
-        data = DATASETS[name](data_dir=folder, image_size=size, **choice.options)
+        data = DATASETS[name](data_dir=folder, image_size=size, **arguments(DATASETS[name], choice.options))
         train, test = (
             Images(scale(split.images[:limit], size), split.labels[:limit]) for split in (data.train, data.test)
         )

@@ -12,6 +12,7 @@ import re
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NamedTuple, Protocol
 
@@ -25,7 +26,7 @@ from vqvae.data.decoding import Resize, Shape, optional_formats
 from vqvae.data.listing import Layout, in_order
 from vqvae.errors import OptionError, UserError, one_line, shown
 from vqvae.files import WINDOWS, NotWritten, whole_file, write_text
-from vqvae.registry import Passes, Range, Size
+from vqvae.registry import Options, Passes, Range, Size
 
 try:
     import fcntl
@@ -226,17 +227,23 @@ def _share(file: int) -> None:
 # the data set of a source
 
 
-Holdout = Annotated[float, Range(above=0, below=1), "share of the images in the test split"]
-Channels = Annotated[int, Passes(lambda c: c in (1, 3), "1 (gray) or 3 (color)"), "color channels"]
-Resizing = Annotated[
-    Resize, "images of another shape: crop keeps the center, pad adds black borders, stretch changes the aspect"
-]
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions(Options):
+    """Options of every data set of a source's images."""
+
+    holdout: Annotated[float, Range(above=0, below=1), "share of the images in the test split"] = 0.1
+    channels: Annotated[int, Passes(lambda c: c in (1, 3), "1 (gray) or 3 (color)"), "color channels"] = 3
+    resize: Annotated[
+        Resize, "images of another shape: crop keeps the center, pad adds black borders, stretch changes the aspect"
+    ] = "crop"
+
+
 DEFAULT_SIZE = Size(64)
 
 
-def dataset(source: Source, size: Size | None, holdout: float, channels: int, resize: Resize) -> Dataset:
+def dataset(source: Source, size: Size | None, options: ImageOptions) -> Dataset:
     """The data set of a source's images. Raises `UserError` if they cannot be read or do not fill two splits."""
-    found = cached(source, Shape(size or DEFAULT_SIZE, channels, resize))
+    found = cached(source, Shape(size or DEFAULT_SIZE, options.channels, options.resize))
     images, paths, labels, layout = found.images, found.paths, found.labels, found.layout
     folder = source.path
     if len(paths) < 2:
@@ -251,7 +258,7 @@ def dataset(source: Source, size: Size | None, holdout: float, channels: int, re
         if found.unused:
             notes.append(f"images outside of these left out: {len(found.unused):,}, such as {shown(found.unused[0])}")
     else:
-        train = min(max(sum(position(path) >= holdout for path in paths), 1), len(paths) - 1)
+        train = min(max(sum(position(path) >= options.holdout for path in paths), 1), len(paths) - 1)
     names = found.classes or in_order(label for label in labels if label is not None)
     outside = [path for path, label in zip(paths, labels, strict=True) if label is None]
     classes = names if len(names) > 1 and not outside else []

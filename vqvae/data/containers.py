@@ -21,26 +21,18 @@ import numpy as np
 
 from vqvae.archives import array_names, read_arrays, size_of
 from vqvae.data.base import Dataset
-from vqvae.data.cache import Channels, Contents, Holdout, Read, Resizing, dataset
+from vqvae.data.cache import Contents, ImageOptions, Read, dataset
 from vqvae.data.decoding import LARGEST_FILE, MOST_MEMORY, Shape, decode, eight_bits, fit, white
 from vqvae.data.image_folder import stamp
 from vqvae.data.listing import SUFFIXES, list_files, split_of
 from vqvae.errors import OptionError, UserError, one_line
 from vqvae.files import open_file
-from vqvae.registry import Size, checked
+from vqvae.registry import Size
 
 LARGEST_LABEL = 2**20  # bytes of a file with the label of an image, and of a header in a tar file
 
 
-@checked
-def npz(
-    *,
-    data_dir: Path,
-    image_size: Size | None,
-    holdout: Holdout = 0.1,
-    channels: Channels = 3,
-    resize: Resizing = "crop",
-) -> Dataset:
+def npz(*, data_dir: Path, image_size: Size | None, options: ImageOptions = ImageOptions()) -> Dataset:
     """Images in an .npz file of NumPy: data_dir names one, or a folder with some.
 
     Arrays images and labels, x_train, y_train, x_test and y_test, train_images ..., or arr_0 and arr_1. Images are
@@ -49,18 +41,10 @@ def npz(
 
     Splits, size and cache are those of --dataset folder, where image 7 would be the file 000007.png.
     """
-    return dataset(Npz(data_dir), image_size, holdout, channels, resize)
+    return dataset(Npz(data_dir), image_size, options)
 
 
-@checked
-def parquet(
-    *,
-    data_dir: Path,
-    image_size: Size | None,
-    holdout: Holdout = 0.1,
-    channels: Channels = 3,
-    resize: Resizing = "crop",
-) -> Dataset:
+def parquet(*, data_dir: Path, image_size: Size | None, options: ImageOptions = ImageOptions()) -> Dataset:
     """Images in a .parquet file, as Hugging Face has them: data_dir names one, or a folder with some.
 
     The column image (or img) has encoded images, as bytes or as a struct of bytes and path; label has integers or text.
@@ -68,18 +52,10 @@ def parquet(
 
     Otherwise splits, size and cache are those of --dataset folder.
     """
-    return dataset(Parquet(data_dir), image_size, holdout, channels, resize)
+    return dataset(Parquet(data_dir), image_size, options)
 
 
-@checked
-def webdataset(
-    *,
-    data_dir: Path,
-    image_size: Size | None,
-    holdout: Holdout = 0.1,
-    channels: Channels = 3,
-    resize: Resizing = "crop",
-) -> Dataset:
+def webdataset(*, data_dir: Path, image_size: Size | None, options: ImageOptions = ImageOptions()) -> Dataset:
     """Images in a .tar file: data_dir names one, or a folder with some.
 
     The label of a/7.jpg is the number or name in a/7.cls, or under label, cls or class in a/7.json. Without such files,
@@ -87,7 +63,7 @@ def webdataset(
 
     Otherwise splits, size and cache are those of --dataset folder.
     """
-    return dataset(WebDataset(data_dir), image_size, holdout, channels, resize)
+    return dataset(WebDataset(data_dir), image_size, options)
 
 
 class Container(NamedTuple):

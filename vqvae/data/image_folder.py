@@ -7,21 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from vqvae.data.base import Dataset
-from vqvae.data.cache import CachedImages, Channels, Contents, Holdout, Read, Resizing, cached, dataset
+from vqvae.data.cache import CachedImages, Contents, ImageOptions, Read, cached, dataset
 from vqvae.data.decoding import Resize, Shape, read_image
 from vqvae.data.listing import list_images
-from vqvae.registry import Size, checked
+from vqvae.registry import Size
 
 
-@checked
-def folder(
-    *,
-    data_dir: Path,
-    image_size: Size | None,
-    holdout: Holdout = 0.1,
-    channels: Channels = 3,
-    resize: Resizing = "crop",
-) -> Dataset:
+def folder(*, data_dir: Path, image_size: Size | None, options: ImageOptions = ImageOptions()) -> Dataset:
     """Your own images: every PNG, JPEG, WebP, BMP, GIF and TIFF file below data_dir, also behind links to folders.
 
     HEIC and AVIF files need a package, which their error names. Hidden files and folders are skipped. Every image gets
@@ -32,7 +24,7 @@ def folder(
     subfolders are the classes. The first run converts the files into a cache (~/.cache/vqvae) that later runs map into
     memory.
     """
-    return dataset(Folder(data_dir), image_size, holdout, channels, resize)
+    return dataset(Folder(data_dir), image_size, options)
 
 
 def cached_images(folder: Path, size: int | tuple[int, int], channels: int, resize: Resize = "crop") -> CachedImages:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.contracts import Latent
-from vqvae.priors.base import CodePrior, check_count, draw, guided
+from vqvae.priors.base import CodePrior, check_count, draw, guided, uniform_numbers
 
 
 class Stepper(Protocol):
@@ -94,7 +94,7 @@ class AutoregressivePrior(CodePrior):
         self.eval()
         h, w = self.grid
         device = self.anchor.device
-        uniform = torch.rand(h * w, n, generator=generator, device=generator.device if generator else device).to(device)
+        uniform = uniform_numbers(h * w, n, generator=generator, device=device)
         codes = torch.zeros(n, h, w, dtype=torch.int64, device=device)
         make: Callable[[int, Tensor | None], Stepper] = partial(NaiveStepper, self) if naive else self.stepper
         guides = how.guidance != 1

@@ -131,6 +131,11 @@ def check_count(n: Any) -> int:
     return number("n", int, n, Range(0))
 
 
+def uniform_numbers(*shape: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Numbers from 0 to 1, drawn where the generator is, so that one seed gives the same codes on every device."""
+    return torch.rand(*shape, generator=generator, device=generator.device if generator else device).to(device)
+
+
 def guided(logits: Tensor, guidance: float) -> Tensor:
     """Logits `[n, ...]`, given `[2n, ...]` of n examples with their labels and without (2207.12598, eq. 6)."""
     conditional, unconditional = logits.chunk(2)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vqvae.contracts import Latent
 from vqvae.priors.autoregressive import look_up
-from vqvae.priors.base import LabelDrop, Sampling, check_count, draw, guided, number
+from vqvae.priors.base import LabelDrop, Sampling, check_count, draw, guided, number, uniform_numbers
 from vqvae.priors.transformer import CodeTransformer, TransformerOptions
 from vqvae.registry import Range, checked
 
@@ -133,8 +133,7 @@ class Masked(CodeTransformer):
         device = self.anchor.device
 
         def uniform(count: int) -> Tensor:
-            source = generator.device if generator else device
-            return torch.rand(n, count, generator=generator, device=source).to(device)
+            return uniform_numbers(n, count, generator=generator, device=device)
 
         codes = kept.flatten(1).clone()
         length, first = codes.shape[1], rows * self.grid[1]
