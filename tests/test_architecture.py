@@ -43,8 +43,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "runs": {"checkpoint", "errors", "files", "metrics"},
     "progress": {"metrics"},
+    "averaging": set(),
     "training": {
-        "contracts", "data", "devices", "distributed", "errors", "interrupts", "optimizer", "progress",
+        "averaging", "contracts", "data", "devices", "distributed", "errors", "interrupts", "optimizer", "progress",
         "runs", "schedules",
     },
     # settings and files

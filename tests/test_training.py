@@ -18,7 +18,7 @@ from vqvae.contracts import TrainOutput
 from vqvae.errors import OptionError, UserError
 from vqvae.optimizer import decay_groups
 from vqvae.runs import Run
-from vqvae.schedules import Schedule
+from vqvae.schedules import Plateau, Schedule
 from vqvae.training import AfterEpoch, Means, Plan, Stage, fit, seed_step, take
 
 EXAMPLES = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
@@ -259,6 +259,62 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
     losses = iter([3.0, 1.0, 2.0, 2.0, 0.5])
     train(tmp_path / "run", plan(epochs=9, patience=2), evaluate=lambda: {"loss": next(losses)})
     assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["epoch"] == 4
+
+
+def test_a_plateau_reduces_the_rate_when_pytorch_would_and_resumes_bitwise(tmp_path):
+    losses = [3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 0.5, 0.6, 0.6, 0.6]
+    point = nn.Parameter(torch.zeros(1))
+    reference = torch.optim.SGD([point], lr=0.1)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(reference, factor=0.5, patience=1, threshold=0)
+    expected = []
+    for loss in losses:
+        expected.append(reference.param_groups[0]["lr"])
+        theirs.step(loss)
+    settings = {"plateau": Plateau(0.5, 1), "log_every": 3}
+    whole, parts = iter(losses), iter(losses)
+    train(tmp_path / "whole", plan(epochs=10, **settings), evaluate=lambda: {"loss": next(whole)})
+    train(tmp_path / "run", plan(epochs=4, **settings), evaluate=lambda: {"loss": next(parts)})
+    train(tmp_path / "run", plan(epochs=10, **settings), evaluate=lambda: {"loss": next(parts)}, resume=True)
+    rates = [row["lr"] for row in rows(tmp_path / "whole") if row["kind"] == "train"]
+    assert rates == pytest.approx(expected)
+    assert len(set(rates)) == 4
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_clipping_bounds_the_gradient_and_logs_its_norm_before(tmp_path):
+    free, _ = train(tmp_path / "free", plan(epochs=1, log_every=1))
+    bound, _ = train(tmp_path / "bound", plan(epochs=1, log_every=1, clip=1e-12))
+    first, second = (
+        [row["grad_norm"] for row in rows(tmp_path / name) if row["kind"] == "train"] for name in ("free", "bound")
+    )
+    assert first[0] == second[0] > 1e-3
+    # a gradient far below Adam's epsilon of 1e-8 moves nothing
+    assert bound.point.abs().max() < 1e-3 < free.point.abs().max()
+
+
+def test_averaged_weights_are_evaluated_and_saved_and_training_goes_on_from_its_own(tmp_path):
+    averaged, last = plan(ema_weights=0.9), plan()
+    toy, _ = train(tmp_path / "last", last)
+    same, results = train(tmp_path / "whole", averaged)
+    assert torch.equal(toy.point, same.point)  # averaging does not change training
+    saved = checkpoint.read(tmp_path / "whole" / "checkpoint.pt")
+    assert torch.equal(saved["trained"]["point"], toy.point)
+    assert not torch.equal(saved["model"]["point"], toy.point)
+    assert results["loss"] == pytest.approx(float(saved["model"]["point"].square().sum()))
+
+
+@pytest.mark.parametrize("kill_at", [2, 7, 9])
+def test_averaged_weights_resume_bitwise(tmp_path, kill_at):
+    def kill(step: int) -> None:
+        if step == kill_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    train(tmp_path / "whole", plan(ema_weights=0.9))
+    train(tmp_path / "run", plan(ema_weights=0.9), at=kill)
+    train(tmp_path / "run", plan(ema_weights=0.9), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    one, other = (checkpoint.read(tmp_path / name / "checkpoint.pt") for name in ("whole", "run"))
+    assert torch.equal(one["trained"]["point"], other["trained"]["point"])
 
 
 def test_checkpoints_by_seconds(tmp_path):

@@ -33,7 +33,11 @@ from vqvae.registry import Choice, Size, build, resolve
 
 FORMAT = 2
 EARLIER = {1: "0.1"}  # format -> the version of this package that reads it
-ADDED = {"init_from"}  # settings of versions after 0.2.0; checkpoints without them get their defaults
+ADDED = {
+    "init_from",
+    "clip",
+    "ema_weights",
+}  # settings of versions after 0.2.0; checkpoints without them get their defaults
 ABOUT = ("format", "kind", "run", "step", "config", "data")  # describes a model; an exported config.json has these
 FIELDS = {*ABOUT, "model", "objective", "epoch", "examples", "usage", "plots"}
 EXPORTED = ("config.json", "model.safetensors")  # the files of an exported folder that `read_model` reads
@@ -322,7 +326,7 @@ def _check_state(content: Mapping[str, Any]) -> None:
         _need(bool((usage >= 0).all() and usage.isfinite().all()), "its usage must be counts")
     _check_posterior(content)
     # entries that a run needs to go on
-    for key in ("best_epoch", "best_step"):
+    for key in ("best_epoch", "best_step", "reductions", "reduced_epoch"):
         if content.get(key) is not None:
             _count(content[key], key)
     best = content.get("best", 0.0)
@@ -332,6 +336,8 @@ def _check_state(content: Mapping[str, Any]) -> None:
         _need(set(means) == {"sums", "count"}, f"its {key} must be sums and a count")
         _count(means["count"], key)
         _check_tensors(means["sums"], f"{key}.sums")
+    if "trained" in content:
+        _check_tensors(content["trained"], "trained")
     if "optimizer" in content:
         _check_optimizer(content["optimizer"], [*content["model"].values(), *content["objective"].values()])
 
@@ -471,6 +477,11 @@ def verify(content: dict[str, Any], name: str) -> None:
             except UserError as problem:
                 raise UserError(f"{name}: {problem}") from None
             _check_fit(objective, content["objective"], name)
+        if "trained" in content:
+            parts = (
+                (f"{part}.{key}", weight) for part in ("model", "objective") for key, weight in content[part].items()
+            )
+            _check_same(dict(parts), content["trained"], name)
 
 
 def _build(content: Mapping[str, Any], config: Config) -> Autoencoder:
@@ -486,7 +497,10 @@ def _build(content: Mapping[str, Any], config: Config) -> Autoencoder:
 
 def _check_fit(module: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
     """Raise `UserError`, which begins with `name`, unless the weights have the module's names, shapes and types."""
-    expected = module.state_dict()
+    _check_same(module.state_dict(), weights, name)
+
+
+def _check_same(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], name: str) -> None:
     for key in [*expected, *weights]:
         wanted, found = _kind(expected.get(key)), _kind(weights.get(key))
         if wanted != found:

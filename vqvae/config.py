@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from vqvae.errors import OptionError, UserError, near_misses, one_line, shown
 from vqvae.presets import PRESETS
 from vqvae.registry import Choice, Passes, Range, Sides, Size, Slot, fields_of, resolve
-from vqvae.schedules import ScheduleText
+from vqvae.schedules import RateText
 
 Positive = Annotated[int, Range(1)]
 
@@ -146,10 +146,19 @@ class Config:
     batch_size: Annotated[Positive, "images per update, over all processes"] = _field(128, "training", metavar="N")
     lr: Annotated[
         str,
-        ScheduleText(low=0),
-        "learning rate: a number, or a schedule such as cosine:3e-4:1e-6 (to the end of the run) or "
-        "linear:0:3e-4:500,cosine:3e-4:0:20000",
+        RateText(low=0),
+        "learning rate: a number, a schedule such as cosine:3e-4:1e-6 (to the end of the run) or "
+        "linear:0:3e-4:500,cosine:3e-4:0:20000, or plateau:1e-3:0.5:3, which is halved after more than 3 epochs "
+        "without a better held-out metric",
     ] = _field("cosine:1e-3:1e-5", "training", metavar="RATE")
+    clip: Annotated[
+        float | None, Range(above=0), "scale the gradient of an update down to this norm where it is larger"
+    ] = _field(None, "training", metavar="NORM")
+    ema_weights: Annotated[
+        float,
+        Range(0, below=1),
+        "evaluate and save an average of the weights over updates, with this decay, such as 0.999; 0: the last weights",
+    ] = _field(0.0, "training", metavar="DECAY")
     augment: Annotated[
         Literal["none", "crop-flip"],
         "crop-flip: random crops after 4 pixels of reflected border, every second one mirrored",

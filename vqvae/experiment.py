@@ -23,7 +23,7 @@ from vqvae.files import make_folder, remove_parts, write_json
 from vqvae.presets import PRESETS
 from vqvae.registry import brief, build
 from vqvae.runs import Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
-from vqvae.schedules import Schedule
+from vqvae.schedules import parse_rate
 from vqvae.stage_one import AutoencoderTraining
 from vqvae.stage_two import PriorTraining, extract_codes
 from vqvae.training import KEPT, AfterEpoch, Plan, Stage, fit
@@ -235,7 +235,9 @@ def how_it_starts(given: Mapping[str, Any], resume: str | None, lock: Lock) -> S
                 problem = "was stopped before its first checkpoint; start it again, with the flags it had and"
                 name = shlex.quote(Path(os.path.abspath(folder)).name)
                 raise OptionError("", "resume", resume, f"{problem} --name {name}")
-            return Resumed(folder, checkpoint.read(path))
+            content = checkpoint.read(path)
+            checkpoint.verify(content, str(path))
+            return Resumed(folder, content)
     if "checkpoint" not in given and "init_from" in given:
         with naming("init_from", given["init_from"]):
             content = checkpoint.read_model(given["init_from"])
@@ -254,10 +256,11 @@ def how_it_starts(given: Mapping[str, Any], resume: str | None, lock: Lock) -> S
 def plan_of(config: Config) -> Plan:
     """How long, how fast and on what a run trains."""
     device = choose_device(config.device)
+    lr, plateau = parse_rate(config.lr)
     return Plan(
         epochs=config.epochs,
         batch_size=config.batch_size,
-        lr=Schedule.parse(config.lr, "lr"),
+        lr=lr,
         weight_decay=config.weight_decay,
         seed=config.seed,
         device=device,
@@ -268,6 +271,9 @@ def plan_of(config: Config) -> Plan:
         max_minutes=config.max_minutes,
         patience=config.patience,
         on_nan=config.on_nan,
+        plateau=plateau,
+        clip=config.clip,
+        ema_weights=config.ema_weights,
     )
 
 

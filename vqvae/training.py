@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, autocast, nn
 
 from vqvae import distributed
+from vqvae.averaging import AveragedWeights
 from vqvae.contracts import TrainOutput
 from vqvae.data.batches import batch_indices
 from vqvae.devices import keep_memory, widest_float
@@ -23,7 +24,7 @@ from vqvae.interrupts import Interrupt
 from vqvae.optimizer import adamw
 from vqvae.progress import Progress
 from vqvae.runs import NullRun, Run
-from vqvae.schedules import Schedule
+from vqvae.schedules import Plateau, Schedule
 
 MOST_SKIPPED = 10  # updates in a row, with on_nan=skip
 KEPT = ("usage", "posterior")  # tensors among the held-out metrics, which plots show
@@ -44,6 +45,9 @@ class Plan(NamedTuple):
     max_steps: int | None = None
     max_minutes: float | None = None  # of this process, evaluation included
     patience: int | None = None  # epochs without a better held-out metric before stopping
+    plateau: Plateau | None = None  # when to reduce the rate that `lr` gives
+    clip: float | None = None  # largest norm of the gradient
+    ema_weights: float = 0.0  # decay of averaged weights; 0: none
     augment: Callable[[Tensor], Tensor] | None = None  # applied to every training batch
     on_nan: Literal["stop", "skip"] = "stop"  # what to do where the loss or the gradient is not finite
 
@@ -170,7 +174,7 @@ def fit(
     with Interrupt() as interrupt, contextlib.closing(loop.progress):
         while loop.step < loop.total:
             if loop.train_epoch(interrupt):
-                with loop.progress.working("evaluation"):
+                with loop.progress.working("evaluation"), loop.averaged.in_use():
                     results = loop.close_epoch(distributed.on_first(stage.evaluate), after_epoch)
             if any(distributed.any_of(interrupt.wanted)) and loop.step < loop.total:
                 return None
@@ -193,7 +197,9 @@ class Loop:
         self.optimizer = adamw(module.parameter_groups(plan.weight_decay), plan.device)
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
+        self.averaged = AveragedWeights(module, plan.ema_weights, state.get("trained"))
         self.step, self.epoch = state.get("step", 0), state.get("epoch", 0)  # epoch: those evaluated so far
+        self.reductions, self.reduced_epoch = state.get("reductions", 0), state.get("reduced_epoch", 0)
         self.best, self.best_epoch = state.get("best", math.inf), state.get("best_epoch", 0)
         self.kept = {name: state.get(name) for name in KEPT}
         self.epoch_means, self.window = Means(state.get("epoch_means")), Means(state.get("window"))
@@ -235,6 +241,11 @@ class Loop:
         self.speed = (self.step - first) * plan.batch_size / (time.perf_counter() - started)
         return True
 
+    def rate(self, step: int) -> float:
+        """The learning rate at a step of this epoch."""
+        factor = self.plan.plateau.factor if self.plan.plateau else 1.0
+        return self.plan.lr(step, self.total) * factor**self.reductions
+
     def order(self, batch_size: int, epoch: int) -> Tensor:
         """The epoch's batches `[steps, batch_size]`, copied once to the examples' device."""
         return batch_indices(len(self.examples), batch_size, seed=self.plan.seed, epoch=epoch).to(self.examples.device)
@@ -243,7 +254,7 @@ class Loop:
         """One update on the examples of an index. Does not synchronize with a GPU, except with on_nan=skip."""
         plan, device = self.plan, self.plan.device
         for group in self.optimizer.param_groups:
-            group["lr"] = plan.lr(self.step, self.total) * group["lr_scale"]
+            group["lr"] = self.rate(self.step) * group["lr_scale"]
         seed_step(plan.seed, self.step, device.type)
         mine = distributed.share(index)
         batch, labels = take(self.examples, mine, device), take(self.labels, mine, device)
@@ -256,12 +267,15 @@ class Loop:
         monitored = {**monitored, "loss": loss.detach()}
         monitored = distributed.average(self.module.parameters(), monitored, len(mine) / len(index))
         norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        if plan.clip:
+            nn.utils.clip_grads_with_norm_(self.module.parameters(), plan.clip, norm)
         if skips and not (monitored["loss"].isfinite() and norm.isfinite()):
             self._skip(before)
         else:
             self.skipped = 0
             self.health.watch(monitored["loss"], norm, self.step)
             self.optimizer.step()
+            self.averaged.update(self.step)
             monitored["grad_norm"] = norm
             self.epoch_means.add(monitored)
             self.window.add(monitored)
@@ -299,7 +313,7 @@ class Loop:
                 raise UserError(f"{problem}; {self._kept()}")
             means = self.module.summary(self.window.values())
             settings = {
-                "lr": self.plan.lr(self.step - 1, self.total),
+                "lr": self.rate(self.step - 1),
                 **scheduled(self.module, self.step - 1, self.total),
             }
             self.run.log("train", self.step, self.epoch, means, settings)
@@ -307,7 +321,10 @@ class Loop:
             self.window = Means()
 
     def close_epoch(self, results: dict[str, Any], after_epoch: AfterEpoch) -> dict[str, float]:
-        """Log the epoch's training and held-out metrics, draw, and save; returns the held-out metrics."""
+        """Log the epoch's training and held-out metrics, draw, and save; returns the held-out metrics.
+
+        Averaged weights must be in use.
+        """
         self.log_window()
         self.need_finite()
         self.epoch = math.ceil(self.step / self.per_epoch)
@@ -321,6 +338,10 @@ class Loop:
         better = results[self.module.monitor] < self.best
         if better:
             self.best, self.best_epoch, self.best_step = results[self.module.monitor], self.epoch, self.step
+        plateau = self.plan.plateau
+        if plateau and self.epoch - max(self.best_epoch, self.reduced_epoch) > plateau.patience:
+            self.reductions, self.reduced_epoch = self.reductions + 1, self.epoch
+            self.progress.write(f"the learning rate falls to {self.rate(self.step):.3g}")
         self._write()
         if better:
             self.run.save_best()  # last, so that it is never of steps that a resumed run takes again
@@ -330,7 +351,8 @@ class Loop:
     def save(self) -> None:
         """Write a checkpoint; raises `UserError` instead of writing one that is not finite."""
         self.need_finite()
-        self._write()
+        with self.averaged.in_use():
+            self._write()
 
     def _write(self) -> None:
         state = {
@@ -341,6 +363,9 @@ class Loop:
             "best": self.best,
             "best_epoch": self.best_epoch,
             "best_step": self.best_step,
+            "reductions": self.reductions,
+            "reduced_epoch": self.reduced_epoch,
+            **({"trained": self.averaged.other} if self.averaged.other else {}),
             **self.kept,
             "epoch_means": self.epoch_means.state(),
             "window": self.window.state(),
