@@ -7,6 +7,7 @@ and the version of this package. Rows of other settings or data are thus never t
 import argparse
 import hashlib
 import json
+import resource
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -24,9 +25,9 @@ from vqvae.runs import LAST, LOG, read_metrics
 
 
 def command_line(
-    about: str, *, rows: Collection[str], steps: int, batch_size: int, seeds: tuple[int, str], output: str
+    about: str, *, rows: Collection[str], steps: int, batch_size: int, seeds: tuple[int, str] | None, output: str
 ) -> argparse.ArgumentParser:
-    """The flags of a benchmark that trains; `seeds` is the default number and its help text.
+    """The flags of a benchmark that trains; `seeds` is the default number and its help text, or None for one seed.
 
     `output` is the tracked file with the published results, which is only written if it is named.
     """
@@ -36,7 +37,8 @@ def command_line(
     add("--steps", type=int, default=steps, help=f"training steps (default: {steps:,})")
     add("--batch-size", type=int, default=batch_size, help=f"images per step (default: {batch_size})")
     add("--precision", default="fp32", choices=("fp32", "bf16"), help="precision of training; evaluation is in fp32")
-    add("--seeds", type=int, default=seeds[0], help=seeds[1])
+    if seeds:
+        add("--seeds", type=int, default=seeds[0], help=seeds[1])
     add("--only", nargs="+", default=tuple(rows), choices=rows, metavar="ROW", help=f"only these of: {'; '.join(rows)}")
     add("--logs", default="logs", help="folder of the runs (default: logs)")
     add("--plots", default="plots", help="folder of the plots (default: plots)")
@@ -92,6 +94,7 @@ def row_of(folder: Path, flags: list[str], *, plot_dir: str, iw_samples: int = 1
     row |= {
         "images_per_s": sum(entry["images_per_s"] for entry in epochs) / len(epochs),
         "seconds": training_seconds(epochs, row["step"], settings["batch_size"]),
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # of this process, so far
         "commit": commit(),
         "hardware": describe(settings["device"]),
         "key": key,
