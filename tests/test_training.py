@@ -70,7 +70,7 @@ def plan(**changes: Any) -> Plan:
         "device": torch.device("cpu"),
         "precision": "fp32",
         "log_every": 2,
-        "save_every": (1000, None),
+        "checkpoint_every": (1000, None),
     }
     return Plan(**(settings | changes))
 
@@ -183,7 +183,7 @@ def test_a_run_killed_within_an_epoch_resumes_bitwise(tmp_path, kill_at):
             raise Killed
 
     with pytest.raises(Killed):
-        train(tmp_path / "run", plan(save_every=(1, None)), at=kill)
+        train(tmp_path / "run", plan(checkpoint_every=(1, None)), at=kill)
     train(tmp_path / "run", plan(), resume=True)
     assert_same_run(tmp_path / "run", tmp_path / "straight")
 
@@ -317,6 +317,35 @@ def test_averaged_weights_resume_bitwise(tmp_path, kill_at):
     assert torch.equal(one["trained"]["point"], other["trained"]["point"])
 
 
+def test_of_many_short_epochs_only_some_are_drawn_and_saved_and_the_last_always(tmp_path):
+    drawn = []
+
+    def draw(epoch: int, step: int, usage: Tensor | None) -> None:
+        drawn.append(epoch)
+
+    losses = iter([9.0 - abs(epoch - 24) / 10 if epoch != 23 else 1.0 for epoch in range(1, 31)])
+    lasting = plan(epochs=30, save_every=1e9)
+    train(tmp_path / "run", lasting, evaluate=lambda: {"loss": next(losses)}, after_epoch=draw)
+    assert drawn == [*range(1, 21), 30]
+    last, best = (checkpoint.read(tmp_path / "run" / name) for name in ("checkpoint.pt", "best.pt"))
+    assert (last["epoch"], last["best_epoch"], best["epoch"], best["best"]) == (30, 23, 23, 1.0)
+    train(tmp_path / "all", plan(epochs=30))
+    assert torch.equal(last["model"]["point"], checkpoint.read(tmp_path / "all" / "checkpoint.pt")["model"]["point"])
+
+
+@pytest.mark.parametrize("end", ["interrupt", "patience"])
+def test_an_epoch_that_ends_a_run_is_saved_however_short(tmp_path, end):
+    def kill(step: int) -> None:
+        if step == 3 * 24 + 2 and end == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    patience = 10 if end == "patience" else None
+    losses = iter([5.0 if epoch < 15 else 6.0 for epoch in range(40)])
+    short = plan(epochs=40, save_every=1e9, patience=patience)
+    train(tmp_path / "run", short, at=kill, evaluate=lambda: {"loss": next(losses)})
+    assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["step"] == 3 * (11 if patience else 25)
+
+
 def test_checkpoints_by_seconds(tmp_path):
     saved = []
 
@@ -324,7 +353,7 @@ def test_checkpoints_by_seconds(tmp_path):
         path = tmp_path / "run" / "checkpoint.pt"
         saved.append(checkpoint.read(path)["step"] if path.exists() else 0)
 
-    train(tmp_path / "run", plan(epochs=1, save_every=(None, 1e-9)), at=look)
+    train(tmp_path / "run", plan(epochs=1, checkpoint_every=(None, 1e-9)), at=look)
     assert saved == [0, 1, 2]
 
 
@@ -367,7 +396,7 @@ def test_after_each_epoch_it_draws_stores_usage_and_prints_a_row(tmp_path, capsy
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
     with pytest.raises(UserError, match="the training loss (is|was) .* at step .* lower lr"):
-        train(tmp_path / "run", plan(lr=Schedule.parse("linear:0.1:1e38:4"), epochs=40, save_every=(1, None)))
+        train(tmp_path / "run", plan(lr=Schedule.parse("linear:0.1:1e38:4"), epochs=40, checkpoint_every=(1, None)))
     assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["model"]["point"].isfinite().all()
 
 
@@ -405,7 +434,7 @@ def test_means_are_exact_over_many_steps():
 def test_a_run_killed_between_its_two_checkpoints_has_the_same_best_in_the_end(tmp_path, monkeypatch):
     train(tmp_path / "straight", plan())
 
-    def kill(run: Run) -> None:
+    def kill(run: Run, state: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:

@@ -194,6 +194,12 @@ class Config:
         str, Interval(), "save within epochs too: every so many steps (500) or seconds (300s)"
     ] = _field("300s", "run", metavar="WHEN", on_resume=True)
 
+    save_every: Annotated[
+        float,
+        Range(0),
+        "after 20 epochs, draw and save only those that end so many seconds after the last one, and the last; 0: all",
+    ] = _field(1.0, "run", metavar="SECONDS", on_resume=True)
+
     device: Annotated[
         Literal["auto", "cpu", "cuda", "mps"], "where to compute; auto: the first available of cuda, mps, cpu"
     ] = _field("auto", "machine", on_resume=True)

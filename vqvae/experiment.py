@@ -266,7 +266,7 @@ def plan_of(config: Config) -> Plan:
         device=device,
         precision=choose_precision(config.precision, device),
         log_every=config.log_every,
-        save_every=interval(config.checkpoint_every) or (None, 300.0),
+        checkpoint_every=interval(config.checkpoint_every) or (None, 300.0),
         max_steps=config.max_steps,
         max_minutes=config.max_minutes,
         patience=config.patience,
@@ -274,6 +274,7 @@ def plan_of(config: Config) -> Plan:
         plateau=plateau,
         clip=config.clip,
         ema_weights=config.ema_weights,
+        save_every=config.save_every,
     )
 
 

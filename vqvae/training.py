@@ -6,6 +6,7 @@ of every batch, whose size does not depend on their number, and draws its own no
 """
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from vqvae.runs import NullRun, Run
 from vqvae.schedules import Plateau, Schedule
 
 MOST_SKIPPED = 10  # updates in a row, with on_nan=skip
+ALWAYS_SAVED = 20  # epochs
 KEPT = ("usage", "posterior")  # tensors among the held-out metrics, which plots show
 
 
@@ -41,7 +43,8 @@ class Plan(NamedTuple):
     device: torch.device
     precision: Literal["fp32", "bf16"]
     log_every: int  # steps
-    save_every: tuple[int | None, float | None]  # steps, seconds
+    checkpoint_every: tuple[int | None, float | None]  # steps, seconds; within epochs
+    save_every: float = 0.0  # seconds between epochs that are drawn and saved, after the first `ALWAYS_SAVED`
     max_steps: int | None = None
     max_minutes: float | None = None  # of this process, evaluation included
     patience: int | None = None  # epochs without a better held-out metric before stopping
@@ -176,9 +179,14 @@ def fit(
             if loop.train_epoch(interrupt):
                 with loop.progress.working("evaluation"), loop.averaged.in_use():
                     results = loop.close_epoch(distributed.on_first(stage.evaluate), after_epoch)
-            if any(distributed.any_of(interrupt.wanted)) and loop.step < loop.total:
+            interrupted = any(distributed.any_of(interrupt.wanted)) and loop.step < loop.total
+            ends = bool(plan.patience) and loop.epoch - loop.best_epoch >= plan.patience
+            if (interrupted or ends) and loop.saved_step < loop.step:
+                with loop.averaged.in_use():
+                    loop.publish(after_epoch)
+            if interrupted:
                 return None
-            if plan.patience and loop.epoch - loop.best_epoch >= plan.patience:
+            if ends:
                 loop.progress.write(f"no better epoch for {plan.patience} epochs")
                 break
         loop.progress.finish(loop.best_epoch if loop.best_step else None, stage.module.monitor)
@@ -209,6 +217,7 @@ class Loop:
         self.deadline = time.perf_counter() + 60 * plan.max_minutes if plan.max_minutes else math.inf
         self.speed = 0.0  # images/s since the epoch began
         self.health, self.skipped, self.saved_step = Health(), 0, self.step
+        self.published, self.unsaved_best = time.perf_counter(), None  # when; the state of the best epoch
         quiet = distributed.rank() > 0
         self.progress = Progress(self.total, self.step, module.headline, quiet=quiet)
 
@@ -229,7 +238,7 @@ class Loop:
                 self.log_window()
             if self.step == self.total:
                 break
-            steps, seconds = plan.save_every
+            steps, seconds = plan.checkpoint_every
             due = self.step % steps == 0 if steps else seconds is not None and now - saved > seconds
             if (due or wanted) and self.step % self.per_epoch:
                 self.save()
@@ -321,7 +330,7 @@ class Loop:
             self.window = Means()
 
     def close_epoch(self, results: dict[str, Any], after_epoch: AfterEpoch) -> dict[str, float]:
-        """Log the epoch's training and held-out metrics, draw, and save; returns the held-out metrics.
+        """Log the epoch's training and held-out metrics, draw and save if it is time; returns the held-out metrics.
 
         Averaged weights must be in use.
         """
@@ -334,19 +343,26 @@ class Loop:
         numbers = {f"train_{name}": value for name, value in trained.items()}
         numbers |= {f"held_out_{name}": value for name, value in results.items()}
         self.run.log("epoch", self.step, self.epoch, numbers | {"images_per_s": self.speed})
-        after_epoch(self.epoch, self.step, self.kept.get("usage"))
         better = results[self.module.monitor] < self.best
         if better:
             self.best, self.best_epoch, self.best_step = results[self.module.monitor], self.epoch, self.step
-        plateau = self.plan.plateau
+        plan, plateau = self.plan, self.plan.plateau
         if plateau and self.epoch - max(self.best_epoch, self.reduced_epoch) > plateau.patience:
             self.reductions, self.reduced_epoch = self.reductions + 1, self.epoch
             self.progress.write(f"the learning rate falls to {self.rate(self.step):.3g}")
-        self._write()
-        if better:
-            self.run.save_best()  # last, so that it is never of steps that a resumed run takes again
+        rested = time.perf_counter() - self.published > plan.save_every
+        if self.epoch <= ALWAYS_SAVED or rested or self.step == self.total:
+            self.publish(after_epoch, best=better)
+        elif better:
+            self.unsaved_best = copy.deepcopy(self._state())
         self.progress.row(self.epoch, trained, results, self.speed)
         return results
+
+    def publish(self, after_epoch: AfterEpoch, *, best: bool = False) -> None:
+        """Draw and save a closed epoch, which may be the best so far. Averaged weights must be in use."""
+        after_epoch(self.epoch, self.step, self.kept.get("usage"))
+        self._write(best=best)
+        self.published = time.perf_counter()
 
     def save(self) -> None:
         """Write a checkpoint; raises `UserError` instead of writing one that is not finite."""
@@ -354,8 +370,16 @@ class Loop:
         with self.averaged.in_use():
             self._write()
 
-    def _write(self) -> None:
-        state = {
+    def _write(self, *, best: bool = False) -> None:
+        """Write checkpoint.pt, and best.pt if it is the best or the best was not saved yet."""
+        self.run.save(self._state())
+        self.saved_step = self.step
+        if best or self.unsaved_best:  # last, so that it is never of steps that a resumed run takes again
+            self.run.save_best(None if best else self.unsaved_best)
+        self.unsaved_best = None
+
+    def _state(self) -> dict[str, Any]:
+        return {
             **self.module.saved_state(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
@@ -370,8 +394,6 @@ class Loop:
             "epoch_means": self.epoch_means.state(),
             "window": self.window.state(),
         }
-        self.run.save(state)
-        self.saved_step = self.step
 
 
 def _resident(examples: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
