@@ -217,7 +217,8 @@ class Loop:
         self.deadline = time.perf_counter() + 60 * plan.max_minutes if plan.max_minutes else math.inf
         self.speed = 0.0  # images/s since the epoch began
         self.health, self.skipped, self.saved_step = Health(), 0, self.step
-        self.published, self.unsaved_best = time.perf_counter(), None  # when; the state of the best epoch
+        self.published = time.perf_counter()
+        self.unsaved_best: dict[str, Any] | None = None  # the state of the best epoch
         quiet = distributed.rank() > 0
         self.progress = Progress(self.total, self.step, module.headline, quiet=quiet)
 
