@@ -33,11 +33,8 @@ from vqvae.registry import Choice, Size, build, resolve
 
 FORMAT = 2
 EARLIER = {1: "0.1"}  # format -> the version of this package that reads it
-ADDED = {
-    "init_from",
-    "clip",
-    "ema_weights",
-}  # settings of versions after 0.2.0; checkpoints without them get their defaults
+# settings of versions after 0.2.0; checkpoints without them get their defaults
+ADDED = {"init_from", "clip", "ema_weights", "save_every"}
 ABOUT = ("format", "kind", "run", "step", "config", "data")  # describes a model; an exported config.json has these
 FIELDS = {*ABOUT, "model", "objective", "epoch", "examples", "usage", "plots"}
 EXPORTED = ("config.json", "model.safetensors")  # the files of an exported folder that `read_model` reads
