@@ -21,6 +21,7 @@ from vqvae.errors import OptionError, UserError, naming, near_misses, printable
 from vqvae.evaluation import evaluate
 from vqvae.files import make_folder, remove_parts, write_json
 from vqvae.presets import PRESETS
+from vqvae.randomness import generator, stream
 from vqvae.registry import brief, build
 from vqvae.runs import Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
 from vqvae.schedules import Schedule
@@ -82,7 +83,7 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
 
     plan.check(len(dataset.train.images))
     plan = plan._replace(augment=augmentation(config.augment, dataset.train.images))
-    torch.manual_seed(config.seed)
+    torch.manual_seed(stream(config.seed, "weights"))
     build_stage = stage_two if config.checkpoint else stage_one
     stage, model = build_stage(config, dataset, plan, start)
     about = describe_data(dataset, model)
@@ -361,8 +362,8 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
 
     def sample() -> Tensor:
         labels = torch.arange(EXAMPLES_KEPT, device=plan.device) % max(len(dataset.classes), 1)
-        generator = torch.Generator(plan.device).manual_seed(config.seed)
-        return model.sample(EXAMPLES_KEPT, labels=labels if config.conditional else None, generator=generator)
+        draws = generator(config.seed, "samples", device=plan.device)
+        return model.sample(EXAMPLES_KEPT, labels=labels if config.conditional else None, generator=draws)
 
     stage = Stage(
         module,

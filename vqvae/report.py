@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from vqvae import checkpoint, page, plots
+from vqvae import checkpoint, page, plots, randomness
 from vqvae.autoencoder import Autoencoder, unit_range
 from vqvae.contracts import Discrete
 from vqvae.devices import choose_device
@@ -157,10 +157,10 @@ class Report:
             return kept["means"], kept["labels"]
         return self.model.posterior_mean(self.images).flatten(1).cpu(), self.labels
 
-    def generator(self, seed_offset: int = 0) -> torch.Generator:
-        return torch.Generator(self.model.device).manual_seed(self.options.seed + seed_offset)
+    def generator(self, draw: int = 0) -> torch.Generator:
+        return randomness.generator(self.options.seed, "samples", draw, device=self.model.device)
 
-    def sample(self, n: int, *, seed_offset: int = 0, **options: Any) -> Tensor:
+    def sample(self, n: int, *, draw: int = 0, **options: Any) -> Tensor:
         """Decode n samples of the prior, `[n, C, H, W]`; `options` are those of the prior's `sample`.
 
         A conditional prior without `labels` gets the class chosen by the user, or else all classes in turn.
@@ -169,7 +169,7 @@ class Report:
             label = self.options.label
             labels = torch.arange(n) % len(self.classes) if label is None else torch.full((n,), label)
             options["labels"] = labels.to(self.model.device)
-        options |= {"generator": self.generator(seed_offset), **sampling_options(self.options, self.model)}
+        options |= {"generator": self.generator(draw), **sampling_options(self.options, self.model)}
         if self.model.discrete is None:
             return self.model.sample(n, **options)
         # closed before anything is printed; it appears only where sampling takes long
@@ -411,7 +411,7 @@ def completions(report: Report, path: Path) -> None:
             rows.append(("given", given))
     options = {"labels": labels} if report.conditional else {}
     for i in range(4):
-        completed = report.sample(len(images), seed_offset=i, given=(codes, kept), **options)
+        completed = report.sample(len(images), draw=i, given=(codes, kept), **options)
         rows.append((f"completion {i + 1}", completed))
     title = report.title(explanation, report.sampling(), report.tokens())
     plots.image_rows(rows, path, title=title)
@@ -617,7 +617,7 @@ def draw(options: argparse.Namespace) -> None:
     for name, plot in PLOTS.items():
         if options.only and name not in options.only:
             continue
-        torch.manual_seed(options.seed + 1)  # for the decoder's noise; the prior's generator has `seed` itself
+        torch.manual_seed(randomness.stream(options.seed, "decoder"))
         try:
             plot.draw(report, folder / name)
         except NotApplicable as reason:

@@ -22,6 +22,7 @@ from vqvae.errors import OptionError, UserError
 from vqvae.interrupts import Interrupt
 from vqvae.optimizer import adamw
 from vqvae.progress import Progress
+from vqvae.randomness import seed_globally
 from vqvae.runs import NullRun, Run
 from vqvae.schedules import Schedule
 
@@ -112,12 +113,7 @@ class Health:
 
 def seed_step(seed: int, step: int, device: str = "cpu") -> None:
     """Make the noise of a step a function of (seed, step), different in every process."""
-    apart = 999_999_937 * distributed.rank()  # below 2**32: a CPU's generator uses only so many bits
-    number = (seed * 1_000_003 + step + 1 + apart) % 2**63
-    # torch.manual_seed formats a stack trace at every step, for devices that are not in use
-    torch.default_generator.manual_seed(number)
-    if device in ("cuda", "mps"):
-        getattr(torch, device).manual_seed(number)
+    seed_globally(seed, "noise", step, process=distributed.rank(), device=device)
 
 
 class Stage(NamedTuple):
@@ -163,7 +159,7 @@ def fit(
     results = None
     stage.module.train()
     if loop.step == 0:
-        seed_step(plan.seed, -1, plan.device.type)
+        seed_globally(plan.seed, "start", process=distributed.rank(), device=plan.device.type)
         order = loop.order(batch_size=1, epoch=0).flatten()
         with loop.progress.working("start"):
             stage.module.initialize(lambda n: take(loop.examples, distributed.share(order[:n]), plan.device))

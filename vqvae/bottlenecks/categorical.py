@@ -98,7 +98,8 @@ class CategoricalPosterior(Discrete):
         f = self.projection(features).movedim(1, -1)
         if not self.by_distance:
             return f, None
-        distances = torch.cdist(f.reshape(1, -1, self.code_dim), table[None])
+        center = table.detach().mean(dim=0)  # as in nearest_code: cdist too computes distances from products
+        distances = torch.cdist((f - center).reshape(1, -1, self.code_dim), (table - center)[None])
         return -distances.view(*f.shape[:-1], self.num_codes), f
 
     def quantize(self, features: Tensor) -> Latent:

@@ -79,6 +79,8 @@ class NearestCode(Discrete):
 
 def soft_usage(f: Tensor, codebook: Tensor, temperature: float) -> Tensor:
     """Mean over vectors f `[N, D]` of softmax_k(-||f_n - e_k||^2 / temperature), `[K]`."""
+    center = codebook.detach().mean(dim=0)  # as in nearest_code
+    f, codebook = f - center, codebook - center
     # without ||f_n||^2, which is the same for every k
     return ((2 * f @ codebook.T - codebook.square().sum(dim=1)) / temperature).softmax(dim=1).mean(dim=0)
 
