@@ -31,7 +31,7 @@ SMALL_OPTIONS = {
 }
 # flags of a run that takes a second
 SMALL = ("--limit", "60", "--batch-size", "20", "--hidden", "8", "--codes", "16", "--code-dim", "4")
-SMALL += ("--image-size", "16", "--device", "cpu")
+SMALL += ("--image-size", "16", "--device", "cpu", "--validation", "test")
 CONSTANT = ("--lr", "3e-4")  # resumed for more epochs, a run equals one of that length from the start
 
 

@@ -74,8 +74,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "experiment": {
         "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors", "evaluation", "files",
-        "interrupts", "metrics", "objectives", "plots", "presets", "randomness", "registry", "report", "runs", "schedules",
-        "stage_one", "stage_two", "training",
+        "interrupts", "metrics", "objectives", "plots", "presets", "progress", "randomness", "registry", "report",
+        "runs", "schedules", "stage_one", "stage_two", "training",
     },
     "commands": {
         "card", "checkpoint", "cli", "compare", "config", "data", "errors", "experiment", "export", "files", "metrics",

@@ -77,6 +77,27 @@ class Location:
             return f"{folder} cannot be written to ({one_line(problem)}); name another place"
 
 
+TEST = "test"  # the value of `validation` that chooses models on the test split
+
+
+def validation_share(text: str) -> float | None:
+    """The value of `validation`: the share of the training images, or None for `test`. Raises ValueError."""
+    if text == TEST:
+        return None
+    share = float(text)
+    if not 0 < share < 1:
+        raise ValueError
+    return share
+
+
+def _is_validation(text: str) -> bool:
+    try:
+        validation_share(text)
+    except ValueError:
+        return False
+    return True
+
+
 LONGEST_NAME = 255  # bytes, on the usual file systems
 MOST_IN_RUN_NAME = 200  # bytes: a second stage adds -prior, and files add their endings
 
@@ -136,6 +157,13 @@ class Config:
         None, "data", metavar="N"
     )
 
+    validation: Annotated[
+        str,
+        Passes(_is_validation, "a share above 0 and below 1, or test"),
+        "share of the training images to hold out: they are evaluated after each epoch and choose best.pt, and the "
+        "test split is evaluated at the end; test: choose on the test split, as some published protocols do",
+    ] = _field("0.1", "data", metavar="SHARE")
+
     epochs: Annotated[Positive, "passes over the training data"] = _field(20, "training", metavar="N", on_resume=True)
     max_steps: Annotated[int | None, Range(1), "stop after this many updates, whatever --epochs says"] = _field(
         None, "training", metavar="N", on_resume=True
@@ -160,9 +188,9 @@ class Config:
     on_nan: Annotated[
         Literal["stop", "skip"], "where the loss or the gradient is not finite: stop, or skip up to 10 updates in a row"
     ] = _field("stop", "training", on_resume=True)
-    patience: Annotated[int | None, Range(1), "stop after so many epochs without a better held-out metric"] = _field(
-        None, "training", metavar="EPOCHS", on_resume=True
-    )
+    patience: Annotated[
+        int | None, Range(1), "stop after so many epochs without a better metric on the validation split"
+    ] = _field(None, "training", metavar="EPOCHS", on_resume=True)
     seed: Annotated[
         int, Range(0, 2**63 - 1), "seed of weights, order and noise; one seed gives one run, bit for bit on a CPU"
     ] = _field(0, "training", metavar="N")
@@ -211,6 +239,7 @@ class Config:
         settings: dict[str, Any] = {
             k: Choice(v["name"], v["options"]) if isinstance(v, dict) else v for k, v in values.items()
         }
+        settings.setdefault("validation", TEST)  # a run of an earlier version
         if settings.get("image_size") is not None:
             settings["image_size"] = Size(settings["image_size"])
         return cls(**settings)
@@ -439,7 +468,7 @@ def _stage_two(
     if "prior" not in settings:
         problem = "name the prior to train on its codes, such as --prior pixelcnn"
         raise OptionError("", "checkpoint", settings.get("checkpoint"), problem)
-    stored = {key: getattr(first, key) for key in (*FROM_STAGE_ONE, "data_dir", "limit")}
+    stored = {key: getattr(first, key) for key in (*FROM_STAGE_ONE, "data_dir", "limit", "validation")}
     chosen = stored | dict(settings)
     return Config(**(chosen | _resolved(chosen, settings, short, slots)))
 

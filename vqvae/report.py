@@ -83,7 +83,8 @@ class Report:
     @property
     def held_out(self) -> int:
         """The number of images in the held-out split, as far as the checkpoint knows it."""
-        return self.content["data"].get("examples", {}).get("test", len(self.images))
+        counts = self.content["data"].get("examples", {})
+        return counts.get("validation", counts.get("test", len(self.images)))
 
     def title(self, text: str, *notes: str) -> str:
         return "\n".join((f"{self.name}: {text}", " · ".join(filter(None, notes)))).strip()
@@ -641,9 +642,7 @@ def run_page(report: Report, folder: Path, drawn: list[str], left_out: list[tupl
     content, model = report.content, report.model
     data, config = content["data"], content["config"]
     counts = data.get("examples", {})
-    sizes = [
-        f"{counts[split]:,} {word}" for split, word in (("train", "train"), ("test", "held out")) if split in counts
-    ]
+    sizes = [f"{count:,} {split}" for split, count in counts.items()]
     shape = "x".join(map(str, data["shape"]))
     codes = model.discrete
     bits = f", {codes.bits:,.0f} bits an image" if codes is not None else ""
@@ -666,7 +665,12 @@ def run_page(report: Report, folder: Path, drawn: list[str], left_out: list[tupl
     tables = [page.Table("Settings", ("setting", "value"), [(key, "", (str(v),)) for key, v in settings.items()])]
     if rows:
         heading = f"Metrics after epoch {rows[-1].get('epoch', 0):,}"
-        tables.insert(0, page.Table(heading, ("metric", "train", "held out"), _metric_rows(rows[-1]), numbers=True))
+        tables.insert(
+            0,
+            page.Table(
+                heading, ("metric", "train", rows[-1].get("split", "held out")), _metric_rows(rows[-1]), numbers=True
+            ),
+        )
     return page.html(report.name, facts, shown, left_out, tables)
 
 

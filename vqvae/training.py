@@ -45,6 +45,7 @@ class Plan(NamedTuple):
     max_steps: int | None = None
     max_minutes: float | None = None  # of this process, evaluation included
     patience: int | None = None  # epochs without a better held-out metric before stopping
+    held_out: str = "validation"  # the split that `Stage.evaluate` evaluates
     augment: Callable[[Tensor], Tensor] | None = None  # applied to every training batch
     on_nan: Literal["stop", "skip"] = "stop"  # what to do where the loss or the gradient is not finite
 
@@ -200,7 +201,7 @@ class Loop:
         self.speed = 0.0  # images/s since the epoch began
         self.health, self.skipped, self.saved_step = Health(), 0, self.step
         quiet = distributed.rank() > 0
-        self.progress = Progress(self.total, self.step, module.headline, quiet=quiet)
+        self.progress = Progress(self.total, self.step, module.headline, split=plan.held_out, quiet=quiet)
 
     def train_epoch(self, interrupt: Interrupt) -> bool:
         """Train to the end of the epoch or of the run; False if interrupted before that, with everything saved."""
@@ -312,7 +313,8 @@ class Loop:
         self.kept = {name: results.pop(name, None) for name in KEPT}
         numbers = {f"train_{name}": value for name, value in trained.items()}
         numbers |= {f"held_out_{name}": value for name, value in results.items()}
-        self.run.log("epoch", self.step, self.epoch, numbers | {"images_per_s": self.speed})
+        numbers["images_per_s"] = self.speed
+        self.run.log("epoch", self.step, self.epoch, numbers, held_out=self.plan.held_out)
         after_epoch(self.epoch, self.step, self.kept.get("usage"))
         better = results[self.module.monitor] < self.best
         if better:

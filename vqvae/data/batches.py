@@ -18,9 +18,8 @@ def batch_indices(count: int, batch_size: int, *, seed: int, epoch: int) -> Tens
     The last count % batch_size indices are dropped.
     """
     steps = count // batch_size
-    return torch.randperm(count, generator=generator(seed, "order", epoch))[: steps * batch_size].view(
-        steps, batch_size
-    )
+    order = torch.randperm(count, generator=generator(seed, "order", epoch))
+    return order[: steps * batch_size].view(steps, batch_size)
 
 
 BORDER = 4  # pixels
