@@ -44,7 +44,8 @@ def evaluate(line: str) -> dict[str, Any]:
 
 
 def last_row(run: str) -> dict[str, Any]:
-    return json.loads(Path(f"logs/{run}/metrics.jsonl").read_text().splitlines()[-1])
+    lines = Path(f"logs/{run}/metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == "epoch"][-1]
 
 
 def weights(run: str) -> dict[str, Tensor]:
@@ -96,7 +97,7 @@ def test_tensorboards_own_reader_finds_the_tags():
     events = EventAccumulator("logs/run", size_guidance={"scalars": 0, "images": 0})
     events.Reload()
     tags = events.Tags()
-    assert {"loss/train", "mse/train", "mse/held_out", "perplexity/held_out", "schedule/lr"} <= set(tags["scalars"])
+    assert {"loss/train", "mse/train", "mse/test", "perplexity/test", "schedule/lr"} <= set(tags["scalars"])
     assert not [tag for tag in tags["scalars"] if "_se" in tag or "codebook_size" in tag]
     assert set(tags["images"]) == {"reconstructions", "code_usage", "code_maps"}  # the former next to their originals
     assert "config/text_summary" in tags["tensors"]
