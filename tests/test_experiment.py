@@ -146,6 +146,14 @@ def test_a_longer_run_says_that_its_learning_rate_rises():
         assert resume("logs/run --epochs 2") == 0
 
 
+def test_a_longer_run_says_which_other_schedules_jump(recwarn):
+    line = ("--bottleneck", "gumbel", "temperature=linear:1:0.1", "--kl-weight", "linear:0:1:1")
+    assert run_train(*line, "--epochs", "1", "--name", "run") == 0
+    assert resume("logs/run --epochs 2") == 0
+    jumps = [str(w.message).split(": its schedule")[0] for w in recwarn if "a run of this length" in str(w.message)]
+    assert jumps == ["the temperature rises from 0.1 to 0.55"]  # the rate and the KL weight have their own lengths
+
+
 def test_the_default_start_loses_no_codes(tmp_path):
     line = ("--batch-size", "32", "--limit", "640", "--max-steps", "40", "--log-every", "1", "--device", "cpu")
     assert run_train(*line, "--name", "run", small=False) == 0

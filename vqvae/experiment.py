@@ -40,7 +40,7 @@ from vqvae.runs import BEST, LAST, Lock, NullRun, Run, claim, claim_free, list_u
 from vqvae.schedules import Schedule
 from vqvae.stage_one import AutoencoderTraining
 from vqvae.stage_two import PriorTraining, extract_codes
-from vqvae.training import KEPT, AfterEpoch, Plan, Stage, fit
+from vqvae.training import KEPT, AfterEpoch, Plan, Stage, fit, scheduled
 
 SLOTS = {"dataset": data.SLOT, **autoencoder.SLOTS, "objective": objectives.SLOT}
 LISTINGS = {
@@ -112,7 +112,7 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
         print(summary(config, plan, dataset, stage, model, folder, resumed["step"] if resumed else 0))
         if distributed.rank() == 0:
             if resumed:
-                warn_of_new_rate(resumed, plan, len(stage.examples))
+                warn_of_new_length(resumed, plan, stage)
             else:
                 warn_of_few_updates(config, plan, len(stage.examples))
             list_unreadable(folder, dataset.unreadable)
@@ -486,17 +486,22 @@ def warn_of_few_updates(config: Config, plan: Plan, examples: int) -> None:
         )
 
 
-def warn_of_new_rate(saved: Mapping[str, Any], plan: Plan, examples: int) -> None:
-    """Warn if the learning rate rises when a run is resumed, because its schedule ends later than before."""
+def warn_of_new_length(saved: Mapping[str, Any], plan: Plan, stage: Stage) -> None:
+    """Warn of what jumps when a run is resumed for another length: the rate if it rises, other schedules either way."""
     lengths = {name: saved["config"][name] for name in ("epochs", "max_steps")}
-    step, before, now = saved["step"], plan._replace(**lengths), plan
-    old, new = (plan.lr(step, p.total_steps(examples)) for p in (before, now))
-    if new > 1.01 * old:
-        warnings.warn(
-            f"the learning rate rises from {old:.3g} to {new:.3g}: its schedule ends with the run, which is longer "
-            "than before; a run of this length from the start would end elsewhere",
-            stacklevel=2,
-        )
+    step, examples = saved["step"], len(stage.examples)
+    before, now = (p.total_steps(examples) for p in (plan._replace(**lengths), plan))
+    values = {"learning rate": (plan.lr(step, before), plan.lr(step, now))}
+    for name, old in scheduled(stage.module, step, before).items():
+        values[name.replace("_", " ")] = old, scheduled(stage.module, step, now)[name]
+    for name, (old, new) in values.items():
+        if new > 1.01 * old or (new < 0.99 * old and name != "learning rate"):
+            verb, than = "rises" if new > old else "falls", "longer" if now > before else "shorter"
+            warnings.warn(
+                f"the {name} {verb} from {old:.3g} to {new:.3g}: its schedule ends with the run, which is {than} than "
+                "before; a run of this length from the start would end elsewhere",
+                stacklevel=2,
+            )
 
 
 def _listed(names: Sequence[str], width: int = 60) -> str:
