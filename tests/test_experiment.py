@@ -146,6 +146,23 @@ def test_a_longer_run_says_that_its_learning_rate_rises():
         assert resume("logs/run --epochs 2") == 0
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--kl-weight 0.5", "kl_weight=0.5: has no effect, because with one code and the prior uniform"),
+        ("--objective elbo free_bits=2", "--objective elbo free_bits=2.0: has no effect"),
+        (
+            "--bottleneck deterministic --prior unigram --objective probabilistic entropy_scale=2",
+            "entropy_scale=2.0: has no effect, because the posterior is one code",
+        ),
+    ],
+)
+def test_a_weight_of_a_constant_is_refused(there, capsys, line, message):
+    assert run_train(*line.split()) == 2
+    assert message in capsys.readouterr().err
+    assert not list(there.iterdir())
+
+
 def test_a_longer_run_says_which_other_schedules_jump(recwarn):
     line = ("--bottleneck", "gumbel", "temperature=linear:1:0.1", "--kl-weight", "linear:0:1:1")
     assert run_train(*line, "--epochs", "1", "--name", "run") == 0

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from vqvae.errors import OptionError, UserError, near_misses, one_line, shown
 from vqvae.presets import PRESETS
-from vqvae.registry import Choice, Passes, Range, Sides, Size, Slot, fields_of, resolve
+from vqvae.registry import Choice, Passes, Range, Sides, Size, Slot, fields_of, refuse_idle, resolve
 from vqvae.schedules import ScheduleText
 
 Positive = Annotated[int, Range(1)]
@@ -391,6 +391,12 @@ def _initialized(
     given = {key: resolve(slots[key], getattr(first, key)) for key in ("nets", "likelihood", "bottleneck")}
     chosen = _merge(given, _over_preset(settings))
     chosen |= _resolved(chosen, settings, short, slots)
+    for key in ("init", "spread"):
+        if "bottleneck" in settings and key in settings["bottleneck"].options:
+            problem = "has no effect, because the codes of --init-from are the first ones; leave it out"
+            raise OptionError(
+                chosen["bottleneck"].name, key, chosen["bottleneck"].options[key], problem, slot="bottleneck"
+            )
     for slot, there in given.items():
         here = chosen[slot]
         if here.name != there.name:
@@ -429,6 +435,10 @@ def _resolved(
         try:
             given = [*(typed[key].options if key in typed else ()), *(s.option for s in mine.values())]
             choices[key] = resolve(slots[key], Choice(choice.name, options), given)
+            refuse_idle(slots[key], choices[key], given)
+            if "label_drop" in given and choices[key].options["label_drop"] and not chosen.get("conditional"):
+                problem = "has no effect without --conditional; leave it out"
+                raise OptionError(choice.name, "label_drop", choices[key].options["label_drop"], problem, slot=key)
         except OptionError as problem:
             for name, s in mine.items():
                 if problem.option == s.option:

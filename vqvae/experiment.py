@@ -102,6 +102,8 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
     about = describe_data(dataset, model)
     if resumed:
         compare_data(resumed["data"], about, config)
+    else:
+        refuse_idle_weights(given, config, model)
     folder, plot_folder = choose_folders(given, config, start, lock)
     distributed.on_loss(lambda: how_to_go_on(folder))
     facts = describe_run(config, about, dataset, model, plot_folder)
@@ -162,6 +164,21 @@ def choose_folders(given: Mapping[str, Any], config: Config, start: Start, lock:
         config.plot_dir = Config.plot_dir
         FIELDS["plot_dir"].check(config.plot_dir)
     return folder, Path(config.plot_dir).resolve() / config.name
+
+
+def refuse_idle_weights(given: Mapping[str, Any], config: Config, model: Autoencoder) -> None:
+    """Raise `OptionError` for a typed weight, other than 0, of terms that are constant for this model."""
+    if model.bottleneck.stochastic or config.checkpoint:
+        return
+    reasons = {"entropy_scale": "the posterior is one code, so that log q is 0"}
+    if not any(True for _ in model.prior.parameters()):
+        constant = f"with one code and the prior {config.prior.name}, log q(z|x) - log p(z) is constant"
+        reasons |= dict.fromkeys(("kl_weight", "free_bits"), constant)
+    typed = {*given, *(given["objective"].options if "objective" in given else ())}
+    for key, reason in reasons.items():
+        if key in typed and (value := config.objective.options[key]) not in (0, "0"):
+            problem = f"has no effect, because {reason}; leave it out"
+            raise OptionError(config.objective.name, key, value, problem, slot="objective")
 
 
 def describe_data(dataset: Dataset, model: Autoencoder) -> dict[str, Any]:

@@ -91,6 +91,9 @@ class VQOptions(CodebookOptions, NearestOptions):
     diversity: Annotated[float, Range(0), "weight of the entropy of soft usage, which spreads usage over codes"] = 0.0
     temperature: Annotated[float, Range(1e-6), "softmax temperature of soft usage"] = 1.0
 
+    def idle(self) -> dict[str, str]:
+        return super().idle() | ({} if self.diversity else {"temperature": "diversity above 0"})
+
 
 class VQ(NearestCode):
     """Vector quantization with a codebook updated by EMA or by gradient (1711.00937, eq. 1-3 and appendix A.1).
