@@ -226,6 +226,11 @@ class Config:
         "torch.compile the nets: a slower start, then faster (default: on a GPU, in runs of 2,000 steps or more)",
     ] = _field(None, "machine", on_resume=True)
 
+    @property
+    def held_out(self) -> Literal["validation", "test"]:
+        """The split that is evaluated after each epoch, and by which models are chosen."""
+        return "test" if validation_share(self.validation) is None else "validation"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as config.json and checkpoints store them."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}

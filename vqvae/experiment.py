@@ -5,6 +5,7 @@ import os
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from vqvae import autoencoder, checkpoint, cli, data, distributed, interrupts, m
 from vqvae.autoencoder import Autoencoder, build_autoencoder, unit_range
 from vqvae.config import (
     FIELDS,
+    TEST,
     Config,
     Fresh,
     Initialized,
@@ -117,6 +119,8 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
                 warn_of_new_length(resumed, plan, stage)
             else:
                 warn_of_few_updates(config, plan, len(stage.examples))
+                if isinstance(start, Initialized):
+                    warn_of_seen_images(start.content["data"], about)
             list_unreadable(folder, dataset.unreadable)
             make_folder(Path(config.plot_dir), "plot_dir")  # first, so that an error shows the folder as it was typed
             make_folder(plot_folder, "plot_dir")
@@ -309,7 +313,7 @@ def plan_of(config: Config) -> Plan:
         max_steps=config.max_steps,
         max_minutes=config.max_minutes,
         patience=config.patience,
-        held_out="test" if validation_share(config.validation) is None else "validation",
+        held_out=config.held_out,
         on_nan=config.on_nan,
     )
 
@@ -503,6 +507,14 @@ def warn_of_few_updates(config: Config, plan: Plan, examples: int) -> None:
         )
 
 
+def warn_of_seen_images(first: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Warn if the model that a run starts from may have been trained on the run's validation split."""
+    mine, its = (data.get("fingerprint", {}).get("validation") for data in (about, first))
+    if mine and mine != its and first["name"] == about["name"]:
+        problem = "may have been trained on images of the validation split, because it held out others"
+        warnings.warn(f"the model of --init-from {problem}; hold out the same with --validation", stacklevel=2)
+
+
 def warn_of_new_length(saved: Mapping[str, Any], plan: Plan, stage: Stage) -> None:
     """Warn of what jumps when a run is resumed for another length: the rate if it rises, other schedules either way."""
     lengths = {name: saved["config"][name] for name in ("epochs", "max_steps")}
@@ -564,13 +576,12 @@ def evaluate_on_test(
     if dataset.entropy is not None:
         results |= {"data_entropy": dataset.entropy, "gap": results["neg_elbo"] - dataset.entropy}
     chosen = path.name == BEST or config.patience is not None
-    split = "test" if validation_share(config.validation) is None else "validation"
     about = (
         content["run"],
         dataset.name,
         dataset.note,
         "test",
-        split if chosen else "nothing: the last step",
+        config.held_out if chosen else "nothing: the last step",
         config.likelihood.name,
         config.prior.name,
         len(dataset.test.images),
@@ -591,7 +602,7 @@ def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | No
     with naming("checkpoint", named):
         content = checkpoint.read(path)
     config = configure(given, Resumed(path.parent, content), SLOTS)
-    dataset = load_data(config)
+    dataset = load_data(replace(config, validation=TEST))  # nothing is chosen any more
     compare_classes(content["data"]["classes"], dataset.classes, config)
     table = evaluate_on_test(path, content, dataset, choose_device(config.device), iw_samples)
     width = max(map(len, table))
