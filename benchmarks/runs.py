@@ -18,7 +18,7 @@ from hardware import commit, describe
 from vqvae import __version__, cli, experiment
 from vqvae.commands import train, visualize
 from vqvae.compare import training_seconds
-from vqvae.config import PATHS, Fresh, add_flags, configure
+from vqvae.config import PATHS, TEST, Fresh, add_flags, configure
 from vqvae.devices import choose_device
 from vqvae.files import write_json, write_text
 from vqvae.runs import LAST, LOG, read_metrics
@@ -59,6 +59,8 @@ def settings_of(flags: list[str]) -> dict[str, Any]:
     config = configure(vars(parser.parse_args(flags)), Fresh(), experiment.SLOTS)
     settings = {name: value for name, value in config.to_dict().items() if name not in (*PATHS, "name")}
     settings["device"] = choose_device(config.device).type
+    if config.validation == TEST:
+        del settings["validation"]  # rows of runs that hold out no training images keep their hash
     return settings | {"data": experiment.identity(experiment.load_data(config))}
 
 

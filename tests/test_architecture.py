@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "ssim": set(),
     "optimizer": set(),
     "flows": set(),
+    "randomness": set(),
     "registry": {"errors"},
     "schedules": {"errors"},
     "files": {"errors"},
@@ -27,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "interrupts": set(),
     "distributed": {"errors", "interrupts"},
     # the slots
-    "data": {"archives", "errors", "files", "registry"},
+    "data": {"archives", "errors", "files", "randomness", "registry"},
     "nets": {"errors", "registry", "vqgan"},
     "vqgan": set(),
     "bottlenecks": {"contracts", "distributed", "errors", "flows", "registry", "schedules"},
@@ -36,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": {"contracts", "errors", "optimizer", "registry", "schedules"},
     "autoencoder": {"bottlenecks", "contracts", "errors", "likelihoods", "nets", "priors", "registry"},
     # training
-    "evaluation": {"autoencoder", "contracts", "errors", "metrics"},
+    "evaluation": {"autoencoder", "contracts", "errors", "metrics", "randomness"},
     "stage_one": {"autoencoder", "contracts", "evaluation", "metrics"},
     "stage_two": {
         "archives", "autoencoder", "checkpoint", "contracts", "data", "evaluation", "files", "metrics", "optimizer",
@@ -46,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "averaging": set(),
     "training": {
         "averaging", "contracts", "data", "devices", "distributed", "errors", "interrupts", "optimizer", "progress",
-        "runs", "schedules",
+        "randomness", "runs", "schedules",
     },
     # settings and files
     "presets": set(),
@@ -69,13 +70,13 @@ ALLOWED: dict[str, set[str]] = {
     # the program
     "cli": {"errors", "files", "interrupts", "registry"},
     "report": {
-        "autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "metrics", "page", "plots", "registry",
-        "runs",
+        "autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "metrics", "page", "plots",
+        "randomness", "registry", "runs",
     },
     "experiment": {
         "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors", "evaluation", "files",
-        "interrupts", "metrics", "objectives", "plots", "presets", "registry", "report", "runs", "schedules",
-        "stage_one", "stage_two", "training",
+        "interrupts", "metrics", "objectives", "plots", "presets", "progress", "randomness", "registry", "report",
+        "runs", "schedules", "stage_one", "stage_two", "training",
     },
     "commands": {
         "card", "checkpoint", "cli", "compare", "config", "data", "errors", "experiment", "export", "files", "metrics",

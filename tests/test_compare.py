@@ -289,11 +289,13 @@ def test_a_terminal_without_unicode_gets_ascii(monkeypatch):
 def test_a_trained_run_has_its_metrics_and_its_time(capsys):
     assert run_train("--dataset", "digits", "--max-steps", "3", "--name", "run") == 0
     row = read_run("logs/run")
-    last = read_metrics(Path("logs/run/metrics.jsonl"))[-1]
-    assert row.source == "metrics.jsonl"
+    *_, watched, last = read_metrics(Path("logs/run/metrics.jsonl"))
+    assert (watched["kind"], last["kind"], row.source) == ("epoch", "test", "evaluation.json")
     for name in ("mse", "mse_se", "psnr", "ssim", "ssim_se", "perplexity"):
         assert row.values[name] == last[f"held_out_{name}"]
     assert row.values["seconds"] > 0
     assert row.held_out["count"] == 60
+    Path("logs/run/evaluation.json").unlink()
+    assert read_run("logs/run").source == "metrics.jsonl"
     assert main("train --evaluate --checkpoint logs/run --iw-samples 1".split()) == 0
     assert read_run("logs/run").source == "evaluation.json"

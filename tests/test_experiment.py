@@ -44,7 +44,8 @@ def evaluate(line: str) -> dict[str, Any]:
 
 
 def last_row(run: str) -> dict[str, Any]:
-    return json.loads(Path(f"logs/{run}/metrics.jsonl").read_text().splitlines()[-1])
+    lines = Path(f"logs/{run}/metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == "epoch"][-1]
 
 
 def weights(run: str) -> dict[str, Tensor]:
@@ -96,7 +97,7 @@ def test_tensorboards_own_reader_finds_the_tags():
     events = EventAccumulator("logs/run", size_guidance={"scalars": 0, "images": 0})
     events.Reload()
     tags = events.Tags()
-    assert {"loss/train", "mse/train", "mse/held_out", "perplexity/held_out", "schedule/lr"} <= set(tags["scalars"])
+    assert {"loss/train", "mse/train", "mse/test", "perplexity/test", "schedule/lr"} <= set(tags["scalars"])
     assert not [tag for tag in tags["scalars"] if "_se" in tag or "codebook_size" in tag]
     assert set(tags["images"]) == {"reconstructions", "code_usage", "code_maps"}  # the former next to their originals
     assert "config/text_summary" in tags["tensors"]
@@ -143,6 +144,31 @@ def test_a_longer_run_says_that_its_learning_rate_rises():
     assert run_train("--epochs", "1", "--name", "run", "--lr", "cosine:1e-3:1e-5") == 0
     with pytest.warns(UserWarning, match=r"the learning rate rises from 1e-05 to 0\.000505: its schedule ends with"):
         assert resume("logs/run --epochs 2") == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--kl-weight 0.5", "kl_weight=0.5: has no effect, because with one code and the prior uniform"),
+        ("--objective elbo free_bits=2", "--objective elbo free_bits=2.0: has no effect"),
+        (
+            "--bottleneck deterministic --prior unigram --objective probabilistic entropy_scale=2",
+            "entropy_scale=2.0: has no effect, because the posterior is one code",
+        ),
+    ],
+)
+def test_a_weight_of_a_constant_is_refused(there, capsys, line, message):
+    assert run_train(*line.split()) == 2
+    assert message in capsys.readouterr().err
+    assert not list(there.iterdir())
+
+
+def test_a_longer_run_says_which_other_schedules_jump(recwarn):
+    line = ("--bottleneck", "gumbel", "temperature=linear:1:0.1", "--kl-weight", "linear:0:1:1")
+    assert run_train(*line, "--epochs", "1", "--name", "run") == 0
+    assert resume("logs/run --epochs 2") == 0
+    jumps = [str(w.message).split(": its schedule")[0] for w in recwarn if "a run of this length" in str(w.message)]
+    assert jumps == ["the temperature rises from 0.1 to 0.55"]  # the rate and the KL weight have their own lengths
 
 
 def test_the_default_start_loses_no_codes(tmp_path):

@@ -34,8 +34,9 @@ from vqvae.registry import Choice, Size, build, resolve
 FORMAT = 2
 EARLIER = {1: "0.1"}  # format -> the version of this package that reads it
 # settings of versions after 0.2.0; checkpoints without them get their defaults
-ADDED = {"init_from", "clip", "ema_weights", "save_every"}
+ADDED = {"init_from", "clip", "ema_weights", "save_every", "validation"}
 ABOUT = ("format", "kind", "run", "step", "config", "data")  # describes a model; an exported config.json has these
+SPLITS = ("train", "validation", "test")
 FIELDS = {*ABOUT, "model", "objective", "epoch", "examples", "usage", "plots"}
 EXPORTED = ("config.json", "model.safetensors")  # the files of an exported folder that `read_model` reads
 SEAL = b"sha256:"  # before the 64 hexadecimal digits at the end of a checkpoint
@@ -259,7 +260,7 @@ def _described(content: Mapping[str, Any]) -> dict[str, Any]:
     data |= {"shape": list(shape), "classes": [_text(name, "data.classes") for name in classes]}
     for key, check in (("examples", _count), ("fingerprint", _text)):
         for split, value in _entries(data.get(key, {}), f"data.{key}").items():
-            _need(split in ("train", "test"), f"its data.{key} must be of the splits train and test")
+            _need(split in SPLITS, f"its data.{key} must be of the splits {', '.join(SPLITS)}")
             check(value, f"data.{key}")
     return {"kind": kind, "run": _plain_name(content["run"]), "config": config, "data": data}
 

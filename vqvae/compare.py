@@ -105,9 +105,9 @@ def read_run(path: str) -> Row:
     content = checkpoint.read_model(path)
     model = checkpoint.restore(content, path)
     about, folder = content["data"], checkpoint.locate(path).parent
-    source, step, found, seconds = None, content["step"], dict[str, Any](), None
+    source, step, found, seconds, split = None, content["step"], dict[str, Any](), None, "test"
     if "epoch" in content:
-        source, step, found, seconds = _metrics(folder, content)
+        source, step, found, seconds, split = _metrics(folder, content)
     else:
         folder = Path(path)
         warnings.warn(f"{path}: an exported model has no metrics; name the run's folder", stacklevel=3)
@@ -119,28 +119,34 @@ def read_run(path: str) -> Row:
             nats = {key: found[key] for key in ("prior_nats", "prior_nats_se") if key in found}
             values |= {key.replace("nats", "bits"): value / math.log(2) for key, value in nats.items()}
     values |= {"parameters": sum(p.numel() for p in model.parameters()), "seconds": seconds}
-    train, test = (
-        {key: about.get(group, {}).get(split) for key, group in (("count", "examples"), ("fingerprint", "fingerprint"))}
-        for split in ("train", "test")
+    train, evaluated = (
+        {key: about.get(group, {}).get(name) for key, group in (("count", "examples"), ("fingerprint", "fingerprint"))}
+        for name in ("train", split)
     )
-    if found.get("images", test["count"]) != test["count"]:  # evaluated on other images than those of training
-        test = {"count": found["images"], "fingerprint": None}
-    held_out = {"name": about["name"], "shape": "x".join(map(str, about["shape"])), **test}
+    if (
+        found.get("images", evaluated["count"]) != evaluated["count"]
+    ):  # evaluated on other images than those of training
+        evaluated = {"count": found["images"], "fingerprint": None}
+    held_out = {"name": about["name"], "shape": "x".join(map(str, about["shape"])), **evaluated}
     return Row(values, held_out, train, source, step)
 
 
-def _metrics(folder: Path, content: Mapping[str, Any]) -> tuple[str | None, int, dict[str, Any], float | None]:
-    """The file with a checkpoint's metrics, their step, the metrics, and the seconds of training."""
+def _metrics(folder: Path, content: Mapping[str, Any]) -> tuple[str | None, int, dict[str, Any], float | None, str]:
+    """The file with a checkpoint's metrics, their step, the metrics, the seconds of training, and the metrics' split.
+
+    Those of the test split are preferred.
+    """
     from vqvae.runs import LOG, read_metrics
 
     step, batch_size = content["step"], content["config"]["batch_size"]
     epochs = [row for row in read_metrics(folder / LOG) if row["kind"] == "epoch" and row["step"] <= step]
     if found := _evaluation(folder / EVALUATION, content):
-        return EVALUATION, step, _numbers(found, ""), training_seconds(epochs, step, batch_size)
+        return EVALUATION, step, _numbers(found, ""), training_seconds(epochs, step, batch_size), "test"
     if epochs:
         last = epochs[-1]["step"]
-        return LOG, last, _numbers(epochs[-1], "held_out_"), training_seconds(epochs, last, batch_size)
-    return None, step, {}, None
+        split = epochs[-1].get("split", "test")  # an earlier version evaluated no other
+        return LOG, last, _numbers(epochs[-1], "held_out_"), training_seconds(epochs, last, batch_size), split
+    return None, step, {}, None, "test"
 
 
 def _evaluation(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:

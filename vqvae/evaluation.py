@@ -15,6 +15,7 @@ from vqvae import metrics
 from vqvae.autoencoder import Autoencoder, evaluating, unit_range
 from vqvae.contracts import Latent
 from vqvae.errors import OptionError
+from vqvae.randomness import stream
 
 MOST_POINTS = 2**16  # posterior means that are kept for the plot of a latent plane
 
@@ -106,5 +107,5 @@ def facts_of(model: Autoencoder) -> metrics.Facts:
 def seeded(seed: int) -> Iterator[None]:
     """Random draws that depend on the seed only; the generators get their states back."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(stream(seed, "evaluation"))
         yield

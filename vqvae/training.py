@@ -24,6 +24,7 @@ from vqvae.errors import OptionError, UserError
 from vqvae.interrupts import Interrupt
 from vqvae.optimizer import adamw
 from vqvae.progress import Progress
+from vqvae.randomness import seed_globally
 from vqvae.runs import NullRun, Run
 from vqvae.schedules import Plateau, Schedule
 
@@ -51,6 +52,7 @@ class Plan(NamedTuple):
     plateau: Plateau | None = None  # when to reduce the rate that `lr` gives
     clip: float | None = None  # largest norm of the gradient
     ema_weights: float = 0.0  # decay of averaged weights; 0: none
+    held_out: str = "validation"  # the split that `Stage.evaluate` evaluates
     augment: Callable[[Tensor], Tensor] | None = None  # applied to every training batch
     on_nan: Literal["stop", "skip"] = "stop"  # what to do where the loss or the gradient is not finite
 
@@ -119,12 +121,7 @@ class Health:
 
 def seed_step(seed: int, step: int, device: str = "cpu") -> None:
     """Make the noise of a step a function of (seed, step), different in every process."""
-    apart = 999_999_937 * distributed.rank()  # below 2**32: a CPU's generator uses only so many bits
-    number = (seed * 1_000_003 + step + 1 + apart) % 2**63
-    # torch.manual_seed formats a stack trace at every step, for devices that are not in use
-    torch.default_generator.manual_seed(number)
-    if device in ("cuda", "mps"):
-        getattr(torch, device).manual_seed(number)
+    seed_globally(seed, "noise", step, process=distributed.rank(), device=device)
 
 
 class Stage(NamedTuple):
@@ -170,7 +167,7 @@ def fit(
     results = None
     stage.module.train()
     if loop.step == 0:
-        seed_step(plan.seed, -1, plan.device.type)
+        seed_globally(plan.seed, "start", process=distributed.rank(), device=plan.device.type)
         order = loop.order(batch_size=1, epoch=0).flatten()
         with loop.progress.working("start"):
             stage.module.initialize(lambda n: take(loop.examples, distributed.share(order[:n]), plan.device))
@@ -220,7 +217,7 @@ class Loop:
         self.published = time.perf_counter()
         self.unsaved_best: dict[str, Any] | None = None  # the state of the best epoch
         quiet = distributed.rank() > 0
-        self.progress = Progress(self.total, self.step, module.headline, quiet=quiet)
+        self.progress = Progress(self.total, self.step, module.headline, split=plan.held_out, quiet=quiet)
 
     def train_epoch(self, interrupt: Interrupt) -> bool:
         """Train to the end of the epoch or of the run; False if interrupted before that, with everything saved."""
@@ -343,7 +340,8 @@ class Loop:
         self.kept = {name: results.pop(name, None) for name in KEPT}
         numbers = {f"train_{name}": value for name, value in trained.items()}
         numbers |= {f"held_out_{name}": value for name, value in results.items()}
-        self.run.log("epoch", self.step, self.epoch, numbers | {"images_per_s": self.speed})
+        numbers["images_per_s"] = self.speed
+        self.run.log("epoch", self.step, self.epoch, numbers, held_out=self.plan.held_out)
         better = results[self.module.monitor] < self.best
         if better:
             self.best, self.best_epoch, self.best_step = results[self.module.monitor], self.epoch, self.step

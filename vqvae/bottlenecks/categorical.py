@@ -41,6 +41,14 @@ class SampledOptions(PosteriorOptions):
     iaf_flows: Annotated[int, Range(0), "flows on the simplex after the draw"] = 0
     iaf_parameters: Annotated[Literal["transformer", "triangular"], "source of the flows' scales"] = "transformer"
 
+    def idle(self) -> dict[str, str]:
+        needs = super().idle()
+        if not self.iaf_flows:
+            needs["iaf_parameters"] = "iaf_flows above 0"
+        if self.posterior == "linear":  # the optimizer trains the codebook, without a loss of its own
+            needs |= dict.fromkeys(("beta", "init", "revive", "decay", "epsilon"), "posterior=distance")
+        return needs
+
 
 class CategoricalPosterior(Discrete):
     """q(k|x) = softmax_k(-||f - e_k||) at every position, or the softmax of a 1x1 convolution of the features.
@@ -98,7 +106,8 @@ class CategoricalPosterior(Discrete):
         f = self.projection(features).movedim(1, -1)
         if not self.by_distance:
             return f, None
-        distances = torch.cdist(f.reshape(1, -1, self.code_dim), table[None])
+        center = table.detach().mean(dim=0)  # as in nearest_code: cdist too computes distances from products
+        distances = torch.cdist((f - center).reshape(1, -1, self.code_dim), (table - center)[None])
         return -distances.view(*f.shape[:-1], self.num_codes), f
 
     def quantize(self, features: Tensor) -> Latent:

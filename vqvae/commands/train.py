@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
 
     add("--resume", metavar="RUN", type=path("resume"), help="resume logs/<run> exactly where it stopped")
     add("--list", metavar="WHAT", help="print data, nets, bottlenecks, priors, likelihoods, objectives or presets")
-    add("--evaluate", action="store_true", help="print the held-out metrics of --checkpoint")
+    add("--evaluate", action="store_true", help="print the metrics of --checkpoint on the test split")
     draws = cli.value("iw_samples", int, Range(1, 1_000_000))
     help = "draws for --evaluate's importance-weighted bound (default: 100)"
     add("--iw-samples", metavar="S", type=draws, help=help)
