@@ -4,14 +4,26 @@ import contextlib
 import os
 import shlex
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vqvae import autoencoder, checkpoint, cli, data, distributed, interrupts, metrics, objectives, plots, report
+from vqvae import (
+    __version__,
+    autoencoder,
+    checkpoint,
+    cli,
+    data,
+    distributed,
+    interrupts,
+    metrics,
+    objectives,
+    plots,
+    report,
+)
 from vqvae.autoencoder import Autoencoder, build_autoencoder, unit_range
 from vqvae.config import FIELDS, Config, Fresh, Initialized, Resumed, StageTwo, Start, configure, default_name, interval
 from vqvae.data import Dataset
@@ -19,8 +31,10 @@ from vqvae.data.batches import augmentation, pixel_variance
 from vqvae.devices import choose_compile, choose_device, choose_precision
 from vqvae.errors import OptionError, UserError, naming, near_misses, printable
 from vqvae.evaluation import evaluate
+from vqvae.features import load_nets
 from vqvae.files import make_folder, remove_parts, write_json
 from vqvae.presets import PRESETS
+from vqvae.probe import probe
 from vqvae.registry import brief, build
 from vqvae.runs import Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
 from vqvae.schedules import Schedule
@@ -473,32 +487,60 @@ def _listed(names: Sequence[str], width: int = 60) -> str:
     return text if len(text) <= width else f"{text[: width - 5].rpartition(', ')[0] or text[: width - 5]}, ..."
 
 
-def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | None) -> int:
+def evaluate_checkpoint(
+    given: dict[str, Any],
+    iw_samples: int,
+    output: str | None,
+    *,
+    words: Sequence[str] = (),
+    weights: Sequence[str] = (),
+    samples: int = 0,
+    probed: bool = False,
+) -> int:
     """Print the held-out metrics of a checkpoint, and store them as JSON in `output`, or next to it if possible.
 
-    Returns the exit code.
+    `words` asks for more metrics, in the features of nets whose `weights` are files; with `samples`, also of so many
+    draws of the prior. `probed` adds what the latents tell of labels. Returns the exit code.
     """
     named = given.pop("checkpoint")
     path = checkpoint.locate(named)
     with naming("checkpoint", named):
         content = checkpoint.read(path)
     config = configure(given, Resumed(path.parent, content), SLOTS)
+    device = choose_device(config.device)
+    nets = load_nets(words, weights, device)
     dataset = load_data(config)
     compare_classes(content["data"]["classes"], dataset.classes, config)
-    model = checkpoint.restore(content, str(path)).to(choose_device(config.device))
-    results = evaluate(model, dataset.test.images, dataset.test.labels, iw_samples=iw_samples, seed=config.seed)
+    if probed and not dataset.classes:
+        raise OptionError("", "probe", None, f"the data set {dataset.name} has no labels; leave it out")
+    model = checkpoint.restore(content, str(path)).to(device)
+    if nets and not model.shows_images:
+        problem = f"compares images, and the data set {dataset.name} has points; leave it out"
+        raise OptionError("", "metrics", " ".join(words), problem)
+    test = dataset.test
+    draws = drawn(model, samples, test.labels if config.conditional else None, config.seed)
+    results = evaluate(
+        model, test.images, test.labels, iw_samples=iw_samples, seed=config.seed, nets=nets, samples=draws
+    )
+    protocols = [protocol_of(config, dataset, model), *(net.protocol for net in nets)]
+    if samples:
+        protocols.append(f"{samples:,} samples at temperature 1")
+    if probed:
+        numbers, how = probe(model, dataset.train, test, seed=config.seed)
+        results |= numbers
+        protocols.append(how)
     for tensors in KEPT:
         results.pop(tensors, None)
     if dataset.entropy is not None:
         results |= {"data_entropy": dataset.entropy, "gap": results["neg_elbo"] - dataset.entropy}
     table = {
-        "run": content["run"],
+        **checkpoint.identity_of(content),
         "data": dataset.name,
         "note": dataset.note,
+        "protocol": "; ".join(protocols),
         "likelihood": config.likelihood.name,
         "prior": config.prior.name,
-        "images": len(dataset.test.images),
-        "step": content["step"],
+        "images": len(test.images),
         "seed": config.seed,
         "iw_samples": iw_samples,
         **results,
@@ -515,6 +557,26 @@ def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | No
             raise
         print(f"not stored: {problem}; choose a file with --output")  # a folder that may only be read
     return 0
+
+
+def protocol_of(config: Config, dataset: Dataset, model: Autoencoder) -> str:
+    """The images that a model is evaluated on, and the programs, in words."""
+    size = "x".join(map(str, model.image_shape))
+    if "resize" in config.dataset.options:
+        scaled = f"scaled by Lanczos ({config.dataset.options['resize']})"
+    else:
+        scaled = "not scaled" if config.image_size is None else "scaled (bilinear, antialiased)"
+    images = f"{len(dataset.test.images):,} images of the test split of {dataset.name}, {size}, {scaled}"
+    return f"{images}; vqvae {__version__}, torch {torch.__version__}"
+
+
+def drawn(model: Autoencoder, count: int, labels: Tensor | None, seed: int, batch_size: int = 256) -> Iterator[Tensor]:
+    """Batches of `count` images `[B, C, H, W]` that the model draws, of the labels `[N]` in turn, if there are any."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    for first in range(0, count, batch_size):
+        index = torch.arange(first, min(first + batch_size, count))
+        options = {} if labels is None else {"labels": labels[index % len(labels)]}
+        yield model.sample(len(index), generator=generator, **options)
 
 
 def listing(what: str) -> str:
