@@ -40,16 +40,17 @@ def frechet(found: Tensor, originals: Tensor) -> float | None:
     """
     if min(len(found), len(originals)) < 2:
         return None
-    (mean, cov), (mean_, cov_) = (_moments(features.double()) for features in (found, originals))
-    values, vectors = torch.linalg.eigh(cov)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    # S1 S2 and S1^(1/2) S2 S1^(1/2) have the same eigenvalues; of the symmetric one they are real
-    shared = torch.linalg.eigvalsh(root @ cov_ @ root).clamp(min=0).sqrt().sum()
-    return float((mean - mean_).square().sum() + cov.trace() + cov_.trace() - 2 * shared)
+    (mean, root), (mean_, root_) = _moments(found.double()), _moments(originals.double())
+    # with S = R^T R, the eigenvalues of S1 S2 are the squares of the singular values of R1 R2^T, which are exact where
+    # roots of eigenvalues would magnify the rounding of zeros
+    shared = torch.linalg.svdvals(root @ root_.T).sum()
+    return float((mean - mean_).square().sum() + root.square().sum() + root_.square().sum() - 2 * shared)
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    return features.mean(0), features.T.cov()
+    """The mean `[F]` of features `[N, F]`, and R `[min(N, F), F]` such that their covariance is R^T R."""
+    mean = features.mean(0)
+    return mean, torch.linalg.qr((features - mean) / math.sqrt(len(features) - 1), mode="r").R
 
 
 def kernel_distance(found: Tensor, originals: Tensor) -> float | None:
