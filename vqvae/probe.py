@@ -39,9 +39,10 @@ def probe(model: Autoencoder, train: Images, test: Images, *, seed: int = 0) -> 
     """
     count = min(len(train.labels), MOST_IMAGES)
     picked = torch.arange(count) * len(train.labels) // max(count, 1)
-    fitted, held_out = latents(model, train.images[picked], train.labels[picked]), latents(model, *test)
-    if len(fitted.labels.unique()) < 2 or not len(held_out.labels):
+    labels = train.labels[picked]
+    if len(labels[labels >= 0].unique()) < 2 or not (test.labels >= 0).any():
         raise OptionError("", "probe", None, "needs images with labels, of two classes or more; leave it out")
+    fitted, held_out = latents(model, train.images[picked], labels), latents(model, *test)
     dealt = [found._replace(labels=_shuffled(found.labels, seed)) for found in (fitted, held_out)]
     results = dict[str, float]()
     for name, hits in (("probe_accuracy", linear_probe(fitted, held_out)), ("probe_control", linear_probe(*dealt))):
@@ -68,7 +69,7 @@ def latents(model: Autoencoder, images: Tensor, labels: Tensor, batch_size: int 
         z.append(pooled(latent.need_z().float()).cpu())
         if model.discrete is not None:
             codes.append(latent.need_codes().cpu())
-    return Latents(torch.cat(z) if z else torch.empty(0, 1), torch.cat(codes) if codes else None, labels[known])
+    return Latents(torch.cat(z), torch.cat(codes) if codes else None, labels[known])
 
 
 def pooled(z: Tensor) -> Tensor:
