@@ -9,7 +9,7 @@ import hashlib
 import json
 import resource
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,21 @@ def steps_of(settings: Mapping[str, Any]) -> int:
     return min(steps, settings["max_steps"] or steps)
 
 
-def row_of(folder: Path, flags: list[str], *, plot_dir: str, iw_samples: int = 1, plots: bool = False) -> dict:
+def row_of(
+    folder: Path,
+    flags: list[str],
+    *,
+    plot_dir: str,
+    iw_samples: int = 1,
+    plots: bool = False,
+    asked: Sequence[str] = (),
+) -> dict:
     """The held-out metrics of the run with these flags of train.py, in `<folder>-<hash>`.
 
+    `asked` are further flags of `--evaluate`, such as `--metrics lite0`.
     Trains the run, or resumes an interrupted one, unless a previous call has stored its row.
     """
-    settings = settings_of(flags) | {"iw_samples": iw_samples}
+    settings = settings_of(flags) | {"iw_samples": iw_samples} | ({"asked": list(asked)} if asked else {})
     key = key_of(settings)
     run = folder.with_name(f"{folder.name}-{key}")
     stored, checkpoint = run / "row.json", run / LAST
@@ -88,7 +97,7 @@ def row_of(folder: Path, flags: list[str], *, plot_dir: str, iw_samples: int = 1
         _call(train.main, flags)
     elif experiment.checkpoint.read(run)["step"] < steps_of(settings):
         _call(train.main, ["--resume", str(run), "--plot-dir", plot_dir])
-    _call(train.main, ["--evaluate", "--checkpoint", str(checkpoint), "--iw-samples", str(iw_samples)])
+    _call(train.main, ["--evaluate", "--checkpoint", str(checkpoint), "--iw-samples", str(iw_samples), *asked])
     if plots:
         _call(visualize.main, ["--checkpoint", str(checkpoint), "--plot-dir", plot_dir])
     epochs = [entry for entry in read_metrics(run / LOG) if entry["kind"] == "epoch"]

@@ -16,7 +16,8 @@ ALLOWED: dict[str, set[str]] = {
     # what everything else may know
     "errors": set(),
     "contracts": set(),
-    "metrics": {"ssim"},
+    "metrics": {"features", "ssim"},
+    "features": {"archives", "errors", "files"},
     "ssim": set(),
     "optimizer": set(),
     "flows": set(),
@@ -37,7 +38,12 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": {"contracts", "errors", "optimizer", "registry", "schedules"},
     "autoencoder": {"bottlenecks", "contracts", "errors", "likelihoods", "nets", "priors", "registry"},
     # training
-    "evaluation": {"autoencoder", "contracts", "errors", "metrics", "randomness"},
+    "evaluation": {"autoencoder", "contracts", "errors", "features", "metrics", "randomness"},
+    "probe": {"autoencoder", "data", "errors"},
+    "assessment": {
+        "__init__", "autoencoder", "checkpoint", "config", "data", "errors", "evaluation", "features", "files",
+        "metrics", "probe", "progress", "randomness", "runs", "training",
+    },
     "stage_one": {"autoencoder", "contracts", "evaluation", "metrics"},
     "stage_two": {
         "archives", "autoencoder", "checkpoint", "contracts", "data", "evaluation", "files", "metrics", "optimizer",
@@ -61,12 +67,12 @@ ALLOWED: dict[str, set[str]] = {
         "archives", "autoencoder", "checkpoint", "contracts", "data", "devices", "errors", "files", "registry",
     },
     "programs": {"autoencoder", "errors", "files"},
-    "card": {"autoencoder", "config", "errors", "files", "metrics", "registry"},
+    "card": {"autoencoder", "config", "errors", "metrics", "registry"},
     "export": {"autoencoder", "card", "checkpoint", "errors", "files", "foreign", "programs"},
     "fonts": {"errors"},
     "plots": {"files", "fonts", "metrics"},
     "page": {"errors"},
-    "compare": {"checkpoint", "errors", "files", "metrics", "runs"},
+    "compare": {"checkpoint", "errors", "metrics", "runs"},
     # the program
     "cli": {"errors", "files", "interrupts", "registry"},
     "report": {
@@ -74,12 +80,12 @@ ALLOWED: dict[str, set[str]] = {
         "randomness", "registry", "runs",
     },
     "experiment": {
-        "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors", "evaluation", "files",
-        "interrupts", "metrics", "objectives", "plots", "presets", "progress", "randomness", "registry", "report",
-        "runs", "schedules", "stage_one", "stage_two", "training",
+        "assessment", "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors",
+        "evaluation", "features", "files", "interrupts", "metrics", "objectives", "plots", "presets", "randomness",
+        "registry", "report", "runs", "schedules", "stage_one", "stage_two", "training",
     },
     "commands": {
-        "card", "checkpoint", "cli", "compare", "config", "data", "errors", "experiment", "export", "files", "metrics",
+        "checkpoint", "cli", "compare", "config", "data", "errors", "experiment", "export", "files", "metrics",
         "presets", "registry", "report", "tokens",
     },
     "__main__": {"__init__", "cli", "errors", "interrupts"},
@@ -87,7 +93,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": {"checkpoint", "layers"},
 }  # fmt: skip
 HEAVY = {"matplotlib", "sklearn", "scipy", "tensorboard", "torchvision", "imageio", "PIL", "triton"}
-HEAVY |= {"onnx", "onnxscript", "onnxruntime", "diffusers"}
+HEAVY |= {"onnx", "onnxscript", "onnxruntime", "diffusers", "torch_fidelity", "lpips"}
 # these print or parse flags; all other modules serve Python users too
 COMMAND_LINE = {"cli", "commands", "config", "presets", "experiment", "report", "__main__"}
 

@@ -28,7 +28,7 @@ from vqvae.config import FIELDS as SETTINGS
 from vqvae.config import PATHS, Config
 from vqvae.errors import UserError, one_line, printable, shown
 from vqvae.evaluation import MOST_POINTS
-from vqvae.files import open_file, whole_file
+from vqvae.files import open_file, read_json, whole_file
 from vqvae.registry import Choice, Size, build, resolve
 
 FORMAT = 2
@@ -197,12 +197,40 @@ def weights_checksum(model: nn.Module) -> str:
 
     These weights determine how the model encodes and decodes: codes of one checksum belong to one codec.
     """
+    return _checksum({name: value for name, value in model.state_dict().items() if not name.startswith("prior.")})
+
+
+def _checksum(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith("prior."):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+IDENTITY = ("run", "step", "weights")
+
+
+def identity_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What an evaluation stores of the model it is of: the run, the step, and a checksum of all weights."""
+    return dict(zip(IDENTITY, (content["run"], content["step"], _checksum(content["model"])), strict=True))
+
+
+def read_evaluation(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The metrics that an evaluation of this model stored in a file; None if there are none, or of another model only.
+
+    A run that was made again has the name and the step of the earlier one, but not its weights. Raises `UserError` for
+    a damaged file.
+    """
+    try:
+        found = read_json(path, LARGEST_JSON)
+        if not isinstance(found, dict):
+            raise ValueError("not a table of metrics")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise UserError(f"{path}: cannot be read ({one_line(problem, 80)}); evaluate the run again") from None
+    return found if identity_of(content).items() <= found.items() else None
 
 
 # what the entries of a file must be

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vqvae import autoencoder, checkpoint, cli, data, distributed, interrupts, metrics, objectives, plots, report
+from vqvae.assessment import Asked, assess, assess_end
 from vqvae.autoencoder import Autoencoder, build_autoencoder, unit_range
 from vqvae.config import (
     FIELDS,
@@ -33,16 +34,16 @@ from vqvae.data.batches import augmentation, pixel_variance
 from vqvae.devices import choose_compile, choose_device, choose_precision
 from vqvae.errors import OptionError, UserError, naming, near_misses, printable
 from vqvae.evaluation import evaluate
+from vqvae.features import load_nets
 from vqvae.files import make_folder, remove_parts, write_json
 from vqvae.presets import PRESETS
-from vqvae.progress import columns
 from vqvae.randomness import generator, stream
 from vqvae.registry import brief, build
-from vqvae.runs import BEST, LAST, Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
+from vqvae.runs import LAST, Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
 from vqvae.schedules import parse_rate
 from vqvae.stage_one import AutoencoderTraining
 from vqvae.stage_two import PriorTraining, extract_codes
-from vqvae.training import KEPT, AfterEpoch, Plan, Stage, fit, scheduled
+from vqvae.training import AfterEpoch, Plan, Stage, fit, scheduled
 
 SLOTS = {"dataset": data.SLOT, **autoencoder.SLOTS, "objective": objectives.SLOT}
 LISTINGS = {
@@ -136,7 +137,7 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
             raise
         if results is not None:
             try:
-                results = distributed.on_first(lambda: evaluate_end(run, dataset, stage, plan.device))
+                results = distributed.on_first(lambda: assess_end(run, dataset, stage.module.headline, plan.device))
             except KeyboardInterrupt as stopped:
                 stopped.args = (f"the run is complete; {how_to_evaluate(folder)}",)
                 raise
@@ -546,72 +547,28 @@ def _listed(names: Sequence[str], width: int = 60) -> str:
     return text if len(text) <= width else f"{text[: width - 5].rpartition(', ')[0] or text[: width - 5]}, ..."
 
 
-def evaluate_end(run: Run | NullRun, dataset: Dataset, stage: Stage, device: torch.device) -> dict[str, float]:
-    """Evaluate on the test split, once, the models that a run leaves at its end: checkpoint.pt and best.pt.
+def evaluate_checkpoint(
+    given: dict[str, Any],
+    asked: Asked,
+    output: str | None,
+    *,
+    words: Sequence[str] = (),
+    weights: Sequence[str] = (),
+) -> int:
+    """Print the metrics of a checkpoint on the test split, and store them as JSON in `output`, or next to it.
 
-    Prints and logs their metrics, and stores those of checkpoint.pt in evaluation.json; returns these.
-    """
-    names = [name for name in (LAST, BEST) if (run.folder / name).exists()]
-    contents = {name: checkpoint.read(run.folder / name) for name in names}
-    if contents[LAST]["step"] == contents.get(BEST, contents[LAST])["step"]:
-        contents.pop(BEST, None)
-    tables = {}
-    for name, content in reversed(contents.items()):  # in the order of their steps
-        tables[name] = evaluate_on_test(run.folder / name, content, dataset, device)
-        values = {f"held_out_{key}": value for key, value in tables[name].items() if key not in ABOUT}
-        run.log("test", content["step"], content["epoch"], values, held_out="test")
-        shown = columns(stage.module.headline, tables[name], "test")
-        print(f"test   {name}: {metrics.line(tuple(shown), tables[name])}")
-    write_json(run.folder / metrics.EVALUATION, metrics.for_json(tables[LAST]))
-    return {key: value for key, value in tables[LAST].items() if key not in ABOUT}
-
-
-ABOUT = (
-    "run", "data", "note", "split", "chosen_on", "likelihood", "prior", "images", "step", "seed", "iw_samples",
-)  # fmt: skip
-
-
-def evaluate_on_test(
-    path: Path, content: dict[str, Any], dataset: Dataset, device: torch.device, iw_samples: int = 0
-) -> dict[str, Any]:
-    """The metrics of a checkpoint on the test split, after the entries of `ABOUT`, which say what they are of."""
-    config = Config.from_dict(content["config"])
-    model = checkpoint.restore(content, str(path)).to(device)
-    results = evaluate(model, *dataset.test, iw_samples=iw_samples, seed=config.seed)
-    for tensors in KEPT:
-        results.pop(tensors, None)
-    if dataset.entropy is not None:
-        results |= {"data_entropy": dataset.entropy, "gap": results["neg_elbo"] - dataset.entropy}
-    chosen = path.name == BEST or config.patience is not None
-    about = (
-        content["run"],
-        dataset.name,
-        dataset.note,
-        "test",
-        config.held_out if chosen else "nothing: the last step",
-        config.likelihood.name,
-        config.prior.name,
-        len(dataset.test.images),
-        content["step"],
-        config.seed,
-        iw_samples,
-    )
-    return dict(zip(ABOUT, about, strict=True)) | results
-
-
-def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | None) -> int:
-    """Print the held-out metrics of a checkpoint, and store them as JSON in `output`, or next to it if possible.
-
-    Returns the exit code.
+    `words` asks for metrics in the features of nets whose `weights` are files. Returns the exit code.
     """
     named = given.pop("checkpoint")
     path = checkpoint.locate(named)
     with naming("checkpoint", named):
         content = checkpoint.read(path)
     config = configure(given, Resumed(path.parent, content), SLOTS)
+    device = choose_device(config.device)
+    asked = asked._replace(nets=load_nets(words, weights, device))
     dataset = load_data(replace(config, validation=TEST))  # nothing is chosen any more
     compare_classes(content["data"]["classes"], dataset.classes, config)
-    table = evaluate_on_test(path, content, dataset, choose_device(config.device), iw_samples)
+    table = assess(path, content, dataset, device, asked)
     width = max(map(len, table))
     for key, value in table.items():
         print(f"{key:{width}}  {value:,.6g}" if isinstance(value, float) else f"{key:{width}}  {value}")

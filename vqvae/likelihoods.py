@@ -106,6 +106,7 @@ class LogitGaussian(Likelihood):
     """
 
     discrete = True
+    stochastic = True
     params_per_channel = 1
 
     @checked

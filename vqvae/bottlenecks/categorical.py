@@ -204,6 +204,7 @@ class Categorical(CategoricalPosterior):
     ):
         super().__init__(channels, grid, options)
         self.average_samples = average_samples
+        self.relaxed = average_samples and options.num_samples > 1
 
     def assign(self, log_p: Tensor, step: int) -> tuple[Tensor, Tensor]:
         samples = self.options.num_samples
@@ -249,6 +250,7 @@ class Gumbel(CategoricalPosterior):
         super().__init__(channels, grid, options)
         self.temperature = Schedule.parse(options.temperature, "temperature")
         self.total_steps, self.exact = total_steps, options.entropy == "exact"
+        self.relaxed = not options.hard or options.iaf_flows > 0
 
     def assign(self, log_p: Tensor, step: int) -> tuple[Tensor, Tensor]:
         # Gumbel noise is -log(-log u). torch's exponential draws, -log u, take four times as long on a CPU.
