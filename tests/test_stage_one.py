@@ -61,7 +61,7 @@ def test_the_reconstruction_of_a_batch_is_its_mse_over_the_variance():
 def test_the_metrics_of_a_batch_are_means_over_its_examples():
     module, batch = training(bottleneck=choose("bottleneck", "vq", init="normal"), prior="unigram").eval(), images(5)
     model, x = module.model, unit_range(batch)
-    numbers = module.summary(module(batch, None, 0).metrics)
+    numbers = module.summary(module.of_batch(module(batch, None, 0).metrics))
     elbo = model.elbo(x)
     mse = (model.likelihood.mean(elbo.params) - x).double().square().mean().item()
     usage = model.bottleneck.usage(elbo.latent.codes)

@@ -67,7 +67,7 @@ class TrainOutput(NamedTuple):
     """What a module returns to the training loop."""
 
     loss: Tensor  # scalar, to descend
-    metrics: dict[str, Tensor]  # detached; scalars, or vectors that `summary` turns into scalars
+    metrics: dict[str, Tensor]  # detached; scalars are means over the batch, others (code usage) sums over it
 
 
 class Nets(Protocol):
@@ -286,6 +286,9 @@ class Trainable(Protocol):
     headline: tuple[str, ...]  # metrics for the terminal, the most important first
 
     def __call__(self, batch: Tensor, labels: Tensor, step: int) -> TrainOutput: ...
+
+    def of_batch(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The metrics of a batch, with those that are functions of its sums. Its shares were added up before."""
 
     def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
         """Metrics averaged over steps, as plain numbers."""

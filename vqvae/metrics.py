@@ -9,8 +9,9 @@ This module imports no torch, because `--help` prints its table.
 B batch, N examples, C channels, H W pixels, D latent dimension, K codes.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -272,6 +273,22 @@ class Totals:
         self.usage: Tensor | None = None
         self.latents: list[Tensor] = []
 
+    @classmethod
+    def of_shares(cls, shares: Sequence["Totals"]) -> "Totals":
+        """Those of a split of which several processes had a share of each batch, in the order of its examples."""
+        if len(shares) == 1:
+            return shares[0]
+        whole, first = cls(), shares[0]  # the first has rows of every batch
+        for name in first.rows:
+            whole.rows[name] = _interleaved([share.rows.get(name, []) for share in shares])
+        whole.sums = {name: sum(share.sums.get(name, 0.0) for share in shares) for name in first.sums}
+        whole.count = sum(share.count for share in shares)
+        whole.latents = _interleaved([share.latents for share in shares])
+        for share in shares:
+            if share.usage is not None:
+                whole.add_usage(share.usage)
+        return whole
+
     def add(self, values: Mapping[str, "Tensor"], stats: Mapping[str, "Tensor"] | None = None) -> None:
         """Add a batch's per-example values, each `[B]`, and its scalars, which are weighted by B."""
         size = len(next(iter(values.values())))
@@ -307,6 +324,11 @@ class Totals:
         if self.usage is not None:
             results["usage"] = self.usage.long()
         return results
+
+
+def _interleaved(lists: "list[list[Tensor]]") -> "list[Tensor]":
+    """The first entries of all lists, then their second ones, and so on."""
+    return [entry for entries in itertools.zip_longest(*lists) for entry in entries if entry is not None]
 
 
 def has_chart(name: str) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vqvae import metrics
-from vqvae.autoencoder import Autoencoder, unit_range
+from vqvae.autoencoder import Autoencoder, evaluating, unit_range
 from vqvae.contracts import Objective, TrainOutput
 from vqvae.evaluation import facts_of
 
@@ -44,9 +44,14 @@ class AutoencoderTraining(nn.Module):
             nats = monitored["reconstruction_nats"] - model.likelihood.log_normalizer
             monitored |= {"loss": loss, "reconstruction": nats / model.dimensions, **elbo.latent.stats}
             if model.discrete is not None:
-                usage = model.discrete.usage(elbo.latent.need_codes())
-                monitored |= {"batch_perplexity": metrics.perplexity(usage), "usage": usage}
+                monitored["usage"] = model.discrete.usage(elbo.latent.need_codes())
         return TrainOutput(loss, {name: value.detach() for name, value in monitored.items()})
+
+    def of_batch(self, monitored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The metrics of a batch, with the perplexity of its code usage."""
+        if "usage" not in monitored:
+            return monitored
+        return monitored | {"batch_perplexity": metrics.perplexity(monitored["usage"])}
 
     def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
         """Metrics averaged over steps, as plain numbers to print; the usage vector becomes perplexity and a count."""
@@ -65,7 +70,8 @@ class AutoencoderTraining(nn.Module):
             return
         h, w = model.bottleneck.grid
         images = batches(-(-wanted // (h * w)))
-        model.bottleneck.initialize(torch.cat([model.features(unit_range(tile)) for tile in images.split(128)]))
+        with evaluating(model):  # batch norm keeps its statistics
+            model.bottleneck.initialize(torch.cat([model.features(unit_range(tile)) for tile in images.split(128)]))
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         return self.objective.parameter_groups(self.model, weight_decay)

@@ -51,6 +51,10 @@ class PriorTraining(nn.Module):
         loss = nats / codes[0].numel()
         return TrainOutput(loss, {"loss": loss.detach(), "prior_nats": nats.detach()})
 
+    def of_batch(self, monitored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The metrics of a batch; none is a function of sums over it."""
+        return monitored
+
     def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
         """Metrics averaged over steps, as plain numbers."""
         numbers = {name: float(value) for name, value in means.items()}

@@ -2,7 +2,7 @@
 
 Everything random is a function of (seed, epoch) or (seed, step), so a run that is killed and resumed from its last
 checkpoint takes the same steps as one that never stopped. With several processes (distributed.py) each takes its share
-of every batch, whose size does not depend on their number, and draws its own noise.
+of every batch, whose size does not depend on their number, and the steps are the same up to rounding (shares.py).
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, autocast, nn
 
-from vqvae import distributed
+from vqvae import distributed, shares
 from vqvae.contracts import TrainOutput
 from vqvae.data.batches import batch_indices
 from vqvae.devices import keep_memory, widest_float
@@ -45,6 +45,7 @@ class Plan(NamedTuple):
     max_minutes: float | None = None  # of this process, evaluation included
     patience: int | None = None  # epochs without a better held-out metric before stopping
     augment: Callable[[Tensor], Tensor] | None = None  # applied to every training batch
+    accumulate: int = 1  # shares of a batch that each process computes one after another
     on_nan: Literal["stop", "skip"] = "stop"  # what to do where the loss or the gradient is not finite
 
     def steps_per_epoch(self, examples: int) -> int:
@@ -60,8 +61,9 @@ class Plan(NamedTuple):
             raise OptionError(
                 "", "batch_size", self.batch_size, f"larger than the {examples} training examples; use a smaller one"
             )
-        if self.batch_size < distributed.world():
-            problem = f"smaller than the {distributed.world()} processes that share it; use a larger one"
+        shared = distributed.world() * self.accumulate
+        if self.batch_size < shared:
+            problem = f"smaller than the {shared} shares of {distributed.world()} processes; use a larger one"
             raise OptionError("", "batch_size", self.batch_size, problem)
 
 
@@ -111,8 +113,12 @@ class Health:
 
 
 def seed_step(seed: int, step: int, device: str = "cpu") -> None:
-    """Make the noise of a step a function of (seed, step), different in every process."""
-    apart = 999_999_937 * distributed.rank()  # below 2**32: a CPU's generator uses only so many bits
+    """Make the noise of a step a function of (seed, step).
+
+    Noise that a share of the batch draws by itself, such as dropout's, differs between the shares.
+    """
+    apart = 999_999_937 * shares.number()  # below 2**32: a CPU's generator uses only so many bits
+    shares.seed((seed * 1_000_003 + step + 1) % 2**63)
     number = (seed * 1_000_003 + step + 1 + apart) % 2**63
     # torch.manual_seed formats a stack trace at every step, for devices that are not in use
     torch.default_generator.manual_seed(number)
@@ -171,7 +177,7 @@ def fit(
         while loop.step < loop.total:
             if loop.train_epoch(interrupt):
                 with loop.progress.working("evaluation"):
-                    results = loop.close_epoch(distributed.on_first(stage.evaluate), after_epoch)
+                    results = loop.close_epoch(stage.evaluate(), after_epoch)
             if any(distributed.any_of(interrupt.wanted)) and loop.step < loop.total:
                 return None
             if plan.patience and loop.epoch - loop.best_epoch >= plan.patience:
@@ -241,20 +247,13 @@ class Loop:
 
     def train_step(self, index: Tensor) -> None:
         """One update on the examples of an index. Does not synchronize with a GPU, except with on_nan=skip."""
-        plan, device = self.plan, self.plan.device
+        plan = self.plan
         for group in self.optimizer.param_groups:
             group["lr"] = plan.lr(self.step, self.total) * group["lr_scale"]
-        seed_step(plan.seed, self.step, device.type)
-        mine = distributed.share(index)
-        batch, labels = take(self.examples, mine, device), take(self.labels, mine, device)
-        batch = plan.augment(batch) if plan.augment else batch
         skips = plan.on_nan == "skip"
         before = [buffer.clone() for buffer in self.module.buffers()] if skips else []
-        with autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
-            loss, monitored = TrainOutput(*self.module(batch, labels, self.step))
-        loss.backward()
-        monitored = {**monitored, "loss": loss.detach()}
-        monitored = distributed.average(self.module.parameters(), monitored, len(mine) / len(index))
+        monitored = shares.descend(lambda rows: self.forward(index[rows]), len(index), plan.accumulate)
+        monitored = self.module.of_batch(distributed.sum_step(self.module.parameters(), monitored))
         norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         if skips and not (monitored["loss"].isfinite() and norm.isfinite()):
             self._skip(before)
@@ -268,6 +267,15 @@ class Loop:
         self.optimizer.zero_grad()
         self.step += 1
         self.progress.step(self.step)
+
+    def forward(self, index: Tensor) -> TrainOutput:
+        """The loss and the metrics of the examples of an index, a batch or a share of one."""
+        plan, device = self.plan, self.plan.device
+        seed_step(plan.seed, self.step, device.type)
+        batch, labels = take(self.examples, index, device), take(self.labels, index, device)
+        batch = plan.augment(batch) if plan.augment else batch
+        with autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
+            return TrainOutput(*self.module(batch, labels, self.step))
 
     def _skip(self, buffers: list[Tensor]) -> None:
         """Undo what the forward pass did to the buffers (EMA codebooks, batch norm) and take no update."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae import distributed
+from vqvae import shares
 from vqvae.bottlenecks.base import Projection, vectors_of
 from vqvae.bottlenecks.codebook import Codebook, CodebookOptions, enough_vectors
 from vqvae.bottlenecks.gradients import straight_through
@@ -152,9 +152,11 @@ class ResidualVQ(MultiCodebook):
     def draw_depth(self) -> int:
         if not self.options.dropout:
             return self.levels
-        few = torch.randint(1, self.levels + 1, ())
-        # processes that updated different levels would wait for each other's sums forever
-        return int(distributed.broadcast(torch.where(torch.rand(()) < self.options.dropout, few, self.levels)))
+        # alike, because processes that updated different levels would wait for each other's sums forever
+        cpu = torch.device("cpu")
+        few = shares.draw_alike(partial(torch.randint, 1, self.levels + 1), (), device=cpu)
+        drops = shares.draw_alike(torch.rand, (), device=cpu) < self.options.dropout
+        return int(few) if drops else self.levels
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae import distributed
+from vqvae import distributed, shares
 from vqvae.bottlenecks.base import CodeOptions, Projection, entropy, vectors_of
 from vqvae.bottlenecks.codebook import Codebook, CodebookOptions, enough_vectors, kmeans_codebook
 from vqvae.bottlenecks.gradients import GRADIENTS, Gradient
@@ -35,7 +35,6 @@ class NearestCode(Discrete):
         super().__init__()
         self.options, self.gradient_estimator = options, GRADIENTS[options.gradient]
         self.num_codes, self.code_dim, self.grid = options.num_codes, options.code_dim, grid
-        self.start_vectors = enough_vectors(options.num_codes)
         self.projection: nn.Module = Projection(channels, self.code_dim) if projection else nn.Identity()
 
     def project(self, features: Tensor) -> Tensor:
@@ -78,9 +77,10 @@ class NearestCode(Discrete):
 
 
 def soft_usage(f: Tensor, codebook: Tensor, temperature: float) -> Tensor:
-    """Mean over vectors f `[N, D]` of softmax_k(-||f_n - e_k||^2 / temperature), `[K]`."""
+    """Mean over the whole batch's vectors f `[N, D]` of softmax_k(-||f_n - e_k||^2 / temperature), `[K]`."""
     # without ||f_n||^2, which is the same for every k
-    return ((2 * f @ codebook.T - codebook.square().sum(dim=1)) / temperature).softmax(dim=1).mean(dim=0)
+    usage = ((2 * f @ codebook.T - codebook.square().sum(dim=1)) / temperature).softmax(dim=1).mean(dim=0)
+    return shares.mean_over(usage, len(f))
 
 
 @dataclass(frozen=True, kw_only=True)
