@@ -23,8 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +85,7 @@ class Case(NamedTuple):
     augment: bool = False
     conditional: bool = False
     accumulate: int = 1
+    likelihood: str = "mse"
 
 
 def cases() -> dict[str, Case]:
@@ -108,6 +108,7 @@ def cases() -> dict[str, Case]:
         "masked prior of gumbel": Case(f"gumbel {BOTTLENECKS['gumbel']}", prior=PRIORS["masked"]),
         "free bits": Case("gaussian latents=3", FLAT, "normal", "elbo reduction=sum free_bits=20"),
         "augmented": Case(vq, augment=True),
+        "dequantized": Case(f"fsq {BOTTLENECKS['fsq']}", likelihood="logit-gaussian"),
     }
 
 
@@ -155,7 +156,7 @@ def fingerprint(state: Any) -> str:
 def make(case: Case, steps: int) -> Autoencoder:
     """The case's model, the same in every process."""
     torch.manual_seed(0)
-    words = {"nets": case.nets, "bottleneck": case.bottleneck, "prior": case.prior, "likelihood": "mse"}
+    words = {"nets": case.nets, "bottleneck": case.bottleneck, "prior": case.prior, "likelihood": case.likelihood}
     choices = {slot: Choice.parse(slot, text.split()) for slot, text in words.items()}
     classes = 3 if case.conditional else 0
     return build_autoencoder(
@@ -208,58 +209,77 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Job(NamedTuple):
-    """Cases to train, in every number of processes."""
+    """A case to train in every number of processes."""
 
-    names: tuple[str, ...]
+    name: str
+    kind: str  # float32 or float64
     steps: int
-    dtypes: tuple[str, ...] = ("float32", "float64")
 
 
 def work(folder: Path) -> None:
-    """What each of three processes does: it trains as one of three and of two, and the first one also by itself."""
+    """What each of three processes does: it trains as one of three and of two, and the first one also by itself.
+
+    A resumed run is begun by one process, and goes on with three, two and one.
+    """
     torch.set_num_threads(1)
-    job = Job(*json.loads((folder / "job.json").read_text()))
-    number = int(os.environ["RANK"])
-    ports = os.environ["PORTS"].split()
-    for count in (3, 2, 1):
+    jobs = [Job(*job) for job in json.loads((folder / "jobs.json").read_text())]
+    number, ports, last = int(os.environ["RANK"]), os.environ["PORTS"].split(), folder / "last.pt"
+    if number == 0:
+        torch.save(train(CASES[RESUMED], 8, torch.float64, stop=2)["state"], last)
+    for count, stop in ((3, 4), (2, 6), (1, 8)):
         if number >= count:
             break
         os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_PORT": ports[count - 1]}
-        started = time.perf_counter()
         if count > 1:
             distributed.start(torch.device("cpu"))
-        found = {
-            (name, kind): train(CASES[name], job.steps, getattr(torch, kind))
-            for name in job.names for kind in job.dtypes
-        }  # fmt: skip
+        found = {(job.name, job.kind): train(CASES[job.name], job.steps, getattr(torch, job.kind)) for job in jobs}
+        resumed = train(CASES[RESUMED], 8, torch.float64, torch.load(last, weights_only=False), stop=stop)
+        distributed.barrier()
+        if number == 0:
+            torch.save(resumed["state"], last)
+        found["resumed", "float64"] = resumed
         distributed.stop()
-        torch.save({"found": found, "seconds": time.perf_counter() - started}, folder / f"{count}-{number}.pt")
+        torch.save(found, folder / f"{count}-{number}.pt")
 
 
+def spawn(command: Sequence[str], count: int) -> None:
+    """Run a script in several processes, which find their RANK and free PORTS in the environment.
+
+    Raises RuntimeError with what they printed if one of them fails.
+    """
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = " ".join(str(server.getsockname()[1]) for server in sockets)
+    for server in sockets:
+        server.close()
+    about = {"PORTS": ports, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command], env=os.environ | about | {"RANK": str(n), "LOCAL_RANK": str(n)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for n in range(count)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate()[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    if any(process.returncode for process in processes):
+        raise RuntimeError("\n".join(said))
+
+
+RESUMED = "vq revive"
 Found = dict[tuple[str, str], dict[str, Any]]
 
 
-def results(job: Job) -> dict[tuple[int, int], Found]:
-    """What each process found, for (number of processes, rank)."""
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+def results(jobs: Sequence[Job]) -> dict[tuple[int, int], Found]:
+    """What each process found, for (number of processes, rank); also of a resumed run, as `resumed`."""
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "job.json").write_text(json.dumps(job))
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
-        ports = " ".join(str(s.getsockname()[1]) for s in sockets)
-        stack.close()
-        about = {"PORTS": ports, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--work", str(folder)],
-                env=os.environ | about | {"RANK": str(n), "LOCAL_RANK": str(n)}, stderr=subprocess.PIPE, text=True,
-            )
-            for n in range(3)
-        ]  # fmt: skip
-        said = [process.communicate()[1] for process in processes]
-        if any(process.returncode for process in processes):
-            raise RuntimeError("\n".join(said))
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        spawn([__file__, "--work", name], 3)
         paths = {(count, rank): folder / f"{count}-{rank}.pt" for count in (1, 2, 3) for rank in range(count)}
-        return {key: torch.load(path, weights_only=False)["found"] for key, path in paths.items()}
+        return {key: torch.load(path, weights_only=False) for key, path in paths.items()}
 
 
 def difference(one: Sequence[Mapping[str, float]], other: Sequence[Mapping[str, float]]) -> float:
@@ -297,7 +317,7 @@ def main() -> int:
         work(Path(args.work))
         return 0
     names = [name for name in CASES if not args.cases or name.startswith(tuple(args.cases))]
-    found = results(Job(tuple(names), args.steps))
+    found = results([Job(name, kind, args.steps) for name in names for kind in ("float32", "float64")])
     print(f"{'':32} processes  loss, 5 steps  loss, all  float64: loss  all metrics  held out  alike")
     for name in names:
         for count in (2, 3):

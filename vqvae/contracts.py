@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from vqvae.autoencoder import Autoencoder, Elbo
 
 
+MOST_COUNTED = 2**20  # codes of a level whose use is counted in training; a count takes 4 bytes
+
+
 class Latent(NamedTuple):
     """A draw from the posterior q(z|x) of a batch. Some bottlenecks draw S samples in training: `[S*B, ...]`.
 
@@ -141,6 +144,11 @@ class Discrete(Bottleneck):
     def bits(self) -> float:
         """The bits of an image's codes, tokens x log2 K."""
         return self.tokens * math.log2(self.num_codes)
+
+    @property
+    def counted(self) -> bool:
+        """Whether there are few enough codes for a count of each; otherwise only evaluation counts, those that occur."""
+        return self.num_codes <= MOST_COUNTED
 
     def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:
         """The decoder's input `[B, D, ...]` for codes `[B, h, w]`; with `levels`, from the first levels only."""

@@ -62,6 +62,8 @@ def evaluate(
             totals.add(metrics.of_examples(examples) | bounds, elbo.latent.stats)
             if model.discrete is None:
                 totals.add_latents(latent.need_z())
+            elif not model.discrete.counted:
+                totals.add_codes(latent.need_codes())
             else:
                 totals.add_usage(model.discrete.usage(latent.need_codes()))
     totals = metrics.Totals.of_shares(distributed.gather_objects(totals))

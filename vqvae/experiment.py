@@ -267,6 +267,7 @@ def plan_of(config: Config) -> Plan:
         max_steps=config.max_steps,
         max_minutes=config.max_minutes,
         patience=config.patience,
+        accumulate=config.accumulate,
         on_nan=config.on_nan,
     )
 
@@ -351,9 +352,8 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
         raise OptionError("", "prior", config.prior.name, problem)
     # next to the autoencoder, so that every prior trained on its codes finds them; but no checkpoint names a place
     folder = start.folder if isinstance(start, Resumed) else checkpoint.locate(path).parent
-    with distributed.first_goes_first():  # the others read what the first stores
-        codes = extract_codes(model, dataset.train.images, folder / "codes-train.npz")
-        held_out = extract_codes(model, dataset.test.images, folder / "codes-test.npz")
+    codes = extract_codes(model, dataset.train.images, folder / "codes-train.npz")
+    held_out = extract_codes(model, dataset.test.images, folder / "codes-test.npz")
     module = PriorTraining(model, conditional=config.conditional)
     compiled = choose_compile(config.compile, plan.device, plan.total_steps(len(codes)))
     if compiled:
@@ -415,6 +415,7 @@ def summary(
     shape = "x".join(map(str, dataset.train.images.shape[1:]))
     parameters = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
     processes = f" over {distributed.world()} processes" if distributed.world() > 1 else ""
+    processes += f" in {config.accumulate} shares each" if config.accumulate > 1 else ""
     chosen = {slot: str(brief(SLOTS[slot], getattr(config, slot))) for slot in autoencoder.SLOTS}
     total, per_epoch = plan.total_steps(len(stage.examples)), plan.steps_per_epoch(len(stage.examples))
     return "\n".join([
@@ -437,7 +438,8 @@ def describe_latent(model: Autoencoder) -> str:
         return f"{model.bottleneck.code_dim} dimensions"
     codes = model.discrete
     h, w = codes.grid
-    return f"{h}x{w} codes of {codes.num_codes:,}: {codes.tokens:,} tokens, {codes.bits:,.0f} bits"
+    uncounted = "" if codes.counted else "; their use is counted in evaluation only"
+    return f"{h}x{w} codes of {codes.num_codes:,}: {codes.tokens:,} tokens, {codes.bits:,.0f} bits{uncounted}"
 
 
 FEW_UPDATES, ENOUGH_UPDATES = 200, 2000
@@ -474,7 +476,7 @@ def _listed(names: Sequence[str], width: int = 60) -> str:
 
 
 def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | None) -> int:
-    """Print the held-out metrics of a checkpoint, and store them as JSON in `output`, or next to it if possible.
+    """Print the held-out metrics of a checkpoint, which processes may share, and store them as JSON in `output`, or next to it if possible.
 
     Returns the exit code.
     """
@@ -483,7 +485,16 @@ def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | No
     with naming("checkpoint", named):
         content = checkpoint.read(path)
     config = configure(given, Resumed(path.parent, content), SLOTS)
-    dataset = load_data(config)
+    distributed.start(choose_device(config.device))
+    try:
+        return _evaluate(content, path, config, iw_samples, output)
+    finally:
+        distributed.stop()
+
+
+def _evaluate(content: dict[str, Any], path: Path, config: Config, iw_samples: int, output: str | None) -> int:
+    with distributed.first_goes_first():
+        dataset = load_data(config)
     compare_classes(content["data"]["classes"], dataset.classes, config)
     model = checkpoint.restore(content, str(path)).to(choose_device(config.device))
     results = evaluate(model, dataset.test.images, dataset.test.labels, iw_samples=iw_samples, seed=config.seed)
@@ -508,7 +519,7 @@ def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | No
         print(f"{key:{width}}  {value:,.6g}" if isinstance(value, float) else f"{key:{width}}  {value}")
     out = path.with_name(metrics.EVALUATION) if output is None else Path(output)
     try:
-        write_json(out, metrics.for_json(table))
+        distributed.on_first(lambda: write_json(out, metrics.for_json(table)))
         print(f"stored in {out}")
     except UserError as problem:
         if output is not None:

@@ -46,7 +46,7 @@ class Split(NamedTuple):
 
     means: Mapping[str, float]  # per-example metrics, averaged
     facts: Facts
-    usage: "Tensor | None" = None  # [levels, K], how often each code was used
+    usage: "Tensor | None" = None  # [levels, K], how often each code was used; of K above 2^20, [1, those used]
     latents: "Tensor | None" = None  # [N, D], posterior means
 
 
@@ -152,7 +152,7 @@ def _active_codes(s: Split) -> int | None:
 
 
 def _codebook_size(s: Split) -> int | None:
-    return None if s.usage is None else s.usage.numel()
+    return None if s.usage is None or s.facts.num_codes is None else len(s.usage) * s.facts.num_codes
 
 
 def _codes_per_image(s: Split) -> int | None:
@@ -272,6 +272,7 @@ class Totals:
         self.count = 0
         self.usage: Tensor | None = None
         self.latents: list[Tensor] = []
+        self.codes: list[Tensor] = []
 
     @classmethod
     def of_shares(cls, shares: Sequence["Totals"]) -> "Totals":
@@ -284,6 +285,7 @@ class Totals:
         whole.sums = {name: sum(share.sums.get(name, 0.0) for share in shares) for name in first.sums}
         whole.count = sum(share.count for share in shares)
         whole.latents = _interleaved([share.latents for share in shares])
+        whole.codes = _interleaved([share.codes for share in shares])
         for share in shares:
             if share.usage is not None:
                 whole.add_usage(share.usage)
@@ -301,6 +303,10 @@ class Totals:
     def add_usage(self, counts: "Tensor") -> None:
         counts = counts.cpu().double()
         self.usage = counts if self.usage is None else self.usage + counts
+
+    def add_codes(self, codes: "Tensor") -> None:
+        """Add codes `[B, ...]` of a single level that are too many to count each."""
+        self.codes.append(codes.flatten().cpu().int())
 
     def add_latents(self, means: "Tensor") -> None:
         """Add posterior means `[B, D, ...]`."""
@@ -320,7 +326,8 @@ class Totals:
             if len(values) > 1:
                 results[f"{name}_se"] = float(values.std() / math.sqrt(len(values)))
         latents = torch.cat(self.latents) if self.latents else None
-        results |= of_split(Split(results, facts, self.usage, latents))
+        usage = torch.cat(self.codes).unique(return_counts=True)[1].double()[None] if self.codes else self.usage
+        results |= of_split(Split(results, facts, usage, latents))
         if self.usage is not None:
             results["usage"] = self.usage.long()
         return results

@@ -43,7 +43,7 @@ class AutoencoderTraining(nn.Module):
             monitored = {name: value.mean() for name, value in metrics.of_examples(examples, monitored=True).items()}
             nats = monitored["reconstruction_nats"] - model.likelihood.log_normalizer
             monitored |= {"loss": loss, "reconstruction": nats / model.dimensions, **elbo.latent.stats}
-            if model.discrete is not None:
+            if model.discrete is not None and model.discrete.counted:
                 monitored["usage"] = model.discrete.usage(elbo.latent.need_codes())
         return TrainOutput(loss, {name: value.detach() for name, value in monitored.items()})
 

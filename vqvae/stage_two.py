@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vqvae import metrics
+from vqvae import distributed, metrics
 from vqvae.archives import read_arrays
 from vqvae.autoencoder import Autoencoder
 from vqvae.checkpoint import weights_checksum
@@ -78,18 +78,25 @@ class PriorTraining(nn.Module):
 def extract_codes(model: Autoencoder, images: Tensor, cache: Path, *, batch_size: int = 256) -> Tensor:
     """The codes `[N, h, w]` (int32) of images `[N, C, H, W]`, computed once and cached.
 
-    A cache that is damaged, or was made with other weights or from other images, is replaced.
+    A cache that is damaged, or was made with other weights or from other images, is replaced. Several processes share
+    the images, and the first one writes the cache.
     """
     bottleneck = model.bottleneck
     if not isinstance(bottleneck, Discrete):
         raise ValueError("extract_codes needs discrete codes; this model's latent is continuous")
     source = f"{weights_checksum(model)} {fingerprint(images)}"
+    cached = None
     with contextlib.suppress(Exception):  # a damaged archive raises anything
-        return _cached(cache, source, (len(images), *bottleneck.grid), bottleneck.num_codes)
-    tiles = tqdm(images.split(batch_size), desc="codes", unit="batch", disable=None, leave=False)
-    codes = torch.cat([model.encode(tile).to("cpu", torch.int32) for tile in tiles])
+        cached = _cached(cache, source, (len(images), *bottleneck.grid), bottleneck.num_codes)
+    (missing,) = distributed.any_of(cached is None)
+    if cached is not None and not missing:
+        return cached
+    quiet = True if distributed.rank() else None  # None: unless the output is no terminal
+    tiles = tqdm(distributed.share(images).split(batch_size), desc="codes", unit="batch", disable=quiet, leave=False)
+    mine = [model.encode(tile).to("cpu", torch.int32) for tile in tiles if len(tile)]
+    codes = distributed.gather_rows(torch.cat([torch.empty(0, *bottleneck.grid, dtype=torch.int32), *mine]))
     smallest = np.min_scalar_type(bottleneck.num_codes - 1)
-    store_codes(cache, codes.numpy().astype(smallest), source)
+    distributed.on_first(lambda: store_codes(cache, codes.numpy().astype(smallest), source))
     return codes
 
 

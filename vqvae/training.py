@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, autocast, nn
 
 from vqvae import distributed, shares
+from vqvae.batch_norm import BatchNorm
 from vqvae.contracts import TrainOutput
 from vqvae.data.batches import batch_indices
 from vqvae.devices import keep_memory, widest_float
@@ -158,6 +159,10 @@ def fit(
     files are open. `after_epoch(epoch, step, usage)` draws.
     """
     plan.check(len(stage.examples))
+    stage.module.train()
+    if plan.accumulate > 1 and any(isinstance(m, BatchNorm) and m.training for m in stage.module.modules()):
+        problem = "must be 1 with batch norm, which needs the whole batch at once; use other nets, or several processes"
+        raise OptionError("", "accumulate", plan.accumulate, problem)
     loop = Loop(stage.module, *_resident(stage.examples, stage.labels, plan.device), plan, run, resume or {})
     if resume and loop.step >= loop.total:
         distributed.on_first(lambda: run.repair_best(resume))  # it may have been killed just before its end
@@ -167,7 +172,6 @@ def fit(
         loop.best, loop.best_step, loop.best_epoch = math.inf, None, loop.epoch
     on_start()
     results = None
-    stage.module.train()
     if loop.step == 0:
         seed_step(plan.seed, -1, plan.device.type)
         order = loop.order(batch_size=1, epoch=0).flatten()

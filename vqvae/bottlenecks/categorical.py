@@ -64,13 +64,14 @@ class CategoricalPosterior(Discrete):
         super().__init__()
         self.options, self.by_distance = options, options.posterior == "distance"
         self.num_codes, self.code_dim, self.grid = options.num_codes, options.code_dim, grid
-        self.start_vectors = enough_vectors(options.num_codes)
         self.projection: nn.Module
         if self.by_distance:
             self.projection = nn.Identity() if channels == self.code_dim else Projection(channels, self.code_dim)
         else:
             self.projection = Projection(channels, self.num_codes)
             options = replace(options, init="normal", revive=0.0)
+        standardized = self.by_distance and isinstance(self.projection, Projection)
+        self.start_vectors = enough_vectors(options.num_codes) if standardized else options.start_vectors
         learns = "ema" if self.by_distance else "gradient"
         self.codebook = Codebook(options, self.code_dim, learns=learns, forgets_start=False)
         self.flows = nn.ModuleList(

@@ -37,6 +37,11 @@ class EMAOptions(CodeOptions):
         """The decay in a training step."""
         return self.decay
 
+    @property
+    def start_vectors(self) -> int:
+        """How many vectors the start needs: none, unless k-means fits the codes to them."""
+        return enough_vectors(self.num_codes) if self.init == "kmeans" else 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookOptions(EMAOptions):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.bottlenecks.base import Projection, vectors_of
-from vqvae.bottlenecks.codebook import Codebook, CodebookOptions, enough_vectors
+from vqvae.bottlenecks.codebook import Codebook, CodebookOptions
 from vqvae.bottlenecks.gradients import straight_through
 from vqvae.contracts import Discrete, Latent
 from vqvae.errors import OptionError
@@ -62,7 +62,7 @@ class MultiScale(Discrete):
         self.options, self.sizes = options, sizes[-options.scales :]
         self.scales = self.sizes if len(self.sizes) > 1 else ()
         self.num_codes, self.code_dim = options.num_codes, options.code_dim
-        self.start_vectors = enough_vectors(options.num_codes)
+        self.start_vectors = options.start_vectors
         self.grid = (sum(h * w for h, w in self.sizes), 1) if self.scales else (grid[0], grid[1])
         self.projection = Projection(channels, self.code_dim)
         count = 1 if options.shared else len(self.sizes)

@@ -116,6 +116,7 @@ class VQ(NearestCode):
         super().__init__(channels, grid, options, projection)
         self.weight, self.diversity, self.temperature = options.weight, options.diversity, options.temperature
         self.learns_by_gradient = options.codebook == "gradient"
+        self.start_vectors = options.start_vectors
         self.codebook = Codebook(options, self.code_dim, learns=options.codebook, unit_norm=self.unit_norm)
 
     @torch.no_grad()
@@ -179,6 +180,7 @@ class SimVQ(NearestCode):
 
     def __init__(self, *, channels: int, grid: tuple[int, int], options: SimVQOptions = SimVQOptions()):
         super().__init__(channels, grid, options)
+        self.start_vectors = enough_vectors(options.num_codes)
         self.register_buffer("frozen", torch.randn(self.num_codes, self.code_dim) / self.code_dim**0.5)
         self.mapping = nn.Linear(self.code_dim, self.code_dim, bias=False)
 
