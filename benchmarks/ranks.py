@@ -45,8 +45,10 @@ from vqvae.training import Plan, Stage, fit
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, HELD_OUT = 7, 11  # of 2 and 3 processes, unequal shares; held-out batches of 4, the last one of 3
 SHAPE = (3, 8, 8)
+ENOUGH = 50  # batches of images, of which k-means finds no cluster of one vector: its distance has no gradient
 PLAIN, NORMED, FLAT = "sonnet hidden=8 residual_hidden=4", "henrhoi hidden=8 residual_layers=1", "conv-vae hidden=2"
 SMALL = "num_codes=16 code_dim=4"
+REVIVE = "num_codes=8 code_dim=4 revive=0.3 decay=0.5 warmup=no"  # few at once: two at one place would be a tie
 PRIORS = {
     "unigram": "unigram",
     "pixelcnn": "pixelcnn channels=4 blocks=1 head=8",
@@ -56,10 +58,10 @@ PRIORS = {
 }
 BOTTLENECKS = {  # a name that begins with that of a member: its options
     "vq": SMALL,
-    "vq revive": f"{SMALL} revive=0.9 decay=0.5 warmup=no",
-    "vq gradient": f"{SMALL} codebook=gradient revive=0.9 decay=0.5 warmup=no",
+    "vq revive": REVIVE,
+    "vq gradient": f"{REVIVE} codebook=gradient",
     "vq diversity": f"{SMALL} diversity=0.1",
-    "cosine": f"{SMALL} revive=0.9 decay=0.5 warmup=no",
+    "cosine": REVIVE,
     "simvq": SMALL,
     "fsq": "levels=4,3,5",
     "lfq": "bits=5",
@@ -68,7 +70,7 @@ BOTTLENECKS = {  # a name that begins with that of a member: its options
     "hierarchy": f"{SMALL} hidden=4",
     "multiscale": f"{SMALL} shared=yes",
     "deterministic": SMALL,
-    "categorical": f"{SMALL} num_samples=2 revive=0.9 decay=0.5",
+    "categorical": f"{SMALL} num_samples=2 revive=0.1 decay=0.5",
     "gumbel": f"{SMALL} num_samples=2",
     "gaussian": "latents=3",
 }
@@ -171,7 +173,7 @@ def train(
     """What a process finds when it trains a case: losses, held-out metrics, hashes of its saves, the last state."""
     noise = torch.Generator().manual_seed(0)
     model = make(case, steps).to(dtype)
-    count, notes = steps * BATCH, Notes()
+    count, notes = max(steps, ENOUGH) * BATCH, Notes()
     images = torch.randint(256, (count + HELD_OUT, *SHAPE), dtype=torch.uint8, generator=noise)
     labels = torch.randint(3, (count + HELD_OUT,), generator=noise)
     training, held_out = (images[:count], labels[:count]), (images[count:], labels[count:])
@@ -187,7 +189,7 @@ def train(
     before = held_out_metrics()
     plan = Plan(
         epochs=1, batch_size=BATCH, lr=Schedule.parse("1e-3"), weight_decay=0.01, seed=0, device=torch.device("cpu"),
-        precision="fp32", log_every=1, save_every=(5, None), max_steps=stop, accumulate=case.accumulate,
+        precision="fp32", log_every=1, save_every=(5, None), max_steps=stop or steps, accumulate=case.accumulate,
         augment=crop_flip if case.augment else None,
     )  # fmt: skip
     if resume:
