@@ -12,6 +12,7 @@ on a slow link, and counts bytes.
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -99,13 +100,18 @@ def workload(name: str, nets: str, side: int) -> Workload:
 
 def tables(per_gpu: int, code_dim: int) -> Iterator[str]:
     """The tables of docs/scaling.md."""
-    for work in (workload("Sonnet's nets, 32x32", "sonnet", 32), workload("vqgan nets, 256x256", "vqgan ch_mult=1,1,2,2,4", 256)):
+    for work in (
+        workload("Sonnet's nets, 32x32", "sonnet", 32),
+        workload("vqgan nets, 256x256", "vqgan ch_mult=1,1,2,2,4", 256),
+    ):
         count = per_gpu if work.positions <= 64 else per_gpu // 8
         vectors = count * work.positions
         weights, nets = BYTES * work.parameters, max(count * work.flops / RATE, LAUNCH)
         yield f"{work.name}: {work.parameters / 1e6:.1f} M parameters, {work.flops / 1e9:.1f} GFLOP an image and step"
-        yield f"  {count} images a GPU, {vectors:,} vectors; the nets take {1e3 * nets:.1f} ms, weights {weights / 1e6:.1f} MB"
-        yield f"  {'K':>7}  {'codebook, MB':>12}  {'search, ms':>10}  " + "  ".join(f"{link.name:>26}" for link in LINKS)
+        yield f"  {count} images a GPU, {vectors:,} vectors; nets {1e3 * nets:.1f} ms, weights {weights / 1e6:.1f} MB"
+        yield f"  {'K':>7}  {'codebook, MB':>12}  {'search, ms':>10}  " + "  ".join(
+            f"{link.name:>26}" for link in LINKS
+        )
         for num_codes in (512, 1024, 4096, 8192, 16_384, 65_536):
             statistics = codebook_bytes(num_codes, code_dim) + monitor_bytes(num_codes)
             search = 2 * vectors * num_codes * code_dim / SEARCH
@@ -113,7 +119,9 @@ def tables(per_gpu: int, code_dim: int) -> Iterator[str]:
             for link in LINKS:
                 both = link.all_reduce(weights) + link.all_reduce(statistics)
                 cells.append(f"{1e3 * both:8.2f} ms, efficiency {100 * (nets + search) / (nets + search + both):3.0f}%")
-            yield f"  {num_codes:7,}  {statistics / 1e6:12.1f}  {1e3 * search:10.2f}  " + "  ".join(f"{cell:>26}" for cell in cells)
+            yield f"  {num_codes:7,}  {statistics / 1e6:12.1f}  {1e3 * search:10.2f}  " + "  ".join(
+                f"{cell:>26}" for cell in cells
+            )
 
 
 # the check
@@ -162,9 +170,13 @@ def check(folder: Path) -> None:
             slow = Slow(bandwidth)
             distributed.dist.all_reduce, small = slow, dist.all_reduce  # type: ignore[assignment]
             case = Case(f"vq num_codes={num_codes} code_dim=64 init=normal", "sonnet hidden=16 residual_hidden=8")
-            module = AutoencoderTraining(make(case, STEPS), build(objectives.SLOT, Choice("elbo", {}), {"total_steps": STEPS}))
+            module = AutoencoderTraining(
+                make(case, STEPS), build(objectives.SLOT, Choice("elbo", {}), {"total_steps": STEPS})
+            )
             times: list[tuple[float, int]] = []
-            module.register_forward_pre_hook(lambda *_, times=times, slow=slow: times.append((time.perf_counter(), slow.bytes)))
+            module.register_forward_pre_hook(
+                lambda *_, times=times, slow=slow: times.append((time.perf_counter(), slow.bytes))
+            )
             plan = Plan(
                 epochs=1, batch_size=16, lr=Schedule.parse("1e-3"), weight_decay=0.0, seed=0, log_every=1000,
                 device=torch.device("cpu"), precision="fp32", save_every=(1000, None),
@@ -174,7 +186,7 @@ def check(folder: Path) -> None:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 fit(Stage(module, images, labels, lambda: {"neg_elbo": 0.0}, None, ""), plan, NullRun(Path("nowhere")))
             distributed.dist.all_reduce = small
-            steps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(times, times[1:], strict=False)]
+            steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(times)]
             seconds = sorted(seconds for seconds, _ in steps)[len(steps) // 2]
             parameters = sum(p.numel() for p in module.parameters())
             rows.append((num_codes, bandwidth, parameters, steps[-1][1], seconds))
@@ -187,19 +199,22 @@ def report_check() -> None:
     with tempfile.TemporaryDirectory() as name:
         spawn([__file__, "--work", name], 2)
         rows = json.loads(Path(name, "rows.json").read_text())
-    print(f"{'K':>7}  {'weights, MB':>11}  {'bytes a step, MB':>16}  {'calculated':>10}  {'slower by, s':>12}  {'calculated':>10}")
+    heads = ("K", "weights, MB", "bytes a step, MB", "calculated", "slower by, s", "calculated")
+    print("  ".join(f"{head:>16}" for head in heads))
     for fast, slow in zip(rows[::2], rows[1::2], strict=True):
         num_codes, _, parameters, size, seconds = fast
         expected = BYTES * parameters + codebook_bytes(num_codes, 64) + monitor_bytes(num_codes)
         calculated = Link("", 2, slow[1], 0.0).all_reduce(size)
-        row = (f"{num_codes:7,}", f"{BYTES * parameters / 1e6:11.3f}", f"{size / 1e6:16.3f}", f"{expected / 1e6:10.3f}")
-        print("  ".join((*row, f"{slow[4] - seconds:12.2f}", f"{calculated:10.2f}")))
+        row = (BYTES * parameters / 1e6, size / 1e6, expected / 1e6, slow[4] - seconds, calculated)
+        print("  ".join((f"{num_codes:16,}", *(f"{value:16.3f}" for value in row))))
 
 
 def main() -> int:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--check", action="store_true", help="train over slow links, in two processes")
-    cli.add_argument("--images", type=int, default=128, help="images of 32x32 a GPU; an eighth of 256x256 (default: 128)")
+    cli.add_argument(
+        "--images", type=int, default=128, help="images of 32x32 a GPU; an eighth of 256x256 (default: 128)"
+    )
     cli.add_argument("--code-dim", type=int, default=64, help="D (default: 64)")
     cli.add_argument("--work", metavar="FOLDER", help=argparse.SUPPRESS)
     args = cli.parse_args()

@@ -147,7 +147,7 @@ class Discrete(Bottleneck):
 
     @property
     def counted(self) -> bool:
-        """Whether there are few enough codes for a count of each; otherwise only evaluation counts, those that occur."""
+        """Whether each code has a count. Of more codes, evaluation counts those that occur, and training none."""
         return self.num_codes <= MOST_COUNTED
 
     def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:

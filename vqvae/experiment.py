@@ -476,9 +476,9 @@ def _listed(names: Sequence[str], width: int = 60) -> str:
 
 
 def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | None) -> int:
-    """Print the held-out metrics of a checkpoint, which processes may share, and store them as JSON in `output`, or next to it if possible.
+    """Print the held-out metrics of a checkpoint, and store them as JSON in `output`, or next to it if possible.
 
-    Returns the exit code.
+    Several processes share the images. Returns the exit code.
     """
     named = given.pop("checkpoint")
     path = checkpoint.locate(named)

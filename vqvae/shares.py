@@ -68,7 +68,8 @@ class Batch:
     def each(self) -> Iterator[slice]:
         """Go through the shares of this process."""
         self.sums = Sums()
-        for self.part in range(self.parts):
+        for part in range(self.parts):
+            self.part = part
             self.sums.calls = self.means.calls = 0
             yield self.rows
 

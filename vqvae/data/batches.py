@@ -29,7 +29,8 @@ BORDER = 4  # pixels
 def crop_flip(images: Tensor) -> Tensor:
     """Pad images `[B, C, H, W]` of any type by 4 reflected pixels, crop HxW at random, and flip half of them.
 
-    Draws from the global generator of the images' device, or for the whole batch where processes share it. The padded images are never stored.
+    Draws from the global generator of the images' device. Processes that share a batch take the
+    draws of one. The padded images are never stored.
     """
     count, _, height, width = images.shape
     device = images.device

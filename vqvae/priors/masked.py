@@ -76,7 +76,9 @@ class Masked(CodeTransformer):
         codes = latent.need_codes() if w is None else w
         labels = self.without_some(self.check_labels(len(codes), labels))
         draws = 1 if self.training else self.draws
-        sets = [shares.mine(masked) for masked in masks(shares.whole(len(codes)), math.prod(self.grid), draws, codes.device)]
+        sets = [
+            shares.mine(masked) for masked in masks(shares.whole(len(codes)), math.prod(self.grid), draws, codes.device)
+        ]
         return torch.stack([self.log_prob_of(codes, masked, labels) for masked in sets]).mean(0)
 
     def log_prob_of(self, codes: Tensor, masked: Tensor, labels: Tensor | None = None) -> Tensor:
