@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "autoencoder": {"bottlenecks", "contracts", "errors", "likelihoods", "nets", "priors", "registry"},
     # training
     "evaluation": {"autoencoder", "contracts", "distributed", "errors", "metrics", "shares"},
-    "stage_one": {"autoencoder", "contracts", "evaluation", "metrics"},
+    "stage_one": {"autoencoder", "batch_norm", "contracts", "distributed", "evaluation", "metrics", "shares"},
     "stage_two": {
         "archives", "autoencoder", "checkpoint", "contracts", "data", "distributed", "evaluation", "files", "metrics",
         "optimizer",

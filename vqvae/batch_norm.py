@@ -3,6 +3,8 @@
 B batch, C channels, H W pixels.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,18 +43,30 @@ class BatchNorm(nn.BatchNorm2d):
         return y
 
 
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Undo at the end what batch norm has done to its running statistics."""
+    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+
 class _Normalize(torch.autograd.Function):
     """y = (x - m) / sqrt(v + eps) * weight + bias, and m `[C]`, v `[C]` and the number of vectors they are of."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:  # type: ignore[override]
-        count = x.numel() // x.shape[1]
-        variance, mean = torch.var_mean(x.float() if x.itemsize < 4 else x, (0, 2, 3), correction=0)
-        # in float64, where the difference of squares below loses nothing that counts
-        mean, variance = mean.double(), variance.double()
-        total = torch.stack([mean.new_ones(mean.shape), mean, variance + mean.square()])
-        total = distributed.sum_over(count * total)
-        counts, sums, squares = total
+        here = x.new_zeros(3, x.shape[1], dtype=torch.float64)
+        if count := x.numel() // x.shape[1]:  # a process may have no example of a small batch
+            variance, mean = torch.var_mean(x.float() if x.itemsize < 4 else x, (0, 2, 3), correction=0)
+            # in float64, where the difference of squares below loses nothing that counts
+            mean, variance = mean.double(), variance.double()
+            here = count * torch.stack([mean.new_ones(mean.shape), mean, variance + mean.square()])
+        counts, sums, squares = distributed.sum_over(here)
         mean = sums / counts
         variance = (squares / counts - mean.square()).clamp(min=0)
         wide = weight.dtype

@@ -302,7 +302,7 @@ class Trainable(Protocol):
         """Metrics averaged over steps, as plain numbers."""
 
     def initialize(self, batches: Callable[[int], Tensor]) -> None:
-        """Called before the first step; `batches(n)` gives n training examples."""
+        """Called before the first step; `batches(n)` gives n training examples, the same in every process."""
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for AdamW: `params`, any of its settings, and `lr_scale`, which multiplies the scheduled rate."""

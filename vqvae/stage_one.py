@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqvae import metrics
-from vqvae.autoencoder import Autoencoder, evaluating, unit_range
+from vqvae import distributed, metrics, shares
+from vqvae.autoencoder import Autoencoder, unit_range
+from vqvae.batch_norm import statistics_kept
 from vqvae.contracts import Objective, TrainOutput
 from vqvae.evaluation import facts_of
 
@@ -69,9 +70,16 @@ class AutoencoderTraining(nn.Module):
         if not wanted or self.fitted:
             return
         h, w = model.bottleneck.grid
-        images = batches(-(-wanted // (h * w)))
-        with evaluating(model):  # batch norm keeps its statistics
-            model.bottleneck.initialize(torch.cat([model.features(unit_range(tile)) for tile in images.split(128)]))
+        tiles = batches(-(-wanted // (h * w))).split(128)
+        # In training mode: with batch norm's first running statistics, features would have another scale than later.
+        with statistics_kept(model):
+            features = torch.cat([self._features(tile) for tile in tiles])
+        model.bottleneck.initialize(distributed.share(features))
+
+    def _features(self, images: Tensor) -> Tensor:
+        """The features `[B, channels, h, w]` of images, which processes share."""
+        with shares.sharing(len(images)) as batch:
+            return distributed.gather_rows(self.model.features(unit_range(images[batch.rows])))
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         return self.objective.parameter_groups(self.model, weight_decay)

@@ -176,7 +176,7 @@ def fit(
         seed_step(plan.seed, -1, plan.device.type)
         order = loop.order(batch_size=1, epoch=0).flatten()
         with loop.progress.working("start"):
-            stage.module.initialize(lambda n: take(loop.examples, distributed.share(order[:n]), plan.device))
+            stage.module.initialize(lambda n: take(loop.examples, order[:n], plan.device))
     with Interrupt() as interrupt, contextlib.closing(loop.progress):
         while loop.step < loop.total:
             if loop.train_epoch(interrupt):
