@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vqvae import __version__, checkpoint, metrics
+from vqvae import __version__, checkpoint, distributed, metrics
 from vqvae.autoencoder import Autoencoder
 from vqvae.config import Config
 from vqvae.data import Dataset
@@ -82,10 +82,15 @@ def assess(
 def assess_end(run: Run | NullRun, dataset: Dataset, headline: Sequence[str], device: torch.device) -> dict[str, float]:
     """Evaluate on the test split, once, the models that a run leaves at its end: checkpoint.pt and best.pt.
 
-    Prints and logs their metrics, and stores those of checkpoint.pt in evaluation.json; returns these.
+    Prints and logs their metrics, and stores those of checkpoint.pt in evaluation.json; returns these. Several
+    processes share the images.
     """
-    names = [name for name in (LAST, BEST) if (run.folder / name).exists()]
-    contents = {name: checkpoint.read(run.folder / name) for name in names}
+
+    def saved() -> dict[str, dict[str, Any]]:
+        names = [name for name in (LAST, BEST) if (run.folder / name).exists()]
+        return {name: checkpoint.read(run.folder / name) for name in names}
+
+    contents = distributed.on_first(saved)  # the other processes may not see the first one's files
     if contents[LAST]["step"] == contents.get(BEST, contents[LAST])["step"]:
         contents.pop(BEST, None)
     tables = {}
@@ -95,7 +100,7 @@ def assess_end(run: Run | NullRun, dataset: Dataset, headline: Sequence[str], de
         run.log("test", content["step"], content["epoch"], values, held_out="test")
         shown = columns(tuple(headline), tables[name], "test")
         print(f"test   {name}: {metrics.line(tuple(shown), tables[name])}")
-    write_json(run.folder / metrics.EVALUATION, metrics.for_json(tables[LAST]))
+    distributed.on_first(lambda: write_json(run.folder / metrics.EVALUATION, metrics.for_json(tables[LAST])))
     return {key: value for key, value in tables[LAST].items() if key not in ABOUT}
 
 

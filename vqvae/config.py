@@ -172,6 +172,9 @@ class Config:
         None, "training", metavar="MINUTES", on_resume=True
     )
     batch_size: Annotated[Positive, "images per update, over all processes"] = _field(128, "training", metavar="N")
+    accumulate: Annotated[
+        Positive, "shares of a batch that a process computes one after another, for a smaller memory; the same steps"
+    ] = _field(1, "training", metavar="N", on_resume=True)
     lr: Annotated[
         str,
         RateText(low=0),

@@ -1,5 +1,7 @@
 """Held-out metrics: one pass over a split, per-example values summed once, exact on the ragged last batch.
 
+Several processes share every batch, and each gets the metrics of the whole split.
+
 B batch, N examples, C channels, H W pixels, S importance samples, h w code grid.
 """
 
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqvae import metrics
+from vqvae import distributed, metrics, shares
 from vqvae.autoencoder import Autoencoder, Elbo, evaluating, unit_range
 from vqvae.contracts import Latent
 from vqvae.errors import OptionError
@@ -52,7 +54,7 @@ def evaluate(
         raise OptionError("", "iw_samples", iw_samples, problem)
     totals = metrics.Totals()
     with evaluating(model), seeded(seed):
-        for batch, batch_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        for batch, batch_labels in shares.batches(batch_size, images, labels):
             x, y = unit_range(batch.to(model.device)), batch_labels.to(model.device)
             features = model.features(x)
             elbo = model.elbo_of(features, x, y)
@@ -73,12 +75,16 @@ def evaluate(
             totals.add(metrics.of_examples(examples) | bounds, elbo.latent.stats)
             if model.discrete is None:
                 totals.add_latents(latent.need_z())
+            elif not model.discrete.counted:
+                totals.add_codes(latent.need_codes())
             else:
                 totals.add_usage(model.discrete.usage(latent.need_codes()))
-        for drawn in samples:
-            for net in nets:
-                totals.add_features("samples", net.features(drawn))
-    results = totals.results(facts_of(model))
+        for drawn in samples:  # the same in all processes, of which each takes a share
+            for (mine,) in shares.batches(len(drawn), drawn):
+                for net in nets:
+                    totals.add_features("samples", net.features(mine))
+    totals = metrics.Totals.of_shares(distributed.gather_objects(totals))
+    results = distributed.on_first(lambda: totals.results(facts_of(model)))
     if model.discrete is None and model.bottleneck.code_dim == 2:
         count = min(len(images), MOST_POINTS)
         kept = torch.arange(count) * len(images) // count
@@ -114,10 +120,11 @@ def evaluate_prior(
     """
     totals = metrics.Totals()
     with evaluating(model.prior), seeded(seed):
-        for batch, batch_labels in zip(codes.split(batch_size), labels.split(batch_size), strict=True):
+        for batch, batch_labels in shares.batches(batch_size, codes, labels):
             log_prior = log_prior_of_codes(model, batch.to(model.device), batch_labels.to(model.device), conditional)
             totals.add(metrics.of_examples(metrics.Examples(log_prior)))
-    return totals.results(facts_of(model))
+    totals = metrics.Totals.of_shares(distributed.gather_objects(totals))
+    return distributed.on_first(lambda: totals.results(facts_of(model)))
 
 
 def log_prior_of_codes(model: Autoencoder, codes: Tensor, labels: Tensor, conditional: bool) -> Tensor:
@@ -141,4 +148,5 @@ def seeded(seed: int) -> Iterator[None]:
     """Random draws that depend on the seed only; the generators get their states back."""
     with torch.random.fork_rng():
         torch.manual_seed(stream(seed, "evaluation"))
+        shares.seed(stream(seed, "evaluation"))
         yield

@@ -137,7 +137,7 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
             raise
         if results is not None:
             try:
-                results = distributed.on_first(lambda: assess_end(run, dataset, stage.module.headline, plan.device))
+                results = assess_end(run, dataset, stage.module.headline, plan.device)
             except KeyboardInterrupt as stopped:
                 stopped.args = (f"the run is complete; {how_to_evaluate(folder)}",)
                 raise
@@ -318,6 +318,7 @@ def plan_of(config: Config) -> Plan:
         max_minutes=config.max_minutes,
         patience=config.patience,
         held_out=config.held_out,
+        accumulate=config.accumulate,
         on_nan=config.on_nan,
         plateau=plateau,
         clip=config.clip,
@@ -407,9 +408,8 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
         raise OptionError("", "prior", config.prior.name, problem)
     # next to the autoencoder, so that every prior trained on its codes finds them; but no checkpoint names a place
     folder = start.folder if isinstance(start, Resumed) else checkpoint.locate(path).parent
-    with distributed.first_goes_first():  # the others read what the first stores
-        codes = extract_codes(model, dataset.train.images, folder / "codes-train.npz")
-        held_out = extract_codes(model, dataset.held_out.images, folder / f"codes-{plan.held_out}.npz")
+    codes = extract_codes(model, dataset.train.images, folder / "codes-train.npz")
+    held_out = extract_codes(model, dataset.held_out.images, folder / f"codes-{plan.held_out}.npz")
     module = PriorTraining(model, conditional=config.conditional)
     compiled = choose_compile(config.compile, plan.device, plan.total_steps(len(codes)))
     if compiled:
@@ -471,6 +471,7 @@ def summary(
     shape = "x".join(map(str, dataset.train.images.shape[1:]))
     parameters = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
     processes = f" over {distributed.world()} processes" if distributed.world() > 1 else ""
+    processes += f" in {config.accumulate} shares each" if config.accumulate > 1 else ""
     chosen = {slot: str(brief(SLOTS[slot], getattr(config, slot))) for slot in autoencoder.SLOTS}
     total, per_epoch = plan.total_steps(len(stage.examples)), plan.steps_per_epoch(len(stage.examples))
     return "\n".join([
@@ -498,7 +499,8 @@ def describe_latent(model: Autoencoder) -> str:
         return f"{model.bottleneck.code_dim} dimensions"
     codes = model.discrete
     h, w = codes.grid
-    return f"{h}x{w} codes of {codes.num_codes:,}: {codes.tokens:,} tokens, {codes.bits:,.0f} bits"
+    uncounted = "" if codes.counted else "; their use is counted in evaluation only"
+    return f"{h}x{w} codes of {codes.num_codes:,}: {codes.tokens:,} tokens, {codes.bits:,.0f} bits{uncounted}"
 
 
 FEW_UPDATES, ENOUGH_UPDATES = 200, 2000
@@ -557,7 +559,8 @@ def evaluate_checkpoint(
 ) -> int:
     """Print the metrics of a checkpoint on the test split, and store them as JSON in `output`, or next to it.
 
-    `words` asks for metrics in the features of nets whose `weights` are files. Returns the exit code.
+    `words` asks for metrics in the features of nets whose `weights` are files. Several processes share the images.
+    Returns the exit code.
     """
     named = given.pop("checkpoint")
     path = checkpoint.locate(named)
@@ -566,15 +569,24 @@ def evaluate_checkpoint(
     config = configure(given, Resumed(path.parent, content), SLOTS)
     device = choose_device(config.device)
     asked = asked._replace(nets=load_nets(words, weights, device))
-    dataset = load_data(replace(config, validation=TEST))  # nothing is chosen any more
+    distributed.start(device)
+    try:
+        return _evaluate(content, path, config, asked, output)
+    finally:
+        distributed.stop()
+
+
+def _evaluate(content: dict[str, Any], path: Path, config: Config, asked: Asked, output: str | None) -> int:
+    with distributed.first_goes_first():
+        dataset = load_data(replace(config, validation=TEST))  # nothing is chosen any more
     compare_classes(content["data"]["classes"], dataset.classes, config)
-    table = assess(path, content, dataset, device, asked)
+    table = assess(path, content, dataset, choose_device(config.device), asked)
     width = max(map(len, table))
     for key, value in table.items():
         print(f"{key:{width}}  {value:,.6g}" if isinstance(value, float) else f"{key:{width}}  {value}")
     out = path.with_name(metrics.EVALUATION) if output is None else Path(output)
     try:
-        write_json(out, metrics.for_json(table))
+        distributed.on_first(lambda: write_json(out, metrics.for_json(table)))
         print(f"stored in {out}")
     except UserError as problem:
         if output is not None:

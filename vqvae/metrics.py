@@ -9,8 +9,9 @@ This module imports no torch, because `--help` prints its table.
 B batch, N examples, C channels, H W pixels, D latent dimension, K codes.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Split(NamedTuple):
 
     means: Mapping[str, float]  # per-example metrics, averaged
     facts: Facts
-    usage: "Tensor | None" = None  # [levels, K], how often each code was used
+    usage: "Tensor | None" = None  # [levels, K], how often each code was used; of K above 2^20, [1, those used]
     latents: "Tensor | None" = None  # [N, D], posterior means
     features: Mapping[str, Features] = {}  # by the word that asks for metrics in them
 
@@ -181,7 +182,7 @@ def _active_codes(s: Split) -> int | None:
 
 
 def _codebook_size(s: Split) -> int | None:
-    return None if s.usage is None else s.usage.numel()
+    return None if s.usage is None or s.facts.num_codes is None else len(s.usage) * s.facts.num_codes
 
 
 def _codes_per_image(s: Split) -> int | None:
@@ -367,6 +368,28 @@ class Totals:
         self.usage: Tensor | None = None
         self.latents: list[Tensor] = []
         self.features: dict[str, dict[str, list[Tensor]]] = {}
+        self.codes: list[Tensor] = []
+
+    @classmethod
+    def of_shares(cls, shares: Sequence["Totals"]) -> "Totals":
+        """Those of a split of which several processes had a share of each batch, in the order of its examples."""
+        if len(shares) == 1:
+            return shares[0]
+        whole, first = cls(), shares[0]  # the first has rows of every batch
+        for name in first.rows:
+            whole.rows[name] = _interleaved([share.rows.get(name, []) for share in shares])
+        for word, sets in first.features.items():
+            whole.features[word] = {
+                which: _interleaved([share.features.get(word, {}).get(which, []) for share in shares]) for which in sets
+            }
+        whole.sums = {name: sum(share.sums.get(name, 0.0) for share in shares) for name in first.sums}
+        whole.count = sum(share.count for share in shares)
+        whole.latents = _interleaved([share.latents for share in shares])
+        whole.codes = _interleaved([share.codes for share in shares])
+        for share in shares:
+            if share.usage is not None:
+                whole.add_usage(share.usage)
+        return whole
 
     def add(self, values: Mapping[str, "Tensor"], stats: Mapping[str, "Tensor"] | None = None) -> None:
         """Add a batch's per-example values, each `[B]`, and its scalars, which are weighted by B."""
@@ -380,6 +403,10 @@ class Totals:
     def add_usage(self, counts: "Tensor") -> None:
         counts = counts.cpu().double()
         self.usage = counts if self.usage is None else self.usage + counts
+
+    def add_codes(self, codes: "Tensor") -> None:
+        """Add codes `[B, ...]` of a single level that are too many to count each."""
+        self.codes.append(codes.flatten().cpu().int())
 
     def add_latents(self, means: "Tensor") -> None:
         """Add posterior means `[B, D, ...]`."""
@@ -408,10 +435,16 @@ class Totals:
             word: Features(**{which: torch.cat(parts) for which, parts in sets.items()})
             for word, sets in self.features.items()
         }
-        results |= of_split(Split(results, facts, self.usage, latents, features))
+        usage = torch.cat(self.codes).unique(return_counts=True)[1].double()[None] if self.codes else self.usage
+        results |= of_split(Split(results, facts, usage, latents, features))
         if self.usage is not None:
             results["usage"] = self.usage.long()
         return results
+
+
+def _interleaved(lists: "list[list[Tensor]]") -> "list[Tensor]":
+    """The first entries of all lists, then their second ones, and so on."""
+    return [entry for entries in itertools.zip_longest(*lists) for entry in entries if entry is not None]
 
 
 def has_chart(name: str) -> bool:
