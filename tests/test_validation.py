@@ -154,6 +154,17 @@ def test_a_resumed_run_keeps_its_split_and_is_bitwise_a_longer_one(there, capsys
     assert "--validation 0.3: a resumed run keeps its settings" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_an_earlier_version_resumes_with_its_split(there, recwarn):
+    assert run_train("--epochs", "1", "--name", "run") == 0
+    saved = checkpoint.read("logs/run")
+    del saved["config"]["validation"]
+    checkpoint.write(Path("logs/run/checkpoint.pt"), saved)
+    assert run_train("--resume", "logs/run", "--epochs", "2", small=False) == 0
+    assert [row["split"] for row in rows("run", "epoch")] == ["test", "test"]
+    assert not [w for w in recwarn if "data changed" in str(w.message)]
+    assert checkpoint.read("logs/run")["config"]["validation"] == "test"
+
+
 def test_choosing_on_the_test_split_is_named(there, capsys):
     assert run_train("--epochs", "1", "--name", "run", "--patience", "1") == 0
     assert "60 train, 60 test (by which best.pt is chosen)" in capsys.readouterr().out
