@@ -39,11 +39,14 @@ def evaluate(
 
     metrics.py explains each metric. Nats are per image with one draw of z, a hard draw where training relaxes it. MSE,
     PSNR, code usage and active units are of the most likely z. `<metric>_se` is the standard error of a mean over
-    images. With `iw_samples` = S the importance-weighted bound with S draws is computed too, of z and of what a
-    likelihood draws. With `nets` (features.py) so are the metrics in their features, of the reconstructions and of
-    `samples`, batches of images `[B, C, H, W]` in [0, 1] that the model drew. Scalars that the
-    bottleneck monitors (commitment ...) are averaged; `usage` counts the codes, `[levels, K]`. Where the latent is a
-    plane, `posterior` has the `means` `[N, 2]` and `labels` `[N]` of all images, or of `MOST_POINTS` evenly chosen.
+    images. Scalars that the bottleneck monitors (commitment ...) are averaged; `usage` counts the codes, `[levels, K]`.
+    Where the latent is a plane, `posterior` has the `means` `[N, 2]` and `labels` `[N]` of all images, or of
+    `MOST_POINTS` evenly chosen.
+
+    With `iw_samples` = S the importance-weighted bound with S draws is computed too. With `nets` (features.py) so are
+    the metrics in their features, of the reconstructions and of `samples`: batches of images `[B, C, H, W]` in [0, 1]
+    that the model drew.
+
     Raises `OptionError` for `iw_samples` of draws that differ, where the prior's log p is itself the estimate of a
     bound: their importance-weighted mean would be none.
     """
