@@ -21,7 +21,6 @@ class BatchNorm(nn.BatchNorm2d):
     SyncBatchNorm does not, and with shares of different sizes.
     """
 
-    weight: Tensor
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -59,7 +58,7 @@ class _Normalize(torch.autograd.Function):
     """y = (x - m) / sqrt(v + eps) * weight + bias, and m `[C]`, v `[C]` and the number of vectors they are of."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
         here = x.new_zeros(3, x.shape[1], dtype=torch.float64)
         if count := x.numel() // x.shape[1]:  # a process may have no example of a small batch
             variance, mean = torch.var_mean(x.float() if x.itemsize < 4 else x, (0, 2, 3), correction=0)
@@ -76,7 +75,7 @@ class _Normalize(torch.autograd.Function):
         return y, mean, variance, counts[0]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, scale, count = ctx.saved_tensors
         normalized = (x - _per_channel(mean)) * _per_channel(scale)
         here = torch.stack([dy.sum((0, 2, 3), dtype=weight.dtype), (dy * normalized).sum((0, 2, 3))])
