@@ -72,7 +72,7 @@ def trained(name: str) -> tuple[State, State, dict[str, float]]:
     before = copy(module.state_dict())
     plan = Plan(
         epochs=1, batch_size=7, lr=Schedule.parse("1e-3"), weight_decay=0.0, seed=0,
-        device=torch.device("cpu"), precision="fp32", log_every=100, save_every=(1000, None),
+        device=torch.device("cpu"), precision="fp32", log_every=100, checkpoint_every=(1000, None),
     )  # fmt: skip
     run = Logged()
     held_out = lambda: {"neg_elbo": float(sum(distributed.gather_objects(distributed.rank())))}  # noqa: E731

@@ -163,3 +163,26 @@ def test_a_saved_state_restores_the_model():
 def test_an_objective_is_checked_against_the_model():
     with pytest.raises(ValueError, match="iaf_startup_steps=5"):
         AutoencoderTraining(make(), objective("probabilistic iaf_startup_steps=5"))
+
+
+@pytest.mark.parametrize(
+    ("words", "relaxed"),
+    [
+        ("gumbel", True),
+        ("gumbel hard=yes", False),
+        ("gumbel hard=yes iaf_flows=1", True),
+        ("categorical", True),  # the mean of several one-hots
+        ("categorical num_samples=1", False),
+        ("categorical average_samples=no", False),
+        ("deterministic", False),
+        ("vq", False),
+    ],
+)
+def test_training_calls_only_a_bound_elbo(words, relaxed):
+    name, *given = words.split()
+    small = choose("bottleneck", name)
+    module = training(bottleneck=small._replace(options=small.options | dict(word.split("=") for word in given)))
+    batch, labels = images(6), torch.zeros(6, dtype=torch.int64)
+    found = module.train()(batch, labels, 0).metrics
+    assert ("relaxed_nats" in found, "neg_elbo" in found) == (relaxed, not relaxed)
+    assert "neg_elbo" in module.eval()(batch, labels, 0).metrics  # evaluation draws codes

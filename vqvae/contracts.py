@@ -105,6 +105,7 @@ class Bottleneck(nn.Module):
     code_dim: int  # D, channels of the decoder's input
     grid: tuple[int, int]  # (h, w) of the latent
     stochastic = False  # whether a draw may differ from the most likely latent
+    relaxed = False  # whether z lies between codes in training, so that log p + log p(z) - log q is no bound
     start_vectors = 0  # feature vectors that `initialize` wants; 0 for none
     scales: tuple[tuple[int, int], ...] = ()  # (h, w) of each, where the codes are those of one grid after the other
 
@@ -237,6 +238,7 @@ class Likelihood(nn.Module):
     """
 
     discrete = False  # whether it is a probability of 8-bit pixels, which has bits per dimension
+    stochastic = False  # whether `log_prob` is that of a random draw, whose exponential has the mean p(x|z)
     takes_points = False  # whether x may also be points of the plane, which are not in [0, 1]
     params_per_channel: int  # P
     log_normalizer = 0.0  # nats that -log p contains whatever the parameters are; `reconstruction` leaves them out

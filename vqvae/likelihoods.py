@@ -107,6 +107,7 @@ class LogitGaussian(Likelihood):
     """
 
     discrete = True
+    stochastic = True
     params_per_channel = 1
 
     @checked

@@ -39,8 +39,9 @@ class AutoencoderTraining(nn.Module):
         with torch.no_grad():
             shown = model.likelihood.mean(elbo.params)
             examples = metrics.Examples(
-                elbo.log_prior, elbo.log_likelihood, elbo.log_posterior, elbo.x, shown, model.shows_images
-            )
+                elbo.log_prior, elbo.log_likelihood, elbo.log_posterior, elbo.x, shown, model.shows_images,
+                relaxed=self.training and model.bottleneck.relaxed,
+            )  # fmt: skip
             monitored = {name: value.mean() for name, value in metrics.of_examples(examples, monitored=True).items()}
             nats = monitored["reconstruction_nats"] - model.likelihood.log_normalizer
             monitored |= {"loss": loss, "reconstruction": nats / model.dimensions, **elbo.latent.stats}

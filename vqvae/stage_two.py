@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from vqvae import distributed, metrics
 from vqvae.archives import read_arrays
-from vqvae.autoencoder import Autoencoder
+from vqvae.autoencoder import Autoencoder, evaluating, unit_range
 from vqvae.checkpoint import weights_checksum
 from vqvae.contracts import Discrete, TrainOutput
 from vqvae.data.base import fingerprint
-from vqvae.evaluation import evaluate_prior, facts_of, log_prior_of_codes
+from vqvae.evaluation import evaluate_prior, facts_of, log_prior_of_codes, seeded
 from vqvae.files import open_file, whole_file
 from vqvae.optimizer import decay_groups
 
@@ -78,13 +78,14 @@ class PriorTraining(nn.Module):
 def extract_codes(model: Autoencoder, images: Tensor, cache: Path, *, batch_size: int = 256) -> Tensor:
     """The codes `[N, h, w]` (int32) of images `[N, C, H, W]`, computed once and cached.
 
-    A cache that is damaged, or was made with other weights or from other images, is replaced. Several processes share
-    the images, and the first one writes the cache.
+    Where the posterior is a distribution, each image has one draw from it: -ELBO scores the prior on draws, and the
+    most likely codes are less varied. A cache that is damaged, or was made with other weights or from other images, is
+    replaced. Several processes share the images, and the first one writes the cache.
     """
     bottleneck = model.bottleneck
     if not isinstance(bottleneck, Discrete):
         raise ValueError("extract_codes needs discrete codes; this model's latent is continuous")
-    source = f"{weights_checksum(model)} {fingerprint(images)}"
+    source = f"{weights_checksum(model)} {fingerprint(images)}{' draws' if bottleneck.stochastic else ''}"
     cached = None
     with contextlib.suppress(Exception):  # a damaged archive raises anything
         cached = _cached(cache, source, (len(images), *bottleneck.grid), bottleneck.num_codes)
@@ -92,12 +93,24 @@ def extract_codes(model: Autoencoder, images: Tensor, cache: Path, *, batch_size
     if cached is not None and not missing:
         return cached
     quiet = True if distributed.rank() else None  # None: unless the output is no terminal
-    tiles = tqdm(distributed.share(images).split(batch_size), desc="codes", unit="batch", disable=quiet, leave=False)
-    mine = [model.encode(tile).to("cpu", torch.int32) for tile in tiles if len(tile)]
-    codes = distributed.gather_rows(torch.cat([torch.empty(0, *bottleneck.grid, dtype=torch.int32), *mine]))
+    shared = not bottleneck.stochastic  # the draws of all images must be those of one process
+    tiles = (distributed.share(images) if shared else images).split(batch_size)
+    with torch.no_grad(), evaluating(model), seeded(0):
+        tiles = tqdm(tiles, desc="codes", unit="batch", disable=quiet, leave=False)
+        found = [_codes(model, tile).to("cpu", torch.int32) for tile in tiles if len(tile)]
+    codes = torch.cat([torch.empty(0, *bottleneck.grid, dtype=torch.int32), *found])
+    codes = distributed.gather_rows(codes) if shared else codes
     smallest = np.min_scalar_type(bottleneck.num_codes - 1)
     distributed.on_first(lambda: store_codes(cache, codes.numpy().astype(smallest), source))
     return codes
+
+
+def _codes(model: Autoencoder, images: Tensor) -> Tensor:
+    """Codes `[B, h, w]` of images `[B, C, H, W]`: drawn where the posterior is a distribution."""
+    if not model.bottleneck.stochastic:
+        return model.encode(images)
+    x = unit_range(images.to(model.device))
+    return model.bottleneck(model.features(x), 0).need_codes()
 
 
 def store_codes(cache: Path, codes: np.ndarray, source: str) -> None:

@@ -42,6 +42,14 @@ class SampledOptions(PosteriorOptions):
     iaf_flows: Annotated[int, Range(0), "flows on the simplex after the draw"] = 0
     iaf_parameters: Annotated[Literal["transformer", "triangular"], "source of the flows' scales"] = "transformer"
 
+    def idle(self) -> dict[str, str]:
+        needs = super().idle()
+        if not self.iaf_flows:
+            needs["iaf_parameters"] = "iaf_flows above 0"
+        if self.posterior == "linear":  # the optimizer trains the codebook, without a loss of its own
+            needs |= dict.fromkeys(("beta", "init", "revive", "decay", "epsilon"), "posterior=distance")
+        return needs
+
 
 class CategoricalPosterior(Discrete):
     """q(k|x) = softmax_k(-||f - e_k||) at every position, or the softmax of a 1x1 convolution of the features.
@@ -100,7 +108,8 @@ class CategoricalPosterior(Discrete):
         f = self.projection(features).movedim(1, -1)
         if not self.by_distance:
             return f, None
-        distances = torch.cdist(f.reshape(1, -1, self.code_dim), table[None])
+        center = table.detach().mean(dim=0)  # as in nearest_code: cdist too computes distances from products
+        distances = torch.cdist((f - center).reshape(1, -1, self.code_dim), (table - center)[None])
         return -distances.view(*f.shape[:-1], self.num_codes), f
 
     def quantize(self, features: Tensor) -> Latent:
@@ -197,6 +206,7 @@ class Categorical(CategoricalPosterior):
     ):
         super().__init__(channels, grid, options)
         self.average_samples = average_samples
+        self.relaxed = average_samples and options.num_samples > 1
 
     def assign(self, log_p: Tensor, step: int) -> tuple[Tensor, Tensor]:
         samples = self.options.num_samples
@@ -242,6 +252,7 @@ class Gumbel(CategoricalPosterior):
         super().__init__(channels, grid, options)
         self.temperature = Schedule.parse(options.temperature, "temperature")
         self.total_steps, self.exact = total_steps, options.entropy == "exact"
+        self.relaxed = not options.hard or options.iaf_flows > 0
 
     def assign(self, log_p: Tensor, step: int) -> tuple[Tensor, Tensor]:
         # Gumbel noise is -log(-log u). torch's exponential draws, -log u, take four times as long on a CPU.

@@ -61,6 +61,16 @@ class CodebookOptions(EMAOptions):
     def decay_at(self, step: int) -> float:
         return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
+    def idle(self) -> dict[str, str]:
+        needs = super().idle()
+        if self.init != "kmeans":
+            needs["spread"] = "init=kmeans"
+        if self.codebook == "gradient":
+            needs["epsilon"] = "codebook=ema"
+            if not self.revive:  # which counts usage
+                needs |= dict.fromkeys(("decay", "warmup"), "codebook=ema or revive above 0")
+        return needs
+
     def prepare(self, projection: nn.Module, features: Tensor) -> None:
         """Standardize the projection's output for features `[B, channels, h, w]`, where k-means is to find the codes.
 

@@ -78,6 +78,8 @@ class NearestCode(Discrete):
 
 def soft_usage(f: Tensor, codebook: Tensor, temperature: float) -> Tensor:
     """Mean over the whole batch's vectors f `[N, D]` of softmax_k(-||f_n - e_k||^2 / temperature), `[K]`."""
+    center = codebook.detach().mean(dim=0)  # as in nearest_code
+    f, codebook = f - center, codebook - center
     # without ||f_n||^2, which is the same for every k
     usage = ((2 * f @ codebook.T - codebook.square().sum(dim=1)) / temperature).softmax(dim=1).mean(dim=0)
     return shares.mean_over(usage, len(f))
@@ -88,6 +90,9 @@ class VQOptions(CodebookOptions, NearestOptions):
     weight: Annotated[float, Range(0), "factor on the whole loss (10 in deep-vector-quantization)"] = 1.0
     diversity: Annotated[float, Range(0), "weight of the entropy of soft usage, which spreads usage over codes"] = 0.0
     temperature: Annotated[float, Range(1e-6), "softmax temperature of soft usage"] = 1.0
+
+    def idle(self) -> dict[str, str]:
+        return super().idle() | ({} if self.diversity else {"temperature": "diversity above 0"})
 
 
 class VQ(NearestCode):

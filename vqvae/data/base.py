@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqvae.errors import OptionError
+from vqvae.randomness import generator
+
 DIGITS = tuple("0123456789")
 
 
@@ -32,7 +35,7 @@ class Images(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A training split, a test split, and what is known about both."""
+    """A training split, a test split, perhaps a validation split, and what is known about them."""
 
     name: str
     train: Images
@@ -41,6 +44,39 @@ class Dataset(NamedTuple):
     note: str = ""  # shown next to the metrics: how the data differ from what the name promises
     entropy: float | None = None  # nats per example, where the generating density is known
     unreadable: Mapping[str, str] = {}  # names of files that were left out, and why they cannot be read
+    shuffled: bool = False  # whether the training images are in random order, so that a slice of them is a sample
+    validation: Images | None = None  # images taken from the training split
+
+    @property
+    def held_out(self) -> Images:
+        """The split that is evaluated after each epoch, and by which models are chosen."""
+        return self.test if self.validation is None else self.validation
+
+    @property
+    def splits(self) -> dict[str, Images]:
+        """The splits by name."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in splits.items() if split is not None}
+
+    def with_validation(self, share: float) -> "Dataset":
+        """The data with a share of the training images, at least one, in a validation split instead.
+
+        The images are the same whatever the seed of a run. Those that are mapped from a cache stay so: they are
+        shuffled already, and a slice of them is not copied.
+        """
+        images, labels = self.train
+        count = max(1, round(share * len(images)))
+        if count == len(images):
+            problem = f"leaves none of the {count:,} training images; use a smaller share, or test"
+            raise OptionError("", "validation", share, problem)
+        last = len(images) - count
+        if self.shuffled:
+            parts = [Images(images[:last], labels[:last]), Images(images[last:], labels[last:])]
+        else:
+            order = torch.randperm(len(images), generator=generator(0, "validation"))
+            indices = (order[:last].sort().values, order[last:].sort().values)
+            parts = [Images(images[index], labels[index]) for index in indices]
+        return self._replace(train=parts[0], validation=parts[1])
 
     def fingerprint(self) -> str:
         """32 hexadecimal digits that change with any pixel or label of either split."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vqvae import shares
 from vqvae.errors import OptionError
+from vqvae.randomness import generator
 
 
 def batch_indices(count: int, batch_size: int, *, seed: int, epoch: int) -> Tensor:
@@ -18,9 +19,9 @@ def batch_indices(count: int, batch_size: int, *, seed: int, epoch: int) -> Tens
 
     The last count % batch_size indices are dropped.
     """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     steps = count // batch_size
-    return torch.randperm(count, generator=generator)[: steps * batch_size].view(steps, batch_size)
+    order = torch.randperm(count, generator=generator(seed, "order", epoch))
+    return order[: steps * batch_size].view(steps, batch_size)
 
 
 BORDER = 4  # pixels

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqvae import shares
 from vqvae.contracts import Latent
@@ -32,6 +32,10 @@ class Masked(CodeTransformer):
 
     for m uniform in 1..L and M a uniform set of m positions. Training descends it with one M per example; evaluation
     averages `draws` of them.
+
+    Convolutions over 3x3 positions add the known neighbors to the input, and mix neighbors before every layer, as in
+    conditional positional encodings (2102.10882). A position without a code sees nothing else until attention has
+    learned where its neighbors are: on MNIST's codes, 200 steps reached 3.5 bits per code with them and 4.3 without.
     """
 
     sampling_options = (*CodeTransformer.sampling_options, "steps", "choice_temperature")
@@ -49,7 +53,12 @@ class Masked(CodeTransformer):
         options: TransformerOptions = TransformerOptions(),
     ):
         super().__init__(num_codes, grid, num_classes, label_drop, options, causal=False)
-        self.draws = draws
+        self.draws, width = draws, options.width
+        self.neighbors = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        mixers = [nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False) for _ in range(options.layers)]
+        for mixer in mixers:
+            nn.init.zeros_(mixer.weight)
+        self.mixers = nn.ModuleList(mixers)
 
     def logits(self, codes: Tensor, known: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits `[B, L, K]` of all positions, given codes `[B, h, w]` (or assignments `[B, K, h, w]`) where `known`.
@@ -60,10 +69,12 @@ class Masked(CodeTransformer):
 
     def _features(self, codes: Tensor, known: Tensor, labels: Tensor | None) -> Tensor:
         """The last layer's output, `[B, L, D]`."""
-        embedded = look_up(self.embedding, codes).flatten(1, 2)
-        x = torch.where(known.unsqueeze(-1), embedded, self.start) + self.positions(labels)
-        for layer in self.layers:
-            x = layer(x)
+        known = known.view(-1, *self.grid, 1)
+        embedded = look_up(self.embedding, codes)  # [B, h, w, D]
+        x = torch.where(known, embedded, self.start).flatten(1, 2) + self.positions(labels)
+        x = x + convolved(self.neighbors, embedded.where(known, 0))
+        for layer, mixer in zip(self.layers, self.mixers, strict=True):
+            x = layer(x + convolved(mixer, x.unflatten(1, self.grid)))
         return x
 
     def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
@@ -168,6 +179,11 @@ class Masked(CodeTransformer):
         x = x.gather(1, unknown.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         logits = self.output(x)
         return guided(logits, guidance) if guides else logits
+
+
+def convolved(convolution: nn.Module, x: Tensor) -> Tensor:
+    """A convolution of vectors on a grid `[B, h, w, D]`, as positions `[B, L, D]`."""
+    return convolution(x.movedim(-1, 1)).flatten(2).mT
 
 
 def masks(examples: int, length: int, draws: int, device: torch.device) -> list[Tensor]:
