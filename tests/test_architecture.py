@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "vqgan": set(),
     "bottlenecks": {"contracts", "distributed", "errors", "flows", "registry", "schedules"},
     "priors": {"contracts", "errors", "flows", "registry"},
-    "likelihoods": {"contracts", "errors", "registry"},
+    "likelihoods": {"contracts", "distributed", "errors", "registry"},
     "objectives": {"contracts", "errors", "optimizer", "registry", "schedules"},
     "autoencoder": {"bottlenecks", "contracts", "errors", "likelihoods", "nets", "priors", "registry"},
     # training

@@ -217,7 +217,7 @@ class Perceptual(ElboObjective):
         self.net = nn.Conv2d(1, width, 3)
 
     def forward(self, elbo, images, model, step) -> Tensor:
-        error = self.net(model.likelihood.mean(elbo.params)) - self.net(images)
+        error = self.net(model.likelihood.center(elbo.params)) - self.net(images)
         return super().forward(elbo, images, model, step) + error.square().mean()
 
     def parameter_groups(self, model, weight_decay):

@@ -241,8 +241,8 @@ class Likelihood(nn.Module):
         """log p(x|z) in nats, `[B]`."""
         raise NotImplementedError
 
-    def mean(self, params: Tensor) -> Tensor:
-        """The image shown, `[B, C, H, W]`."""
+    def center(self, params: Tensor) -> Tensor:
+        """The image shown, `[B, C, H, W]`: the mean of the pixels or their median; MSE and PSNR are of it."""
         raise NotImplementedError
 
     def sample(self, params: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def evaluate(
                 bounds["iw_bound"] = math.log(iw_samples) - torch.stack(draws).logsumexp(0)  # over [S, B]
             elif iw_samples:  # all draws are the same
                 bounds["iw_bound"] = -elbo.nats
-            latent, shown = elbo.latent, model.likelihood.mean(elbo.params)
+            latent, shown = elbo.latent, model.likelihood.center(elbo.params)
             if model.bottleneck.stochastic:
                 latent = model.bottleneck.quantize(features)
                 shown = model.decode_latents(latent.need_z())
