@@ -113,13 +113,13 @@ def test_evaluation_has_the_running_mean_of_the_learned_variances():
         likelihood.log_prob(scale * p, x)
         expected += 0.01 * ((scale * p + 0.5 - x).square().mean().item() - expected)
     likelihood.eval()
-    assert likelihood.variance.item() == pytest.approx(expected, rel=1e-5)
+    assert likelihood.running_variance.item() == pytest.approx(expected, rel=1e-5)
     normal = torch.distributions.Normal(p + 0.5, expected**0.5)
     assert torch.allclose(likelihood.log_prob(p, x), normal.log_prob(x).flatten(1).sum(1), rtol=1e-4)
     draws = likelihood.sample(torch.zeros(400, *SHAPE).double())
     assert draws.std().item() == pytest.approx(expected**0.5, rel=0.1)
-    assert "variance" in likelihood.state_dict()
-    assert "variance" not in make("mse").state_dict()
+    assert "running_variance" in likelihood.state_dict()
+    assert not make("mse").state_dict()
 
 
 @pytest.mark.parametrize(("range_of_pixels", "scale"), [("centered", 1), ("symmetric", 2)])

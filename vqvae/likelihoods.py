@@ -41,7 +41,7 @@ class MSE(Likelihood):
     """
 
     params_per_channel = 1
-    variance: float | Tensor
+    running_variance: Tensor  # scalar, with variance=learned
 
     @checked
     def __init__(
@@ -63,11 +63,11 @@ class MSE(Likelihood):
         self.dimensions, self.pixels = math.prod(image_shape), pixels
         self.learned = variance == "learned"
         if self.learned:
-            self.register_buffer("variance", torch.tensor(data_variance))
+            self.register_buffer("running_variance", torch.tensor(data_variance))
             self.log_normalizer = self.dimensions / 2 * math.log(2 * math.pi * math.e / self.dimensions)
         else:
-            self.variance = float(variance) or data_variance / 2
-            self.log_normalizer = self.dimensions / 2 * math.log(2 * math.pi * self.variance)
+            self.fixed_variance = float(variance) or data_variance / 2
+            self.log_normalizer = self.dimensions / 2 * math.log(2 * math.pi * self.fixed_variance)
 
     def network_input(self, x: Tensor) -> Tensor:
         return x if self.pixels == "sigmoid" else (x - 0.5).mul_(SCALES[self.pixels])
@@ -75,8 +75,8 @@ class MSE(Likelihood):
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         error = (self._mean(params) - x).square().flatten(1).sum(1)
         if not self.learned:
-            return -error / (2 * self.variance) - self.log_normalizer
-        variance = self._fit(error.detach()) if self.training else self.variance
+            return -error / (2 * self.fixed_variance) - self.log_normalizer
+        variance = self._fit(error.detach()) if self.training else self.running_variance
         return -error / (2 * variance) - self.dimensions / 2 * (2 * math.pi * variance).log()
 
     def center(self, params: Tensor) -> Tensor:
@@ -84,7 +84,8 @@ class MSE(Likelihood):
 
     def sample(self, params: Tensor) -> Tensor:
         mean = self._mean(params)
-        return mean + self.variance**0.5 * torch.randn_like(mean)
+        variance = self.running_variance if self.learned else self.fixed_variance
+        return mean + variance**0.5 * torch.randn_like(mean)
 
     def _mean(self, params: Tensor) -> Tensor:
         return params.sigmoid() if self.pixels == "sigmoid" else params / SCALES[self.pixels] + 0.5
@@ -96,7 +97,7 @@ class MSE(Likelihood):
         """
         total, count = distributed.sum_over(torch.stack([error.sum(), torch.full_like(error.sum(), len(error))]))
         variance = (total / (count * self.dimensions)).clamp(min=1e-9)
-        self.variance.lerp_(variance.to(self.variance), 0.01)
+        self.running_variance.lerp_(variance.to(self.running_variance), 0.01)
         return variance
 
 
