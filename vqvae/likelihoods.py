@@ -60,7 +60,8 @@ class MSE(Likelihood):
         ] = "centered",
     ):
         super().__init__()
-        self.dimensions, self.pixels = math.prod(image_shape), pixels
+        self.dimensions, self.logits = math.prod(image_shape), pixels == "sigmoid"
+        self.scale = 2.0 if pixels == "symmetric" else 1.0  # of pixels around 0.5
         self.learned = variance == "learned"
         if self.learned:
             self.register_buffer("running_variance", torch.tensor(data_variance))
@@ -70,7 +71,7 @@ class MSE(Likelihood):
             self.log_normalizer = self.dimensions / 2 * math.log(2 * math.pi * self.fixed_variance)
 
     def network_input(self, x: Tensor) -> Tensor:
-        return x if self.pixels == "sigmoid" else (x - 0.5).mul_(SCALES[self.pixels])
+        return x if self.logits else (x - 0.5).mul_(self.scale)
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         error = (self._mean(params) - x).square().flatten(1).sum(1)
@@ -88,7 +89,7 @@ class MSE(Likelihood):
         return mean + variance**0.5 * torch.randn_like(mean)
 
     def _mean(self, params: Tensor) -> Tensor:
-        return params.sigmoid() if self.pixels == "sigmoid" else params / SCALES[self.pixels] + 0.5
+        return params.sigmoid() if self.logits else params / self.scale + 0.5
 
     def _fit(self, error: Tensor) -> Tensor:
         """The variance of a batch's squared errors `[B]`, of all processes, which moves the running mean.
@@ -99,9 +100,6 @@ class MSE(Likelihood):
         variance = (total / (count * self.dimensions)).clamp(min=1e-9)
         self.running_variance.lerp_(variance.to(self.running_variance), 0.01)
         return variance
-
-
-SCALES = {"centered": 1.0, "symmetric": 2.0}  # of pixels around 0.5
 
 
 class Gaussian(Likelihood):

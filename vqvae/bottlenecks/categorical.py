@@ -8,6 +8,7 @@ B batch, S samples, D code dimension, K codes, h w code grid, L = h w positions,
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
@@ -120,8 +121,8 @@ class CategoricalPosterior(Discrete):
             w = w.view(-1, *log_p.shape)
             log_q = log_q - self.volume_change * log_det.view(len(w), -1)
         z = w @ table  # [S, B, h, w, D]
-        entropy = -log_q.detach() if self.exact else _entropy(log_p.detach()).sum((1, 2))
-        loss, stats = z.new_zeros(()), {"posterior_entropy": entropy.mean()}
+        uncertainty = -log_q.detach() if self.exact else entropy_of(log_p.detach()).sum((1, 2))
+        loss, stats = z.new_zeros(()), {"posterior_entropy": uncertainty.mean()}
         if f is not None:
             commitment = (f - z.detach()).square().mean()
             loss, stats = self.options.beta * commitment, stats | {"commitment": commitment.detach()}
@@ -145,10 +146,7 @@ class CategoricalPosterior(Discrete):
 
         Flows do not change it: they map the corners of the simplex to themselves.
         """
-        codes = _draw(log_p, 1)[0]
-        log_q = log_p.gather(-1, codes.unsqueeze(-1)).flatten(1).sum(1)
-        stats = {"posterior_entropy": _entropy(log_p).sum((1, 2)).mean()}
-        return Latent(self.embed(codes), codes, log_q=log_q, loss=log_q.new_zeros(()), stats=stats)
+        return drawn_latent(log_p, self.embed)
 
     def update(self, f: Tensor, w: Tensor, step: int) -> None:
         """EMA update of the codebook, given vectors `[N, D]` and their soft assignments `[N, K]`."""
@@ -242,18 +240,32 @@ class Gumbel(CategoricalPosterior):
         self.total_steps, self.exact = total_steps, options.entropy == "exact"
 
     def assign(self, log_p: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        # Gumbel noise is -log(-log u). torch's exponential draws, -log u, take four times as long on a CPU.
-        uniform = torch.rand(self.options.num_samples, *log_p.shape, device=log_p.device)
-        minus_noise = uniform.clamp_(min=torch.finfo(uniform.dtype).tiny).log_().neg_().log_()
-        relaxed = ((log_p - minus_noise) / self.temperature(step, self.total_steps)).softmax(-1)  # [S, B, h, w, K]
+        temperature = self.temperature(step, self.total_steps)
+        relaxed = gumbel_softmax(log_p, self.options.num_samples, temperature)  # [S, B, h, w, K]
         relaxed = relaxed.to(log_p.dtype).clamp(1e-6, 1 - 1e-6)
         w = relaxed
         if self.options.hard:
             one_hot = F.one_hot(relaxed.argmax(-1), self.num_codes).to(log_p.dtype)
             w = straight_through(relaxed, one_hot)
         if self.exact:
-            return w, -_entropy(log_p).sum((1, 2)).expand(len(w), -1)
+            return w, -entropy_of(log_p).sum((1, 2)).expand(len(w), -1)
         return w, (w * log_p).flatten(2).sum(2)
+
+
+def gumbel_softmax(log_p: Tensor, samples: int, temperature: float) -> Tensor:
+    """Relaxed draws `[S, ..., K]` of log probabilities `[..., K]`."""
+    # Gumbel noise is -log(-log u). torch's exponential draws, -log u, take four times as long on a CPU.
+    uniform = torch.rand(samples, *log_p.shape, device=log_p.device)
+    minus_noise = uniform.clamp_(min=torch.finfo(uniform.dtype).tiny).log_().neg_().log_()
+    return ((log_p - minus_noise) / temperature).softmax(-1)
+
+
+def drawn_latent(log_p: Tensor, embed: Callable[[Tensor], Tensor]) -> Latent:
+    """A latent of one code per position, drawn from log p `[B, h, w, K]`; `embed` gives the vectors of codes."""
+    codes = _draw(log_p, 1)[0]
+    log_q = log_p.gather(-1, codes.unsqueeze(-1)).flatten(1).sum(1)
+    stats = {"posterior_entropy": entropy_of(log_p).sum((1, 2)).mean()}
+    return Latent(embed(codes), codes, log_q=log_q, loss=log_q.new_zeros(()), stats=stats)
 
 
 @torch.no_grad()
@@ -268,6 +280,6 @@ def _draw(log_p: Tensor, samples: int) -> Tensor:
     return codes.clamp(max=log_p.shape[-1] - 1).movedim(-1, 0)
 
 
-def _entropy(log_p: Tensor) -> Tensor:
+def entropy_of(log_p: Tensor) -> Tensor:
     """Entropy in nats of log probabilities `[..., K]`."""
     return -(log_p.exp() * log_p).sum(-1)
