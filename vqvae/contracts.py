@@ -39,6 +39,8 @@ class Latent(NamedTuple):
     stats: dict[str, Tensor]  # detached scalars to monitor, by name
     # [S*B, K, h, w] points of the simplex that replace the codes while a relaxed bottleneck trains
     assignments: Tensor | None = None
+    # [S, B] log q of independent draws whose only gradient to the encoder is that of the score function
+    score: Tensor | None = None
 
     @classmethod
     def of_codes(cls, codes: Tensor) -> "Latent":

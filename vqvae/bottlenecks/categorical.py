@@ -22,7 +22,7 @@ from vqvae.bottlenecks.gradients import straight_through
 from vqvae.contracts import Discrete, Latent
 from vqvae.errors import OptionError
 from vqvae.flows import SimplexFlow
-from vqvae.registry import Count, Range, checked
+from vqvae.registry import Count, Range
 from vqvae.schedules import Schedule, ScheduleText
 
 
@@ -58,6 +58,7 @@ class CategoricalPosterior(Discrete):
     options: SampledOptions
     stochastic = True
     exact = False  # whether log q in training is its mean over draws, -H(q), instead of the draw's
+    scored = False  # whether the gradient of draws is that of the score function, which the objective adds
     volume_change = 0.0  # 1 if w has a density, which flows change; 0 if w takes finitely many values
 
     def __init__(self, channels: int, grid: tuple[int, int], options: SampledOptions):
@@ -135,6 +136,7 @@ class CategoricalPosterior(Discrete):
             loss=loss,
             stats=stats,
             assignments=w.movedim(-1, 1),
+            score=log_q if self.scored else None,
         )
 
     def assign(self, log_p: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -174,30 +176,47 @@ class Deterministic(CategoricalPosterior):
         return Latent.of_codes(codes)._replace(z=self.embed(codes))
 
 
+@dataclass(frozen=True, kw_only=True)
+class CategoricalOptions(SampledOptions):
+    average_samples: Annotated[
+        bool, "decode the mean of the samples, not each sample; estimator=rloo always decodes each"
+    ] = True
+    estimator: Annotated[
+        Literal["straight-through", "rloo"],
+        "gradient of a draw: the softmax's, which is biased, or leave-one-out REINFORCE, which is not",
+    ] = "straight-through"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.estimator == "rloo" and self.num_samples < 2:
+            raise OptionError("", "num_samples", self.num_samples, "is too few for estimator=rloo; use 2 or more")
+        if self.estimator == "rloo" and self.iaf_flows:
+            raise OptionError("", "estimator", "rloo", "would not train iaf_flows, which keep one-hot draws; use 0")
+
+
 class Categorical(CategoricalPosterior):
     """Codes drawn from the posterior, straight through softmax(-d) (soft EM: 1805.11063, section 3).
 
     With average_samples, w is the mean of the samples' one-hots and log q the multinomial log probability of their
     counts; otherwise every sample is decoded. The gradient is the published one: sum p dL/dw, without a
     score-function term for the draw.
+
+    With estimator=rloo every sample is decoded and the draw has no gradient of its own. The objective adds that of the
+    score function, with the mean of the other samples as the baseline (Kool et al. 2019; the baseline of VIMCO,
+    1602.06725, for the bound itself). It is unbiased: over draws its mean is the bound's exact gradient. The
+    commitment loss and the EMA of the codebook are not part of the bound.
     """
 
-    @checked
-    def __init__(
-        self,
-        *,
-        channels: int,
-        grid: tuple[int, int],
-        options: SampledOptions = SampledOptions(),
-        average_samples: Annotated[bool, "decode the mean of the samples, not each sample"] = True,
-    ):
+    options: CategoricalOptions
+
+    def __init__(self, *, channels: int, grid: tuple[int, int], options: CategoricalOptions = CategoricalOptions()):
         super().__init__(channels, grid, options)
-        self.average_samples = average_samples
+        self.scored = options.estimator == "rloo"
 
     def assign(self, log_p: Tensor, step: int) -> tuple[Tensor, Tensor]:
         samples = self.options.num_samples
         codes = _draw(log_p, samples)  # [S, B, h, w]
-        if self.average_samples:
+        if self.options.average_samples and not self.scored:
             ones = torch.ones_like(codes, dtype=log_p.dtype).movedim(0, -1)
             counts = torch.zeros_like(log_p).scatter_add_(-1, codes.movedim(0, -1), ones)[None]
             w = counts / samples
@@ -205,7 +224,8 @@ class Categorical(CategoricalPosterior):
         else:
             w = F.one_hot(codes, self.num_codes).to(log_p.dtype)
             log_q = log_p.expand_as(w).gather(-1, codes.unsqueeze(-1)).squeeze(-1)
-        return straight_through(log_p.exp().expand_as(w), w), log_q.flatten(2).sum(2)
+        w = w if self.scored else straight_through(log_p.exp().expand_as(w), w)
+        return w, log_q.flatten(2).sum(2)
 
 
 @dataclass(frozen=True, kw_only=True)
