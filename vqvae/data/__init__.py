@@ -68,4 +68,5 @@ def load(
         if isinstance(problem, RuntimeError) and "alloc" not in str(problem):
             raise
         raise OptionError("", "dataset", name, "does not fit into memory; use smaller or fewer images") from None
-    return data._replace(train=train, test=test)
+    probabilities = None if data.probabilities is None else data.probabilities[:limit]
+    return data._replace(train=train, test=test, probabilities=probabilities)

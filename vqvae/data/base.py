@@ -41,10 +41,26 @@ class Dataset(NamedTuple):
     note: str = ""  # shown next to the metrics: how the data differ from what the name promises
     entropy: float | None = None  # nats per example, where the generating density is known
     unreadable: Mapping[str, str] = {}  # names of files that were left out, and why they cannot be read
+    # [N, C, H, W] uint8: 255 times the probabilities of white pixels, where training images are drawn anew every epoch
+    probabilities: Tensor | None = None
 
     def fingerprint(self) -> str:
         """32 hexadecimal digits that change with any pixel or label of either split."""
         return fingerprint(*self.train, *self.test)
+
+    def training_images(self, seed: int, epoch: int) -> Tensor:
+        """The training images `[N, C, H, W]` of an epoch, a pure function of (seed, epoch) where they are drawn."""
+        if self.probabilities is None:
+            return self.train.images
+        if self.probabilities.shape != self.train.images.shape:
+            raise ValueError(f"probabilities {self.probabilities.shape} of images {self.train.images.shape}")
+        return bernoulli(self.probabilities, zlib.crc32(f"binarization {seed} {epoch}".encode()))
+
+
+def bernoulli(probabilities: Tensor, seed: int) -> Tensor:
+    """Pixels 0 or 255, of the same shape, drawn with probabilities / 255 (uint8), a pure function of the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return (probabilities > torch.rand(probabilities.shape, generator=generator) * 255).to(torch.uint8) * 255
 
 
 def fingerprint(*tensors: Tensor) -> str:
