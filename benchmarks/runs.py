@@ -9,7 +9,7 @@ import hashlib
 import json
 import resource
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from hardware import commit, describe
 from vqvae import __version__, cli, experiment
 from vqvae.commands import train, visualize
 from vqvae.compare import training_seconds
-from vqvae.config import PATHS, Fresh, add_flags, configure
+from vqvae.config import PATHS, TEST, Fresh, add_flags, configure
 from vqvae.devices import choose_device
 from vqvae.files import write_json, write_text
 from vqvae.runs import LAST, LOG, read_metrics
@@ -59,6 +59,8 @@ def settings_of(flags: list[str]) -> dict[str, Any]:
     config = configure(vars(parser.parse_args(flags)), Fresh(), experiment.SLOTS)
     settings = {name: value for name, value in config.to_dict().items() if name not in (*PATHS, "name")}
     settings["device"] = choose_device(config.device).type
+    if config.validation == TEST:
+        del settings["validation"]  # rows of runs that hold out no training images keep their hash
     return settings | {"data": experiment.identity(experiment.load_data(config))}
 
 
@@ -68,12 +70,21 @@ def steps_of(settings: Mapping[str, Any]) -> int:
     return min(steps, settings["max_steps"] or steps)
 
 
-def row_of(folder: Path, flags: list[str], *, plot_dir: str, iw_samples: int = 1, plots: bool = False) -> dict:
+def row_of(
+    folder: Path,
+    flags: list[str],
+    *,
+    plot_dir: str,
+    iw_samples: int = 1,
+    plots: bool = False,
+    asked: Sequence[str] = (),
+) -> dict:
     """The held-out metrics of the run with these flags of train.py, in `<folder>-<hash>`.
 
+    `asked` are further flags of `--evaluate`, such as `--metrics lite0`.
     Trains the run, or resumes an interrupted one, unless a previous call has stored its row.
     """
-    settings = settings_of(flags) | {"iw_samples": iw_samples}
+    settings = settings_of(flags) | {"iw_samples": iw_samples} | ({"asked": list(asked)} if asked else {})
     key = key_of(settings)
     run = folder.with_name(f"{folder.name}-{key}")
     stored, checkpoint = run / "row.json", run / LAST
@@ -86,7 +97,7 @@ def row_of(folder: Path, flags: list[str], *, plot_dir: str, iw_samples: int = 1
         _call(train.main, flags)
     elif experiment.checkpoint.read(run)["step"] < steps_of(settings):
         _call(train.main, ["--resume", str(run), "--plot-dir", plot_dir])
-    _call(train.main, ["--evaluate", "--checkpoint", str(checkpoint), "--iw-samples", str(iw_samples)])
+    _call(train.main, ["--evaluate", "--checkpoint", str(checkpoint), "--iw-samples", str(iw_samples), *asked])
     if plots:
         _call(visualize.main, ["--checkpoint", str(checkpoint), "--plot-dir", plot_dir])
     epochs = [entry for entry in read_metrics(run / LOG) if entry["kind"] == "epoch"]

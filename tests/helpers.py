@@ -31,7 +31,7 @@ SMALL_OPTIONS = {
 }
 # flags of a run that takes a second
 SMALL = ("--limit", "60", "--batch-size", "20", "--hidden", "8", "--codes", "16", "--code-dim", "4")
-SMALL += ("--image-size", "16", "--device", "cpu")
+SMALL += ("--image-size", "16", "--device", "cpu", "--validation", "test")
 CONSTANT = ("--lr", "3e-4")  # resumed for more epochs, a run equals one of that length from the start
 
 
@@ -75,9 +75,11 @@ def images(n: int, shape: tuple[int, int, int] = (3, 8, 8)) -> torch.Tensor:
 
 
 def run_train(*words: str, small: bool = True) -> int:
-    """Call the train command as a person would; returns its exit code. A small run has a constant rate by default."""
-    rate = () if {"--lr", "--preset"} & set(words) else CONSTANT
-    return cli.run(train.main, [*((*SMALL, *rate) if small else ()), *words])
+    """Call the train command as a person would; returns its exit code. Of SMALL, flags in `words` are left out."""
+    rate = () if "--preset" in words else CONSTANT
+    flags = (*SMALL, *rate) if small else ()
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    return cli.run(train.main, [*(word for pair in pairs if pair[0] not in words for word in pair), *words])
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from vqvae.bottlenecks.categorical import Deterministic
 from vqvae.bottlenecks.codebook import first_codebook, kmeans_codebook
 from vqvae.bottlenecks.gradients import straight_through
 from vqvae.bottlenecks.nearest import nearest_code
-from vqvae.bottlenecks.vq import VQ, VQOptions
+from vqvae.bottlenecks.vq import VQ, VQOptions, soft_usage
 from vqvae.contracts import Continuous, Discrete, count_codes
 from vqvae.errors import OptionError
 
@@ -39,6 +39,22 @@ def test_equally_near_codes_give_one_of_them():
     nearest = [70, 90, 100, 4000]
     codebook[nearest] = 1
     assert set(nearest_code(torch.ones(3, 2), codebook).tolist()) <= set(nearest)
+
+
+@pytest.mark.parametrize("offset", [100.0, -3000.0])
+def test_an_offset_that_all_vectors_share_changes_no_code(offset):
+    # multiples of 1/4: the shifted vectors are exact, so that every change would be one of the search
+    z, codebook = (torch.randn(n, 16).mul(4).round() / 4 for n in (300, 256))
+    assert_nearest(nearest_code(z + offset, codebook + offset), z, codebook)
+
+
+def test_soft_usage_and_the_posterior_do_not_depend_on_an_offset_either():
+    z, codebook = (torch.randn(n, 16).mul(4).round() / 4 for n in (300, 256))
+    assert torch.allclose(soft_usage(z + 1000, codebook + 1000, 1.0), soft_usage(z, codebook, 1.0), atol=1e-6)
+    posterior = make("categorical", num_codes=256, code_dim=16, channels=16, init="normal")
+    features = z.T.reshape(1, 16, 15, 20)
+    centered, shifted = (posterior.logits(features + offset, codebook + offset)[0] for offset in (0, 1000))
+    assert torch.allclose(centered, shifted, atol=1e-4)
 
 
 def test_no_vectors_have_no_codes():

@@ -62,7 +62,7 @@ def save(
         rows.insert(1, {"kind": "train", "step": 3, "mse": 8})
         (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     if evaluation is not None:
-        found = {"run": saved["run"], "step": step, **evaluation}
+        found = checkpoint.identity_of(saved) | evaluation
         (folder / "evaluation.json").write_text(json.dumps(found))
     return name
 
@@ -83,7 +83,7 @@ def test_metrics_come_from_the_evaluation_of_the_checkpoints_step():
     assert row.values["parameters"] == sum(p.numel() for p in make().parameters())
 
 
-@pytest.mark.parametrize("stale", [{"step": 3}, {"run": "other"}, {"step": None}])
+@pytest.mark.parametrize("stale", [{"step": 3}, {"run": "other"}, {"weights": "0123456789abcdef"}])
 def test_otherwise_they_are_those_of_the_last_epoch_up_to_the_checkpoint(stale):
     row = read_run(save("logs/run", step=5, evaluation=METRICS | stale))
     assert (row.source, row.step) == ("metrics.jsonl", 4)
@@ -253,6 +253,21 @@ def test_the_text_fits_100_columns_and_loses_nothing():
         assert part in text
 
 
+def test_metrics_that_were_asked_for_have_a_column_and_protocols_stand_below():
+    paths = [save("logs/a", evaluation=METRICS | {"protocol": "10 images"}), save("logs/b", evaluation=METRICS)]
+    lines = table(compare(paths), "text").splitlines()
+    assert "rFID" not in lines[0]
+    assert lines[-1] == "Protocol: 10 images."
+    more = {"rfid": 12.345, "probe_accuracy": 0.5, "probe_accuracy_se": 0.01, "protocol": "20 images; " + "net " * 40}
+    rows = compare([*paths, save("logs/c", evaluation=METRICS | more)])
+    text = table(rows, "text")
+    assert max(map(len, text.splitlines())) <= WIDTH
+    for part in ("rFID", "12.35", "0.500", "±0.010", "Protocol of a: 10 images.", "Protocol of c: 20 images; net"):
+        assert part in text
+    assert json.loads(table(rows, "json"))[0]["protocol"] == "10 images"
+    assert [row.values["run"] for row in sort(rows, "rfid")] == ["c", "a", "b"]
+
+
 def test_markdown_and_json_hold_the_same_numbers():
     rows = compare([save("logs/a|b", evaluation=METRICS), save("logs/c")])
     lines = table(rows, "markdown").splitlines()
@@ -289,11 +304,13 @@ def test_a_terminal_without_unicode_gets_ascii(monkeypatch):
 def test_a_trained_run_has_its_metrics_and_its_time(capsys):
     assert run_train("--dataset", "digits", "--max-steps", "3", "--name", "run") == 0
     row = read_run("logs/run")
-    last = read_metrics(Path("logs/run/metrics.jsonl"))[-1]
-    assert row.source == "metrics.jsonl"
+    *_, watched, last = read_metrics(Path("logs/run/metrics.jsonl"))
+    assert (watched["kind"], last["kind"], row.source) == ("epoch", "test", "evaluation.json")
     for name in ("mse", "mse_se", "psnr", "ssim", "ssim_se", "perplexity"):
         assert row.values[name] == last[f"held_out_{name}"]
     assert row.values["seconds"] > 0
     assert row.held_out["count"] == 60
+    Path("logs/run/evaluation.json").unlink()
+    assert read_run("logs/run").source == "metrics.jsonl"
     assert main("train --evaluate --checkpoint logs/run --iw-samples 1".split()) == 0
     assert read_run("logs/run").source == "evaluation.json"

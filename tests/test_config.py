@@ -179,6 +179,39 @@ def test_a_bad_value_is_named_with_its_flag_in_one_line(line, message):
     assert "\n" not in refusal(line)
 
 
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("--bottleneck vq temperature=0.5", "--bottleneck vq temperature=0.5: has no effect without diversity above 0"),
+        ("--temperature 2", "--temperature 2: has no effect without diversity above 0"),
+        ("--bottleneck vq codebook=gradient epsilon=1e-3", "epsilon=0.001: has no effect without codebook=ema"),
+        ("--bottleneck residual codebook=gradient revive=0 decay=0.9", "decay=0.9: has no effect without codebook="),
+        ("--bottleneck cosine init=normal spread=1", "spread=1.0: has no effect without init=kmeans"),
+        ("--bottleneck gumbel iaf_parameters=triangular", "has no effect without iaf_flows above 0"),
+        ("--bottleneck categorical posterior=linear --beta 0.5", "--beta 0.5: has no effect without posterior="),
+        ("--prior masked label_drop=0.2", "--prior masked label_drop=0.2: has no effect without --conditional"),
+        ("--prior pixelcnn label_drop=0.2 --preset sonnet-mnist", "has no effect without --conditional"),
+    ],
+)  # fmt: skip
+def test_an_option_without_effect_is_refused(line, named):
+    assert named in refusal(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--bottleneck vq temperature=0.5 diversity=0.1",
+        "--bottleneck vq codebook=gradient decay=0.9",  # revival counts with it
+        "--bottleneck vq codebook=gradient init=uniform spread=0 revive=0 warmup=no",  # nothing is switched on
+        "--bottleneck gumbel posterior=linear revive=0",
+        "--prior pixelcnn label_drop=0.2 --conditional",
+        "--prior pixelcnn label_drop=0",
+    ],
+)
+def test_an_option_with_effect_or_that_switches_off_is_taken(line):
+    typed(line)
+
+
 def test_an_unknown_setting_is_refused():
     with pytest.raises(OptionError, match="epoch=3: unknown setting .did you mean 'epochs'"):
         configure({"epoch": 3}, Fresh(), SLOTS)

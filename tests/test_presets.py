@@ -43,6 +43,36 @@ def test_every_preset_is_well_formed_and_names_its_source(name):
         assert second.prior != first.prior
 
 
+def test_what_differs_from_the_source_is_listed_with_the_preset():
+    blocks = {block.split()[1]: block for block in describe().split("\n\n")}
+    for name, preset in PRESETS.items():
+        assert [line[len("    differs: ") :] for line in re.findall(r"^    differs: .*$", blocks[name], re.M)] == list(
+            preset.differs
+        )
+        on_test = typed(f"--preset {name}").validation == "test"
+        assert ("test split: evaluated after each epoch and chooses best.pt" in blocks[name]) == on_test
+    for name, words in {
+        "probabilistic-2.3": ("count as much as an average batch", "Laplace", "SAME"),
+        "vlae-svhn": ("u = 0.5", "tanh"),
+        "vae-cifar10": ("u = 0.5", "32 and 5e-4"),
+        "vqvae-gated-pixelcnn": ("first layer", "head", "5 epochs without a better validation metric"),
+        "dvq-dalle": ("projection to K logits",),
+    }.items():
+        assert all(word in blocks[name] for word in words), name
+
+
+def test_no_prior_of_two_stages_is_chosen_on_the_test_split():
+    for name, preset in PRESETS.items():
+        if preset.prior and "patience" in preset.prior:
+            assert second_stage(name, typed(f"--preset {name}")).validation != "test"
+
+
+def test_sonnets_preset_trains_on_as_many_images_and_steps_as_sonnet():
+    config = typed("--preset sonnet-cifar10")
+    assert (float(config.validation) * 50_000, config.max_steps) == (10_000, 10_000)
+    assert config.epochs * (40_000 // config.batch_size) >= config.max_steps
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_listed_flags_give_the_same_run(name):
     listed = next(block for block in describe().split("\n\n") if block.startswith(f"--preset {name}\n"))
@@ -151,6 +181,7 @@ def test_presets_of_sqvae_share_the_published_protocol(data, codes, variance, mi
         assert config.dataset.name == data
         assert (config.batch_size, config.epochs, config.lr) == (32, 100, "plateau:1e-3:0.5:3")
         assert (config.weight_decay, config.augment, config.image_size) == (0.0, "none", None)
+        assert round(float(config.validation) * (50_000 if data == "cifar10" else 60_000)) == 10_000
         assert (config.bottleneck.options["num_codes"], config.bottleneck.options["code_dim"]) == (codes, 64)
         assert config.nets.name == "sqvae"
         assert (config.nets.options["hidden"], config.nets.options["residual_layers"]) == (64, 2)

@@ -197,6 +197,12 @@ def test_pixels_drawn_anew_are_a_function_of_seed_and_epoch_and_have_their_proba
     assert torch.equal(once.training_images(0, 3), once.train.images)
     few = load("mnist-binary", data_dir=tmp_path, binarization="per-draw", limit=2, image_size=8)
     assert few.training_images(0, 0).shape == few.train.images.shape == (2, 1, 8, 8)
+    split = load("mnist-binary", data_dir=tmp_path, binarization="per-draw", validation=0.3)
+    assert split.training_images(0, 0).shape == split.train.images.shape == (4, 1, 28, 28)
+    black = split.probabilities == 0
+    assert black.any()
+    assert not split.train.images[black].any()  # the same images, in the same order
+    assert split.validation.images.unique().tolist() == [0, 255]
 
 
 def test_training_on_pixels_drawn_anew_resumes_bitwise(tmp_path, monkeypatch):

@@ -47,6 +47,9 @@ class Toy(nn.Module):
         loss = (batch + torch.randn_like(batch) - self.point).square().mean()
         return TrainOutput(loss, {"loss": loss.detach(), "commitment": 2 * loss.detach()})
 
+    def of_batch(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        return metrics
+
     def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
         return {name: float(value) for name, value in means.items()}
 
@@ -389,9 +392,9 @@ def test_after_each_epoch_it_draws_stores_usage_and_prints_a_row(tmp_path, capsy
     assert checkpoint.read(tmp_path / "run")["usage"].tolist() == [[3, 0]]
     assert "held_out_usage" not in rows(tmp_path / "run")[-1]
     header, *printed, last = capsys.readouterr().out.splitlines()
-    assert header == "epoch  train commitment  held-out commitment  images/s"
+    assert header == "epoch  train commitment  validation commitment  images/s"
     assert [row.split()[0::2] for row in printed] == [["1", "7.0000"], ["2", "7.0000"]]
-    assert last.endswith("best.pt is epoch 1, of the lowest held-out loss")
+    assert last.endswith("best.pt is epoch 1, of the lowest validation loss")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):

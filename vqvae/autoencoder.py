@@ -87,7 +87,12 @@ class Autoencoder(nn.Module):
     # the bound
 
     def elbo(self, x: Tensor, labels: Tensor | None = None, step: int = 0, **options: Any) -> Elbo:
-        """The bound's terms for x in [0, 1], `[B, C, H, W]`, with a draw of z from the posterior."""
+        """The bound's terms for x in [0, 1], `[B, C, H, W]`, with a draw of z from the posterior.
+
+        Raises ValueError for an empty batch, over which no loss has a mean.
+        """
+        if not len(x):
+            raise ValueError("the bound needs at least one image, and the batch is empty")
         return self.elbo_of(self.features(x), x, labels, step, **options)
 
     def elbo_of(
@@ -113,7 +118,8 @@ class Autoencoder(nn.Module):
             labels = None if labels is None else labels.repeat(samples)
         params = self.decoder(z.to(dtype_of(self.decoder)))
         with _full_precision(x):
-            params = params.float()
+            params = params.to(torch.promote_types(params.dtype, torch.float32))
+            x = x.to(params)
             log_prior = self.prior.log_prob(for_prior(latent), labels)
             return Elbo(self.likelihood.log_prob(params, x), latent.log_q, log_prior, latent, params, x)
 

@@ -28,14 +28,15 @@ from vqvae.config import FIELDS as SETTINGS
 from vqvae.config import PATHS, Config
 from vqvae.errors import UserError, one_line, printable, shown
 from vqvae.evaluation import MOST_POINTS
-from vqvae.files import open_file, whole_file
+from vqvae.files import open_file, read_json, whole_file
 from vqvae.registry import Choice, Size, build, resolve
 
 FORMAT = 2
 EARLIER = {1: "0.1"}  # format -> the version of this package that reads it
 # settings of versions after 0.2.0; checkpoints without them get their defaults
-ADDED = {"init_from", "clip", "ema_weights", "save_every"}
+ADDED = {"init_from", "clip", "ema_weights", "save_every", "validation"}
 ABOUT = ("format", "kind", "run", "step", "config", "data")  # describes a model; an exported config.json has these
+SPLITS = ("train", "validation", "test")
 FIELDS = {*ABOUT, "model", "objective", "epoch", "examples", "usage", "plots"}
 EXPORTED = ("config.json", "model.safetensors")  # the files of an exported folder that `read_model` reads
 SEAL = b"sha256:"  # before the 64 hexadecimal digits at the end of a checkpoint
@@ -196,12 +197,40 @@ def weights_checksum(model: nn.Module) -> str:
 
     These weights determine how the model encodes and decodes: codes of one checksum belong to one codec.
     """
+    return _checksum({name: value for name, value in model.state_dict().items() if not name.startswith("prior.")})
+
+
+def _checksum(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith("prior."):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+IDENTITY = ("run", "step", "weights")
+
+
+def identity_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What an evaluation stores of the model it is of: the run, the step, and a checksum of all weights."""
+    return dict(zip(IDENTITY, (content["run"], content["step"], _checksum(content["model"])), strict=True))
+
+
+def read_evaluation(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The metrics that an evaluation of this model stored in a file; None if there are none, or of another model only.
+
+    A run that was made again has the name and the step of the earlier one, but not its weights. Raises `UserError` for
+    a damaged file.
+    """
+    try:
+        found = read_json(path, LARGEST_JSON)
+        if not isinstance(found, dict):
+            raise ValueError("not a table of metrics")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise UserError(f"{path}: cannot be read ({one_line(problem, 80)}); evaluate the run again") from None
+    return found if identity_of(content).items() <= found.items() else None
 
 
 # what the entries of a file must be
@@ -259,7 +288,7 @@ def _described(content: Mapping[str, Any]) -> dict[str, Any]:
     data |= {"shape": list(shape), "classes": [_text(name, "data.classes") for name in classes]}
     for key, check in (("examples", _count), ("fingerprint", _text)):
         for split, value in _entries(data.get(key, {}), f"data.{key}").items():
-            _need(split in ("train", "test"), f"its data.{key} must be of the splits train and test")
+            _need(split in SPLITS, f"its data.{key} must be of the splits {', '.join(SPLITS)}")
             check(value, f"data.{key}")
     return {"kind": kind, "run": _plain_name(content["run"]), "config": config, "data": data}
 
@@ -457,7 +486,9 @@ def transfer(content: Mapping[str, Any], model: Autoencoder, name: str) -> None:
 def _usage_shape(model: Autoencoder) -> tuple[int, ...]:
     """The shape `[levels, K]` of the counts of a model's codes; () without codes."""
     codes = model.discrete
-    return () if codes is None else tuple(codes.usage(torch.zeros(1, *codes.grid, dtype=torch.int64)).shape)
+    if codes is None:
+        return ()
+    return len(codes.maps(torch.zeros(1, *codes.grid, dtype=torch.int64))), codes.num_codes
 
 
 def verify(content: dict[str, Any], name: str) -> None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from vqvae.errors import OptionError, UserError, near_misses, one_line, shown
 from vqvae.presets import PRESETS
-from vqvae.registry import Choice, Passes, Range, Sides, Size, Slot, fields_of, resolve
+from vqvae.registry import Choice, Passes, Range, Sides, Size, Slot, fields_of, refuse_idle, resolve
 from vqvae.schedules import RateText
 
 Positive = Annotated[int, Range(1)]
@@ -75,6 +75,27 @@ class Location:
                 return None
         except OSError as problem:
             return f"{folder} cannot be written to ({one_line(problem)}); name another place"
+
+
+TEST = "test"  # the value of `validation` that chooses models on the test split
+
+
+def validation_share(text: str) -> float | None:
+    """The value of `validation`: the share of the training images, or None for `test`. Raises ValueError."""
+    if text == TEST:
+        return None
+    share = float(text)
+    if not 0 < share < 1:
+        raise ValueError
+    return share
+
+
+def _is_validation(text: str) -> bool:
+    try:
+        validation_share(text)
+    except ValueError:
+        return False
+    return True
 
 
 LONGEST_NAME = 255  # bytes, on the usual file systems
@@ -136,6 +157,13 @@ class Config:
         None, "data", metavar="N"
     )
 
+    validation: Annotated[
+        str,
+        Passes(_is_validation, "a share above 0 and below 1, or test"),
+        "share of the training images to hold out: they are evaluated after each epoch and choose best.pt, and the "
+        "test split is evaluated at the end; test: choose on the test split, as some published protocols do",
+    ] = _field("0.1", "data", metavar="SHARE")
+
     epochs: Annotated[Positive, "passes over the training data"] = _field(20, "training", metavar="N", on_resume=True)
     max_steps: Annotated[int | None, Range(1), "stop after this many updates, whatever --epochs says"] = _field(
         None, "training", metavar="N", on_resume=True
@@ -144,6 +172,9 @@ class Config:
         None, "training", metavar="MINUTES", on_resume=True
     )
     batch_size: Annotated[Positive, "images per update, over all processes"] = _field(128, "training", metavar="N")
+    accumulate: Annotated[
+        Positive, "shares of a batch that a process computes one after another, for a smaller memory; the same steps"
+    ] = _field(1, "training", metavar="N", on_resume=True)
     lr: Annotated[
         str,
         RateText(low=0),
@@ -169,9 +200,9 @@ class Config:
     on_nan: Annotated[
         Literal["stop", "skip"], "where the loss or the gradient is not finite: stop, or skip up to 10 updates in a row"
     ] = _field("stop", "training", on_resume=True)
-    patience: Annotated[int | None, Range(1), "stop after so many epochs without a better held-out metric"] = _field(
-        None, "training", metavar="EPOCHS", on_resume=True
-    )
+    patience: Annotated[
+        int | None, Range(1), "stop after so many epochs without a better metric on the validation split"
+    ] = _field(None, "training", metavar="EPOCHS", on_resume=True)
     seed: Annotated[
         int, Range(0, 2**63 - 1), "seed of weights, order and noise; one seed gives one run, bit for bit on a CPU"
     ] = _field(0, "training", metavar="N")
@@ -213,6 +244,11 @@ class Config:
         "torch.compile the nets: a slower start, then faster (default: on a GPU, in runs of 2,000 steps or more)",
     ] = _field(None, "machine", on_resume=True)
 
+    @property
+    def held_out(self) -> Literal["validation", "test"]:
+        """The split that is evaluated after each epoch, and by which models are chosen."""
+        return "test" if validation_share(self.validation) is None else "validation"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as config.json and checkpoints store them."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
@@ -226,6 +262,7 @@ class Config:
         settings: dict[str, Any] = {
             k: Choice(v["name"], v["options"]) if isinstance(v, dict) else v for k, v in values.items()
         }
+        settings.setdefault("validation", TEST)  # a run of an earlier version
         if settings.get("image_size") is not None:
             settings["image_size"] = Size(settings["image_size"])
         return cls(**settings)
@@ -377,6 +414,12 @@ def _initialized(
     given = {key: resolve(slots[key], getattr(first, key)) for key in ("nets", "likelihood", "bottleneck")}
     chosen = _merge(given, _over_preset(settings))
     chosen |= _resolved(chosen, settings, short, slots)
+    for key in ("init", "spread"):
+        if "bottleneck" in settings and key in settings["bottleneck"].options:
+            problem = "has no effect, because the codes of --init-from are the first ones; leave it out"
+            raise OptionError(
+                chosen["bottleneck"].name, key, chosen["bottleneck"].options[key], problem, slot="bottleneck"
+            )
     for slot, there in given.items():
         here = chosen[slot]
         if here.name != there.name:
@@ -415,6 +458,10 @@ def _resolved(
         try:
             given = [*(typed[key].options if key in typed else ()), *(s.option for s in mine.values())]
             choices[key] = resolve(slots[key], Choice(choice.name, options), given)
+            refuse_idle(slots[key], choices[key], given)
+            if "label_drop" in given and choices[key].options["label_drop"] and not chosen.get("conditional"):
+                problem = "has no effect without --conditional; leave it out"
+                raise OptionError(choice.name, "label_drop", choices[key].options["label_drop"], problem, slot=key)
         except OptionError as problem:
             for name, s in mine.items():
                 if problem.option == s.option:
@@ -454,7 +501,7 @@ def _stage_two(
     if "prior" not in settings:
         problem = "name the prior to train on its codes, such as --prior pixelcnn"
         raise OptionError("", "checkpoint", settings.get("checkpoint"), problem)
-    stored = {key: getattr(first, key) for key in (*FROM_STAGE_ONE, "data_dir", "limit")}
+    stored = {key: getattr(first, key) for key in (*FROM_STAGE_ONE, "data_dir", "limit", "validation")}
     chosen = stored | dict(settings)
     return Config(**(chosen | _resolved(chosen, settings, short, slots)))
 

@@ -5,6 +5,7 @@ import os
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,37 @@ import torch
 from torch import Tensor
 
 from vqvae import autoencoder, checkpoint, cli, data, distributed, interrupts, metrics, objectives, plots, report
+from vqvae.assessment import Asked, assess, assess_end
 from vqvae.autoencoder import Autoencoder, build_autoencoder, unit_range
-from vqvae.config import FIELDS, Config, Fresh, Initialized, Resumed, StageTwo, Start, configure, default_name, interval
+from vqvae.config import (
+    FIELDS,
+    TEST,
+    Config,
+    Fresh,
+    Initialized,
+    Resumed,
+    StageTwo,
+    Start,
+    configure,
+    default_name,
+    interval,
+    validation_share,
+)
 from vqvae.data import Dataset
 from vqvae.data.batches import augmentation, pixel_variance
 from vqvae.devices import choose_compile, choose_device, choose_precision
 from vqvae.errors import OptionError, UserError, naming, near_misses, printable
 from vqvae.evaluation import evaluate
+from vqvae.features import load_nets
 from vqvae.files import make_folder, remove_parts, write_json
 from vqvae.presets import PRESETS
+from vqvae.randomness import generator, stream
 from vqvae.registry import brief, build
-from vqvae.runs import Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
+from vqvae.runs import LAST, Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
 from vqvae.schedules import parse_rate
 from vqvae.stage_one import AutoencoderTraining
 from vqvae.stage_two import PriorTraining, extract_codes
-from vqvae.training import KEPT, AfterEpoch, Plan, Stage, fit
+from vqvae.training import AfterEpoch, Plan, Stage, fit, scheduled
 
 SLOTS = {"dataset": data.SLOT, **autoencoder.SLOTS, "objective": objectives.SLOT}
 LISTINGS = {
@@ -36,7 +53,7 @@ LISTINGS = {
 EXAMPLES_KEPT, POINTS_KEPT = 64, 2000  # held-out images or points in a checkpoint, so that plots need no data
 MAPS_SHOWN = 16  # held-out images whose codes TensorBoard shows
 SHARED_BY_STAGES = (
-    "device", "precision", "seed", "log_dir", "plot_dir", "log_every", "max_steps", "max_minutes"
+    "validation", "device", "precision", "seed", "log_dir", "plot_dir", "log_every", "max_steps", "max_minutes"
 )  # fmt: skip
 
 
@@ -82,12 +99,14 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
 
     plan.check(len(dataset.train.images))
     plan = plan._replace(augment=augmentation(config.augment, dataset.train.images))
-    torch.manual_seed(config.seed)
+    torch.manual_seed(stream(config.seed, "weights"))
     build_stage = stage_two if config.checkpoint else stage_one
     stage, model = build_stage(config, dataset, plan, start)
     about = describe_data(dataset, model)
     if resumed:
         compare_data(resumed["data"], about, config)
+    else:
+        refuse_idle_weights(given, config, model)
     folder, plot_folder = choose_folders(given, config, start, lock)
     distributed.on_loss(lambda: how_to_go_on(folder))
     facts = describe_run(config, about, dataset, model, plot_folder)
@@ -98,9 +117,11 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
         print(summary(config, plan, dataset, stage, model, folder, resumed["step"] if resumed else 0))
         if distributed.rank() == 0:
             if resumed:
-                warn_of_new_rate(resumed, plan, len(stage.examples))
+                warn_of_new_length(resumed, plan, stage)
             else:
                 warn_of_few_updates(config, plan, len(stage.examples))
+                if isinstance(start, Initialized):
+                    warn_of_seen_images(start.content["data"], about)
             list_unreadable(folder, dataset.unreadable)
             make_folder(Path(config.plot_dir), "plot_dir")  # first, so that an error shows the folder as it was typed
             make_folder(plot_folder, "plot_dir")
@@ -114,6 +135,12 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
         except KeyboardInterrupt as stopped:  # before the first step, or the second one
             stopped.args = (how_to_go_on(folder),)
             raise
+        if results is not None:
+            try:
+                results = assess_end(run, dataset, stage.module.headline, plan.device)
+            except KeyboardInterrupt as stopped:
+                stopped.args = (f"the run is complete; {how_to_evaluate(folder)}",)
+                raise
         run.close(results)
     distributed.barrier()  # a second stage reads what the first process wrote
     if results is None:
@@ -144,6 +171,21 @@ def choose_folders(given: Mapping[str, Any], config: Config, start: Start, lock:
     return folder, Path(config.plot_dir).resolve() / config.name
 
 
+def refuse_idle_weights(given: Mapping[str, Any], config: Config, model: Autoencoder) -> None:
+    """Raise `OptionError` for a typed weight, other than 0, of terms that are constant for this model."""
+    if model.bottleneck.stochastic or config.checkpoint:
+        return
+    reasons = {"entropy_scale": "the posterior is one code, so that log q is 0"}
+    if not any(True for _ in model.prior.parameters()):
+        constant = f"with one code and the prior {config.prior.name}, log q(z|x) - log p(z) is constant"
+        reasons |= dict.fromkeys(("kl_weight", "free_bits"), constant)
+    typed = {*given, *(given["objective"].options if "objective" in given else ())}
+    for key, reason in reasons.items():
+        if key in typed and (value := config.objective.options[key]) not in (0, "0"):
+            problem = f"has no effect, because {reason}; leave it out"
+            raise OptionError(config.objective.name, key, value, problem, slot="objective")
+
+
 def describe_data(dataset: Dataset, model: Autoencoder) -> dict[str, Any]:
     """What a checkpoint says of the data."""
     return {
@@ -167,8 +209,8 @@ def describe_run(
         "config": config.to_dict(),
         "data": about,
         "examples": {
-            "images": dataset.test.images[:kept].clone(),
-            "labels": dataset.test.labels[:kept].clone(),
+            "images": dataset.held_out.images[:kept].clone(),
+            "labels": dataset.held_out.labels[:kept].clone(),
         },
         "plots": str(plots),
     }
@@ -182,12 +224,17 @@ def how_to_go_on(folder: Path) -> str:
     return f"saved {path}. Resume with: {cli.program('train')} --resume {shlex.quote(str(folder))}"
 
 
+def how_to_evaluate(folder: Path) -> str:
+    """The rest of the line about a run that was not evaluated on the test split."""
+    path = shlex.quote(str(folder / LAST))
+    return f"its test metrics: {cli.program('train')} --evaluate --checkpoint {path}"
+
+
 def identity(dataset: Dataset) -> dict[str, Any]:
     """The number of examples of each split, and their hash: a resumed run compares them."""
-    splits = {"train": dataset.train, "test": dataset.test}
     return {
-        "examples": {name: len(split.images) for name, split in splits.items()},
-        "fingerprint": {name: split.fingerprint() for name, split in splits.items()},
+        "examples": {name: len(split.images) for name, split in dataset.splits.items()},
+        "fingerprint": {name: split.fingerprint() for name, split in dataset.splits.items()},
     }
 
 
@@ -270,6 +317,8 @@ def plan_of(config: Config) -> Plan:
         max_steps=config.max_steps,
         max_minutes=config.max_minutes,
         patience=config.patience,
+        held_out=config.held_out,
+        accumulate=config.accumulate,
         on_nan=config.on_nan,
         plateau=plateau,
         clip=config.clip,
@@ -293,13 +342,14 @@ def load_data(config: Config) -> Dataset:
         data_dir=config.data_dir,
         image_size=config.image_size,
         limit=config.limit,
+        validation=validation_share(config.validation),
         **config.dataset.options,
     )
 
 
 def stage_one(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tuple[Stage, Autoencoder]:
     """The whole autoencoder, trained on images."""
-    images, test = dataset.train.images, dataset.test
+    images, held_out = dataset.train.images, dataset.held_out
     resumed = start.content if isinstance(start, Resumed) else None
     total_steps = plan.total_steps(len(images))
     model = build_autoencoder(
@@ -326,16 +376,16 @@ def stage_one(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
     if compiled:
         model.encoder.compile()
         model.decoder.compile()
-    codes, mapped = model.discrete if model.shows_images else None, test.images[:MAPS_SHOWN]
+    codes, mapped = model.discrete if model.shows_images else None, held_out.images[:MAPS_SHOWN]
     stage = Stage(
         module,
         images,
         dataset.train.labels,
-        evaluate=lambda: evaluate(model, test.images, test.labels, seed=config.seed),
-        draw=(lambda: model.reconstruct(test.images[:EXAMPLES_KEPT])) if model.shows_images else None,
+        evaluate=lambda: evaluate(model, *held_out, seed=config.seed),
+        draw=(lambda: model.reconstruct(held_out.images[:EXAMPLES_KEPT])) if model.shows_images else None,
         caption="reconstructions",
         redraw=None if dataset.probabilities is None else lambda epoch: dataset.training_images(config.seed, epoch),
-        originals=unit_range(test.images[:EXAMPLES_KEPT]) if model.shows_images else None,
+        originals=unit_range(held_out.images[:EXAMPLES_KEPT]) if model.shows_images else None,
         code_maps=(lambda: report.code_maps(codes, model.encode(mapped), mapped)) if codes else None,
         compiled=compiled,
     )
@@ -359,9 +409,8 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
         raise OptionError("", "prior", config.prior.name, problem)
     # next to the autoencoder, so that every prior trained on its codes finds them; but no checkpoint names a place
     folder = start.folder if isinstance(start, Resumed) else checkpoint.locate(path).parent
-    with distributed.first_goes_first():  # the others read what the first stores
-        codes = extract_codes(model, dataset.train.images, folder / "codes-train.npz")
-        held_out = extract_codes(model, dataset.test.images, folder / "codes-test.npz")
+    codes = extract_codes(model, dataset.train.images, folder / "codes-train.npz")
+    held_out = extract_codes(model, dataset.held_out.images, folder / f"codes-{plan.held_out}.npz")
     module = PriorTraining(model, conditional=config.conditional)
     compiled = choose_compile(config.compile, plan.device, plan.total_steps(len(codes)))
     if compiled:
@@ -369,14 +418,14 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
 
     def sample() -> Tensor:
         labels = torch.arange(EXAMPLES_KEPT, device=plan.device) % max(len(dataset.classes), 1)
-        generator = torch.Generator(plan.device).manual_seed(config.seed)
-        return model.sample(EXAMPLES_KEPT, labels=labels if config.conditional else None, generator=generator)
+        draws = generator(config.seed, "samples", device=plan.device)
+        return model.sample(EXAMPLES_KEPT, labels=labels if config.conditional else None, generator=draws)
 
     stage = Stage(
         module,
         codes,
         dataset.train.labels,
-        evaluate=lambda: module.evaluate(held_out, dataset.test.labels, config.seed),
+        evaluate=lambda: module.evaluate(held_out, dataset.held_out.labels, config.seed),
         draw=sample if model.shows_images else None,
         caption="samples",
         compiled=compiled,
@@ -423,12 +472,12 @@ def summary(
     shape = "x".join(map(str, dataset.train.images.shape[1:]))
     parameters = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
     processes = f" over {distributed.world()} processes" if distributed.world() > 1 else ""
+    processes += f" in {config.accumulate} shares each" if config.accumulate > 1 else ""
     chosen = {slot: str(brief(SLOTS[slot], getattr(config, slot))) for slot in autoencoder.SLOTS}
     total, per_epoch = plan.total_steps(len(stage.examples)), plan.steps_per_epoch(len(stage.examples))
     return "\n".join([
         f"run    {folder}" + (f", resumed at step {step:,}" if step else ""),
-        f"data   {dataset.name}: {len(dataset.train.images):,} train, {len(dataset.test.images):,} held out, {shape}"
-        + (f" ({dataset.note})" if dataset.note else ""),
+        f"data   {dataset.name}: {describe_splits(dataset)}, {shape}" + (f" ({dataset.note})" if dataset.note else ""),
         *([f"       {len(dataset.classes):,} classes: {_listed(dataset.classes)}"] if dataset.classes else []),
         f"model  {chosen['nets']} nets, {chosen['bottleneck']}; {parameters:,} parameters to train",
         f"       {chosen['likelihood']} likelihood, {chosen['prior']} prior",
@@ -439,13 +488,20 @@ def summary(
     ])  # fmt: skip
 
 
+def describe_splits(dataset: Dataset) -> str:
+    """The number of images of each split, and by which of them models are chosen."""
+    sizes = ", ".join(f"{len(split.images):,} {name}" for name, split in dataset.splits.items())
+    return sizes if dataset.validation else f"{sizes} (by which best.pt is chosen)"
+
+
 def describe_latent(model: Autoencoder) -> str:
     """The size of an image's latent."""
     if model.discrete is None:
         return f"{model.bottleneck.code_dim} dimensions"
     codes = model.discrete
     h, w = codes.grid
-    return f"{h}x{w} codes of {codes.num_codes:,}: {codes.tokens:,} tokens, {codes.bits:,.0f} bits"
+    uncounted = "" if codes.counted else "; their use is counted in evaluation only"
+    return f"{h}x{w} codes of {codes.num_codes:,}: {codes.tokens:,} tokens, {codes.bits:,.0f} bits{uncounted}"
 
 
 FEW_UPDATES, ENOUGH_UPDATES = 200, 2000
@@ -462,17 +518,30 @@ def warn_of_few_updates(config: Config, plan: Plan, examples: int) -> None:
         )
 
 
-def warn_of_new_rate(saved: Mapping[str, Any], plan: Plan, examples: int) -> None:
-    """Warn if the learning rate rises when a run is resumed, because its schedule ends later than before."""
+def warn_of_seen_images(first: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Warn if the model that a run starts from may have been trained on the run's validation split."""
+    mine, its = (data.get("fingerprint", {}).get("validation") for data in (about, first))
+    if mine and mine != its and first["name"] == about["name"]:
+        problem = "may have been trained on images of the validation split, because it held out others"
+        warnings.warn(f"the model of --init-from {problem}; hold out the same with --validation", stacklevel=2)
+
+
+def warn_of_new_length(saved: Mapping[str, Any], plan: Plan, stage: Stage) -> None:
+    """Warn of what jumps when a run is resumed for another length: the rate if it rises, other schedules either way."""
     lengths = {name: saved["config"][name] for name in ("epochs", "max_steps")}
-    step, before, now = saved["step"], plan._replace(**lengths), plan
-    old, new = (plan.lr(step, p.total_steps(examples)) for p in (before, now))
-    if new > 1.01 * old:
-        warnings.warn(
-            f"the learning rate rises from {old:.3g} to {new:.3g}: its schedule ends with the run, which is longer "
-            "than before; a run of this length from the start would end elsewhere",
-            stacklevel=2,
-        )
+    step, examples = saved["step"], len(stage.examples)
+    before, now = (p.total_steps(examples) for p in (plan._replace(**lengths), plan))
+    values = {"learning rate": (plan.lr(step, before), plan.lr(step, now))}
+    for name, old in scheduled(stage.module, step, before).items():
+        values[name.replace("_", " ")] = old, scheduled(stage.module, step, now)[name]
+    for name, (old, new) in values.items():
+        if new > 1.01 * old or (new < 0.99 * old and name != "learning rate"):
+            verb, than = "rises" if new > old else "falls", "longer" if now > before else "shorter"
+            warnings.warn(
+                f"the {name} {verb} from {old:.3g} to {new:.3g}: its schedule ends with the run, which is {than} than "
+                "before; a run of this length from the start would end elsewhere",
+                stacklevel=2,
+            )
 
 
 def _listed(names: Sequence[str], width: int = 60) -> str:
@@ -481,9 +550,17 @@ def _listed(names: Sequence[str], width: int = 60) -> str:
     return text if len(text) <= width else f"{text[: width - 5].rpartition(', ')[0] or text[: width - 5]}, ..."
 
 
-def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | None) -> int:
-    """Print the held-out metrics of a checkpoint, and store them as JSON in `output`, or next to it if possible.
+def evaluate_checkpoint(
+    given: dict[str, Any],
+    asked: Asked,
+    output: str | None,
+    *,
+    words: Sequence[str] = (),
+    weights: Sequence[str] = (),
+) -> int:
+    """Print the metrics of a checkpoint on the test split, and store them as JSON in `output`, or next to it.
 
+    `words` asks for metrics in the features of nets whose `weights` are files. Several processes share the images.
     Returns the exit code.
     """
     named = given.pop("checkpoint")
@@ -491,32 +568,26 @@ def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | No
     with naming("checkpoint", named):
         content = checkpoint.read(path)
     config = configure(given, Resumed(path.parent, content), SLOTS)
-    dataset = load_data(config)
+    device = choose_device(config.device)
+    asked = asked._replace(nets=load_nets(words, weights, device))
+    distributed.start(device)
+    try:
+        return _evaluate(content, path, config, asked, output)
+    finally:
+        distributed.stop()
+
+
+def _evaluate(content: dict[str, Any], path: Path, config: Config, asked: Asked, output: str | None) -> int:
+    with distributed.first_goes_first():
+        dataset = load_data(replace(config, validation=TEST))  # nothing is chosen any more
     compare_classes(content["data"]["classes"], dataset.classes, config)
-    model = checkpoint.restore(content, str(path)).to(choose_device(config.device))
-    results = evaluate(model, dataset.test.images, dataset.test.labels, iw_samples=iw_samples, seed=config.seed)
-    for tensors in KEPT:
-        results.pop(tensors, None)
-    if dataset.entropy is not None:
-        results |= {"data_entropy": dataset.entropy, "gap": results["neg_elbo"] - dataset.entropy}
-    table = {
-        "run": content["run"],
-        "data": dataset.name,
-        "note": dataset.note,
-        "likelihood": config.likelihood.name,
-        "prior": config.prior.name,
-        "images": len(dataset.test.images),
-        "step": content["step"],
-        "seed": config.seed,
-        "iw_samples": iw_samples,
-        **results,
-    }
+    table = assess(path, content, dataset, choose_device(config.device), asked)
     width = max(map(len, table))
     for key, value in table.items():
         print(f"{key:{width}}  {value:,.6g}" if isinstance(value, float) else f"{key:{width}}  {value}")
     out = path.with_name(metrics.EVALUATION) if output is None else Path(output)
     try:
-        write_json(out, metrics.for_json(table))
+        distributed.on_first(lambda: write_json(out, metrics.for_json(table)))
         print(f"stored in {out}")
     except UserError as problem:
         if output is not None:

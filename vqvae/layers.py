@@ -95,11 +95,17 @@ class Quantizer(nn.Module):
         return self.bottleneck.code_vectors()
 
     def forward(self, x: Tensor) -> Quantized:
-        """Quantize features `[B, D, h, w]` or a sequence `[B, N, D]`; raises ValueError for other shapes."""
+        """Quantize features `[B, D, h, w]` or a sequence `[B, N, D]`.
+
+        Raises ValueError for other shapes, for a grid or a sequence without positions, and for a training batch without
+        examples.
+        """
         channel = {3: 2, 4: 1}.get(x.dim())
         if channel is None or x.shape[channel] != self.dim:
             raise ValueError(f"the input is {list(x.shape)}; it must be [B, {self.dim}, h, w] or [B, N, {self.dim}]")
         features = x.mT.unsqueeze(3) if x.dim() == 3 else x
+        if not x[:1].numel() and (self.training or len(x)):
+            raise ValueError(f"the input is {list(x.shape)}; it must have at least one vector")
         if self.training:
             step = int(self.steps) if self._step is None else self._step
             if step == 0:

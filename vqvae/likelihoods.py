@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqvae import distributed
+from vqvae import shares
 from vqvae.contracts import Likelihood
 from vqvae.errors import OptionError
 from vqvae.registry import Passes, Range, checked
@@ -92,14 +92,14 @@ class MSE(Likelihood):
         return params.sigmoid() if self.logits else params / self.scale + 0.5
 
     def _fit(self, error: Tensor) -> Tensor:
-        """The variance of a batch's squared errors `[B]`, of all processes, which moves the running mean.
+        """The variance of the batch, of whose shares one has squared errors `[B]`; it moves the running mean.
 
         It has no gradient. At the maximum of the likelihood its gradient would be zero.
         """
-        total, count = distributed.sum_over(torch.stack([error.sum(), torch.full_like(error.sum(), len(error))]))
-        variance = (total / (count * self.dimensions)).clamp(min=1e-9)
-        self.running_variance.lerp_(variance.to(self.running_variance), 0.01)
-        return variance
+        if sums := shares.collect(error.sum(), error.new_tensor(len(error))):
+            found = (sums[0] / (sums[1] * self.dimensions)).clamp(min=1e-9)
+            self.running_variance.lerp_(found.to(self.running_variance), 0.01)
+        return (shares.mean_over(error.mean(), len(error)) / self.dimensions).clamp(min=1e-9)
 
 
 class Gaussian(Likelihood):
@@ -149,6 +149,7 @@ class LogitGaussian(Likelihood):
     """
 
     discrete = True
+    stochastic = True
     params_per_channel = 1
 
     @checked
@@ -160,7 +161,7 @@ class LogitGaussian(Likelihood):
         return self._logit(x, 0.5)[0]
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        y, log_jacobian = self._logit(x, torch.rand_like(x))
+        y, log_jacobian = self._logit(x, shares.draw(torch.rand, x.shape, device=x.device, dtype=x.dtype))
         return (-0.5 * ((y - params).square() + math.log(2 * math.pi)) + log_jacobian).flatten(1).sum(1)
 
     def center(self, params: Tensor) -> Tensor:

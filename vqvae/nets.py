@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae import vqgan
+from vqvae.batch_norm import BatchNorm
 from vqvae.errors import OptionError
 from vqvae.registry import Passes, Range, Size, checked
 
@@ -61,7 +62,7 @@ class ResidualLayer(nn.Module):
 
     def __init__(self, channels: int, hidden: int, *, batch_norm: bool = False):
         super().__init__()
-        norm: Callable[[int], nn.Module] = nn.BatchNorm2d if batch_norm else nn.Identity
+        norm: Callable[[int], nn.Module] = BatchNorm if batch_norm else nn.Identity
         self.residual = nn.Sequential(
             norm(channels),
             nn.ReLU(),
@@ -161,7 +162,7 @@ class Henrhoi:
         n = self.channels
         return nn.Sequential(
             nn.Conv2d(self.image_channels, n, 4, stride=2, padding=1, bias=False),  # [B, n, H/2, W/2]
-            nn.BatchNorm2d(n),
+            BatchNorm(n),
             nn.ReLU(),
             nn.Conv2d(n, n, 4, stride=2, padding=1),  # [B, n, h, w]
             *self._residual_layers(),
@@ -172,10 +173,10 @@ class Henrhoi:
         return nn.Sequential(
             nn.Conv2d(code_dim, n, 1) if code_dim != n else nn.Identity(),
             *self._residual_layers(),
-            nn.BatchNorm2d(n),
+            BatchNorm(n),
             nn.ReLU(),
             nn.ConvTranspose2d(n, n, 4, stride=2, padding=1, bias=False),  # [B, n, H/2, W/2]
-            nn.BatchNorm2d(n),
+            BatchNorm(n),
             nn.ReLU(),
             nn.ConvTranspose2d(n, out_channels, 4, stride=2, padding=1),  # [B, C, H, W]
         )
@@ -192,10 +193,10 @@ class PostNormBlock(nn.Module):
         self.residual = nn.Sequential(
             nn.ReLU(),
             nn.Conv2d(channels, channels, 3, padding=1),
-            nn.BatchNorm2d(channels),
+            BatchNorm(channels),
             nn.ReLU(),
             nn.Conv2d(channels, channels, 1),
-            nn.BatchNorm2d(channels),
+            BatchNorm(channels),
         )
 
     def forward(self, h: Tensor) -> Tensor:
@@ -231,11 +232,11 @@ class SQVAE:
 
     def encoder(self) -> nn.Module:
         n = self.channels
-        middle = [nn.BatchNorm2d(n), nn.ReLU(), nn.Conv2d(n, n, 3, padding=1), nn.BatchNorm2d(n), nn.ReLU()]
+        middle = [BatchNorm(n), nn.ReLU(), nn.Conv2d(n, n, 3, padding=1), BatchNorm(n), nn.ReLU()]
         return _initialize_small(
             nn.Sequential(
                 nn.Conv2d(self.image_channels, n // 2, 4, stride=2, padding=1),  # [B, n/2, H/2, W/2]
-                nn.BatchNorm2d(n // 2),
+                BatchNorm(n // 2),
                 nn.ReLU(),
                 nn.Conv2d(n // 2, n, 4, stride=2, padding=1),  # [B, n, h, w]
                 *(middle if self.middle else []),
@@ -245,14 +246,14 @@ class SQVAE:
 
     def decoder(self, code_dim: int, out_channels: int) -> nn.Module:
         n = self.channels
-        middle = [nn.ConvTranspose2d(n, n, 3, padding=1), nn.BatchNorm2d(n), nn.ReLU()]
+        middle = [nn.ConvTranspose2d(n, n, 3, padding=1), BatchNorm(n), nn.ReLU()]
         return _initialize_small(
             nn.Sequential(
                 nn.Conv2d(code_dim, n, 1) if code_dim != n else nn.Identity(),
                 *self._blocks(),
                 *(middle if self.middle else []),
                 nn.ConvTranspose2d(n, n // 2, 4, stride=2, padding=1),  # [B, n/2, H/2, W/2]
-                nn.BatchNorm2d(n // 2),
+                BatchNorm(n // 2),
                 nn.ReLU(),
                 nn.ConvTranspose2d(n // 2, out_channels, 4, stride=2, padding=1),  # [B, C, H, W]
             )
@@ -267,7 +268,7 @@ def _initialize_small(net: nn.Sequential) -> nn.Sequential:
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.normal_(layer.weight, std=0.02)
-        elif isinstance(layer, nn.BatchNorm2d):
+        elif isinstance(layer, BatchNorm):
             nn.init.normal_(layer.weight, mean=1.0, std=0.02)
     return net
 

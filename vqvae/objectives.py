@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from torch import Tensor
 
+from vqvae import shares
 from vqvae.contracts import Latent, Objective
 from vqvae.errors import OptionError
 from vqvae.optimizer import decay_groups
@@ -43,6 +44,7 @@ class ElboObjective(Objective):
         nats = -elbo.log_likelihood.mean() - model.likelihood.log_normalizer
         weight, positions = self.kl_weight(step, self.total_steps), self.averaged_over(model)
         rate, free = self.rate(elbo).mean() / positions, self.options.free_bits * math.log(2)
+        rate = shares.mean_over(rate, len(elbo.log_prior)) if free else rate
         if rate.requires_grad:  # a fixed prior over a deterministic code costs a constant: nothing to descend
             nats = nats + weight * (rate.clamp(min=free) if free else rate)
         if elbo.latent.score is not None:

@@ -17,8 +17,9 @@ FIRST, LAST = 5, 25  # steps between which the speed is measured for the first e
 class Progress:
     """Progress over `total` steps, of which `done` are done. `quiet` shows no bar; nor does output to a file."""
 
-    def __init__(self, total: int, done: int, names: tuple[str, ...], *, quiet: bool):
+    def __init__(self, total: int, done: int, names: tuple[str, ...], *, split: str = "held-out", quiet: bool):
         self.names = names  # of the metrics to show, the most important first
+        self.split = split  # that is evaluated after each epoch
         self.columns: list[str] = []  # of the table, and their widths, once its header is printed
         self.widths: list[int] = []
         self.begun, self.started_at, self.first_time = time.perf_counter(), done, 0.0
@@ -78,9 +79,9 @@ class Progress:
     def row(self, epoch: int, trained: Mapping[str, float], held_out: Mapping[str, float], speed: float) -> None:
         """Print an epoch's row of the table; the first also prints the header."""
         if not self.widths:
-            self.columns = columns(self.names, held_out)
+            self.columns = columns(self.names, held_out, self.split)
             labels = [METRICS[name].label for name in self.columns]
-            both = [f"{split} {label}" for label in labels[:1] for split in ("train", "held-out")]
+            both = [f"{split} {label}" for label in labels[:1] for split in ("train", self.split)]
             titles = ["epoch", *both, *labels[1:], "images/s"]
             self.widths = [max(len(title), NARROWEST) if title != "epoch" else 5 for title in titles]
             self.write("  ".join(f"{title:>{width}}" for title, width in zip(titles, self.widths, strict=True)))
@@ -90,14 +91,14 @@ class Progress:
         self.write("  ".join(f"{cell:>{width}}" for cell, width in zip(cells, self.widths, strict=True)))
 
     def finish(self, best_epoch: int | None, monitor: str) -> None:
-        """Print how long it took, and which epoch has the lowest held-out value of the metric that is monitored."""
+        """Print how long it took, and which epoch has the lowest value of the metric that is monitored."""
         metric = METRICS.get(monitor)
         label = metric.label if metric and metric.label else monitor
-        best = f"; best.pt is epoch {best_epoch}, of the lowest held-out {label}" if best_epoch else ""
+        best = f"; best.pt is epoch {best_epoch}, of the lowest {self.split} {label}" if best_epoch else ""
         self.write(f"{duration(time.perf_counter() - self.begun)}{best}")
 
 
-def columns(names: tuple[str, ...], held_out: Mapping[str, float]) -> list[str]:
+def columns(names: tuple[str, ...], held_out: Mapping[str, float], split: str = "held-out") -> list[str]:
     """The metrics with a column in the table: the most important that fit."""
     chosen: list[str] = []
     used = 5 + 10  # the epoch, and images/s
@@ -105,7 +106,7 @@ def columns(names: tuple[str, ...], held_out: Mapping[str, float]) -> list[str]:
         if name not in held_out:
             continue
         label = METRICS[name].label
-        titles = [f"train {label}", f"held-out {label}"] if not chosen else [label]
+        titles = [f"train {label}", f"{split} {label}"] if not chosen else [label]
         used += sum(2 + max(len(title), NARROWEST) for title in titles)
         if used >= WIDTH:
             break

@@ -232,6 +232,10 @@ class Options:
         for name, option in fields_of(type(self)).items():
             option.check(getattr(self, name))
 
+    def idle(self) -> dict[str, str]:
+        """Options that have no effect next to the others, and what each of them needs (`diversity above 0`)."""
+        return {}
+
 
 def fields_of(cls: type) -> dict[str, Option]:
     """The fields of a dataclass as options, in order."""
@@ -355,6 +359,18 @@ def resolve(slot: Slot, choice: Choice, typed: Collection[str] | None = None) ->
     except OptionError as problem:
         raise problem.within(slot.name, choice.name) from None
     return Choice(choice.name, values)
+
+
+def refuse_idle(slot: Slot, choice: Choice, typed: Collection[str]) -> None:
+    """Raise `OptionError` for an option in `typed` that has no effect, unless it switches something off (0, no).
+
+    `choice` must be resolved.
+    """
+    for cls in signature(find(slot, choice.name)).shared.values():
+        for key, need in cls(**{key: choice.options[key] for key in fields_of(cls)}).idle().items():
+            if key in typed and choice.options[key]:
+                problem = f"has no effect without {need}; leave it out"
+                raise OptionError(choice.name, key, choice.options[key], problem, slot=slot.name)
 
 
 def brief(slot: Slot, choice: Choice) -> Choice:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from vqvae import checkpoint, page, plots
+from vqvae import checkpoint, page, plots, randomness
 from vqvae.autoencoder import Autoencoder, unit_range
 from vqvae.contracts import Discrete
 from vqvae.devices import choose_device
@@ -83,7 +83,8 @@ class Report:
     @property
     def held_out(self) -> int:
         """The number of images in the held-out split, as far as the checkpoint knows it."""
-        return self.content["data"].get("examples", {}).get("test", len(self.images))
+        counts = self.content["data"].get("examples", {})
+        return counts.get("validation", counts.get("test", len(self.images)))
 
     def title(self, text: str, *notes: str) -> str:
         return "\n".join((f"{self.name}: {text}", " · ".join(filter(None, notes)))).strip()
@@ -157,10 +158,10 @@ class Report:
             return kept["means"], kept["labels"]
         return self.model.posterior_mean(self.images).flatten(1).cpu(), self.labels
 
-    def generator(self, seed_offset: int = 0) -> torch.Generator:
-        return torch.Generator(self.model.device).manual_seed(self.options.seed + seed_offset)
+    def generator(self, draw: int = 0) -> torch.Generator:
+        return randomness.generator(self.options.seed, "samples", draw, device=self.model.device)
 
-    def sample(self, n: int, *, seed_offset: int = 0, **options: Any) -> Tensor:
+    def sample(self, n: int, *, draw: int = 0, **options: Any) -> Tensor:
         """Decode n samples of the prior, `[n, C, H, W]`; `options` are those of the prior's `sample`.
 
         A conditional prior without `labels` gets the class chosen by the user, or else all classes in turn.
@@ -169,7 +170,7 @@ class Report:
             label = self.options.label
             labels = torch.arange(n) % len(self.classes) if label is None else torch.full((n,), label)
             options["labels"] = labels.to(self.model.device)
-        options |= {"generator": self.generator(seed_offset), **sampling_options(self.options, self.model)}
+        options |= {"generator": self.generator(draw), **sampling_options(self.options, self.model)}
         if self.model.discrete is None:
             return self.model.sample(n, **options)
         # closed before anything is printed; it appears only where sampling takes long
@@ -411,7 +412,7 @@ def completions(report: Report, path: Path) -> None:
             rows.append(("given", given))
     options = {"labels": labels} if report.conditional else {}
     for i in range(4):
-        completed = report.sample(len(images), seed_offset=i, given=(codes, kept), **options)
+        completed = report.sample(len(images), draw=i, given=(codes, kept), **options)
         rows.append((f"completion {i + 1}", completed))
     title = report.title(explanation, report.sampling(), report.tokens())
     plots.image_rows(rows, path, title=title)
@@ -617,7 +618,7 @@ def draw(options: argparse.Namespace) -> None:
     for name, plot in PLOTS.items():
         if options.only and name not in options.only:
             continue
-        torch.manual_seed(options.seed + 1)  # for the decoder's noise; the prior's generator has `seed` itself
+        torch.manual_seed(randomness.stream(options.seed, "decoder"))
         try:
             plot.draw(report, folder / name)
         except NotApplicable as reason:
@@ -641,9 +642,7 @@ def run_page(report: Report, folder: Path, drawn: list[str], left_out: list[tupl
     content, model = report.content, report.model
     data, config = content["data"], content["config"]
     counts = data.get("examples", {})
-    sizes = [
-        f"{counts[split]:,} {word}" for split, word in (("train", "train"), ("test", "held out")) if split in counts
-    ]
+    sizes = [f"{count:,} {split}" for split, count in counts.items()]
     shape = "x".join(map(str, data["shape"]))
     codes = model.discrete
     bits = f", {codes.bits:,.0f} bits an image" if codes is not None else ""
@@ -666,7 +665,12 @@ def run_page(report: Report, folder: Path, drawn: list[str], left_out: list[tupl
     tables = [page.Table("Settings", ("setting", "value"), [(key, "", (str(v),)) for key, v in settings.items()])]
     if rows:
         heading = f"Metrics after epoch {rows[-1].get('epoch', 0):,}"
-        tables.insert(0, page.Table(heading, ("metric", "train", "held out"), _metric_rows(rows[-1]), numbers=True))
+        tables.insert(
+            0,
+            page.Table(
+                heading, ("metric", "train", rows[-1].get("split", "held out")), _metric_rows(rows[-1]), numbers=True
+            ),
+        )
     return page.html(report.name, facts, shown, left_out, tables)
 
 

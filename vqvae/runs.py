@@ -45,6 +45,7 @@ except ImportError:  # all others
 BEYOND = 2**30  # the byte that is locked on Windows: beyond the text, because what is locked cannot be read
 LOCK, LAST, BEST = ".lock", "checkpoint.pt", "best.pt"
 LOG = "metrics.jsonl"
+WORDS = ("kind", "split")  # entries of its rows that are no numbers
 UNREADABLE = "unreadable.txt"
 Numbers = Mapping[str, float]
 NONE: Numbers = MappingProxyType({})
@@ -250,14 +251,25 @@ class Run:
             self.board.flush()
         return best_is_there
 
-    def log(self, kind: str, step: int, epoch: int, metrics: Numbers, settings: Numbers = NONE) -> None:
+    def log(
+        self,
+        kind: str,
+        step: int,
+        epoch: int,
+        metrics: Numbers,
+        settings: Numbers = NONE,
+        *,
+        held_out: str = "",
+    ) -> None:
         """Append a line to metrics.jsonl with metrics, and settings that change during training, such as the rate.
 
-        TensorBoard gets `name/train` and `name/held_out`, which stand together, and `schedule/name`. Training metrics
-        averaged over an epoch, standard errors and constants have no chart.
+        `held_out` is the split, validation or test, that metrics named `held_out_...` are of. TensorBoard gets
+        `name/train` and `name/<split>`, which stand together, and `schedule/name`. Training metrics averaged over an
+        epoch, standard errors and constants have no chart.
         """
         self.step = step
-        row = {"kind": kind, "step": step, "epoch": epoch, **for_json({**metrics, **settings})}
+        split = {"split": held_out} if held_out else {}
+        row = {"kind": kind, "step": step, "epoch": epoch, **split, **for_json({**metrics, **settings})}
         append(self.folder / LOG, json.dumps(row) + "\n")
         with self._events():
             for name, value in metrics.items():
@@ -265,7 +277,7 @@ class Run:
                     self.board.add_scalar(f"{name}/train", value, step)
                 elif name.startswith("held_out_"):
                     if has_chart(short := name.removeprefix("held_out_")):
-                        self.board.add_scalar(f"{short}/held_out", value, step)
+                        self.board.add_scalar(f"{short}/{held_out or 'held_out'}", value, step)
                 elif not name.startswith("train_"):
                     self.board.add_scalar(f"{kind}/{name}", value, step)
             for name, value in settings.items():
@@ -357,7 +369,16 @@ class NullRun(Run):
     def start(self, resumed: dict[str, Any] | None = None) -> bool:
         return True
 
-    def log(self, kind: str, step: int, epoch: int, metrics: Numbers, settings: Numbers = NONE) -> None:
+    def log(
+        self,
+        kind: str,
+        step: int,
+        epoch: int,
+        metrics: Numbers,
+        settings: Numbers = NONE,
+        *,
+        held_out: str = "",
+    ) -> None:
         pass
 
     def log_images(self, name: str, image: Tensor, step: int) -> None:
@@ -403,7 +424,7 @@ def order_events(folder: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl: `kind`, `step`, and numbers by name, without those that are not finite.
+    """The rows of a metrics.jsonl: `kind`, `split`, `step`, and numbers by name, without those that are not finite.
 
     Warns of damaged lines, which are left out; not of an unfinished last one, which a killed process may leave.
     """
@@ -414,9 +435,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate([*lines, unfinished] if unfinished else lines, 1):
         try:
             row = json.loads(line)
-            if type(row["kind"]) is not str or type(row["step"]) is not int:
+            words = {type(row["kind"]), type(row.get("split", ""))}
+            if words != {str} or type(row["step"]) is not int:
                 raise ValueError("no row of metrics")
-            rows.append({key: value for key, value in row.items() if key == "kind" or _is_finite(value)})
+            rows.append({key: value for key, value in row.items() if key in WORDS or _is_finite(value)})
         except (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError):
             odd.append(number)
     if odd and odd != [len(lines) + 1]:

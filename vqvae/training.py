@@ -2,7 +2,7 @@
 
 Everything random is a function of (seed, epoch) or (seed, step), so a run that is killed and resumed from its last
 checkpoint takes the same steps as one that never stopped. With several processes (distributed.py) each takes its share
-of every batch, whose size does not depend on their number, and draws its own noise.
+of every batch, whose size does not depend on their number, and the steps are the same up to rounding (shares.py).
 """
 
 import contextlib
@@ -15,8 +15,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, autocast, nn
 
-from vqvae import distributed
+from vqvae import distributed, shares
 from vqvae.averaging import AveragedWeights
+from vqvae.batch_norm import BatchNorm
 from vqvae.contracts import TrainOutput
 from vqvae.data.batches import batch_indices
 from vqvae.devices import keep_memory, widest_float
@@ -24,6 +25,7 @@ from vqvae.errors import OptionError, UserError
 from vqvae.interrupts import Interrupt
 from vqvae.optimizer import adamw
 from vqvae.progress import Progress
+from vqvae.randomness import seed_globally, stream
 from vqvae.runs import NullRun, Run
 from vqvae.schedules import Plateau, Schedule
 
@@ -51,7 +53,9 @@ class Plan(NamedTuple):
     plateau: Plateau | None = None  # when to reduce the rate that `lr` gives
     clip: float | None = None  # largest norm of the gradient
     ema_weights: float = 0.0  # decay of averaged weights; 0: none
+    held_out: str = "validation"  # the split that `Stage.evaluate` evaluates
     augment: Callable[[Tensor], Tensor] | None = None  # applied to every training batch
+    accumulate: int = 1  # shares of a batch that each process computes one after another
     on_nan: Literal["stop", "skip"] = "stop"  # what to do where the loss or the gradient is not finite
 
     def steps_per_epoch(self, examples: int) -> int:
@@ -67,8 +71,9 @@ class Plan(NamedTuple):
             raise OptionError(
                 "", "batch_size", self.batch_size, f"larger than the {examples} training examples; use a smaller one"
             )
-        if self.batch_size < distributed.world():
-            problem = f"smaller than the {distributed.world()} processes that share it; use a larger one"
+        shared = distributed.world() * self.accumulate
+        if self.batch_size < shared:
+            problem = f"smaller than the {shared} shares of {distributed.world()} processes; use a larger one"
             raise OptionError("", "batch_size", self.batch_size, problem)
 
 
@@ -118,13 +123,12 @@ class Health:
 
 
 def seed_step(seed: int, step: int, device: str = "cpu") -> None:
-    """Make the noise of a step a function of (seed, step), different in every process."""
-    apart = 999_999_937 * distributed.rank()  # below 2**32: a CPU's generator uses only so many bits
-    number = (seed * 1_000_003 + step + 1 + apart) % 2**63
-    # torch.manual_seed formats a stack trace at every step, for devices that are not in use
-    torch.default_generator.manual_seed(number)
-    if device in ("cuda", "mps"):
-        getattr(torch, device).manual_seed(number)
+    """Make the noise of a step a function of (seed, step).
+
+    Noise that a share of the batch draws by itself, such as dropout's, differs between the shares.
+    """
+    shares.seed(stream(seed, "noise", step))
+    seed_globally(seed, "noise", step, process=shares.number(), device=device)
 
 
 class Stage(NamedTuple):
@@ -160,6 +164,10 @@ def fit(
     files are open. `after_epoch(epoch, step, usage)` draws.
     """
     plan.check(len(stage.examples))
+    stage.module.train()
+    if plan.accumulate > 1 and any(isinstance(m, BatchNorm) and m.training for m in stage.module.modules()):
+        problem = "must be 1 with batch norm, which needs the whole batch at once; use other nets, or several processes"
+        raise OptionError("", "accumulate", plan.accumulate, problem)
     loop = Loop(stage.module, *_resident(stage.examples, stage.labels, plan.device), plan, run, resume or {})
     loop.redraw = stage.redraw
     if resume and loop.step >= loop.total:
@@ -170,17 +178,17 @@ def fit(
         loop.best, loop.best_step, loop.best_epoch = math.inf, None, loop.epoch
     on_start()
     results = None
-    stage.module.train()
     if loop.step == 0:
-        seed_step(plan.seed, -1, plan.device.type)
+        shares.seed(stream(plan.seed, "start"))
+        seed_globally(plan.seed, "start", process=distributed.rank(), device=plan.device.type)
         order = loop.order(batch_size=1, epoch=0).flatten()
         with loop.progress.working("start"):
-            stage.module.initialize(lambda n: take(loop.examples, distributed.share(order[:n]), plan.device))
+            stage.module.initialize(lambda n: take(loop.examples, order[:n], plan.device))
     with Interrupt() as interrupt, contextlib.closing(loop.progress):
         while loop.step < loop.total:
             if loop.train_epoch(interrupt):
                 with loop.progress.working("evaluation"), loop.averaged.in_use():
-                    results = loop.close_epoch(distributed.on_first(stage.evaluate), after_epoch)
+                    results = loop.close_epoch(stage.evaluate(), after_epoch)
             interrupted = any(distributed.any_of(interrupt.wanted)) and loop.step < loop.total
             ends = bool(plan.patience) and loop.epoch - loop.best_epoch >= plan.patience
             if (interrupted or ends) and loop.saved_step < loop.step:
@@ -223,7 +231,7 @@ class Loop:
         self.published = time.perf_counter()
         self.unsaved_best: dict[str, Any] | None = None  # the state of the best epoch
         quiet = distributed.rank() > 0
-        self.progress = Progress(self.total, self.step, module.headline, quiet=quiet)
+        self.progress = Progress(self.total, self.step, module.headline, split=plan.held_out, quiet=quiet)
 
     def train_epoch(self, interrupt: Interrupt) -> bool:
         """Train to the end of the epoch or of the run; False if interrupted before that, with everything saved."""
@@ -267,20 +275,13 @@ class Loop:
 
     def train_step(self, index: Tensor) -> None:
         """One update on the examples of an index. Does not synchronize with a GPU, except with on_nan=skip."""
-        plan, device = self.plan, self.plan.device
+        plan = self.plan
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step) * group["lr_scale"]
-        seed_step(plan.seed, self.step, device.type)
-        mine = distributed.share(index)
-        batch, labels = take(self.examples, mine, device), take(self.labels, mine, device)
-        batch = plan.augment(batch) if plan.augment else batch
         skips = plan.on_nan == "skip"
         before = [buffer.clone() for buffer in self.module.buffers()] if skips else []
-        with autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
-            loss, monitored = TrainOutput(*self.module(batch, labels, self.step))
-        loss.backward()
-        monitored = {**monitored, "loss": loss.detach()}
-        monitored = distributed.average(self.module.parameters(), monitored, len(mine) / len(index))
+        monitored = shares.descend(lambda rows: self.forward(index[rows]), len(index), plan.accumulate)
+        monitored = self.module.of_batch(distributed.sum_step(self.module.parameters(), monitored))
         norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         if plan.clip:
             nn.utils.clip_grads_with_norm_(self.module.parameters(), plan.clip, norm)
@@ -297,6 +298,15 @@ class Loop:
         self.optimizer.zero_grad()
         self.step += 1
         self.progress.step(self.step)
+
+    def forward(self, index: Tensor) -> TrainOutput:
+        """The loss and the metrics of the examples of an index, a batch or a share of one."""
+        plan, device = self.plan, self.plan.device
+        seed_step(plan.seed, self.step, device.type)
+        batch, labels = take(self.examples, index, device), take(self.labels, index, device)
+        batch = plan.augment(batch) if plan.augment else batch
+        with autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
+            return TrainOutput(*self.module(batch, labels, self.step))
 
     def _skip(self, buffers: list[Tensor]) -> None:
         """Undo what the forward pass did to the buffers (EMA codebooks, batch norm) and take no update."""
@@ -348,7 +358,8 @@ class Loop:
         self.kept = {name: results.pop(name, None) for name in KEPT}
         numbers = {f"train_{name}": value for name, value in trained.items()}
         numbers |= {f"held_out_{name}": value for name, value in results.items()}
-        self.run.log("epoch", self.step, self.epoch, numbers | {"images_per_s": self.speed})
+        numbers["images_per_s"] = self.speed
+        self.run.log("epoch", self.step, self.epoch, numbers, held_out=self.plan.held_out)
         better = results[self.module.monitor] < self.best
         if better:
             self.best, self.best_epoch, self.best_step = results[self.module.monitor], self.epoch, self.step

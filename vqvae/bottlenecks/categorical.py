@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqvae import shares
 from vqvae.bottlenecks.base import Projection, vectors_of
 from vqvae.bottlenecks.codebook import Codebook, EMAOptions, enough_vectors
 from vqvae.bottlenecks.gradients import straight_through
@@ -42,6 +43,14 @@ class SampledOptions(PosteriorOptions):
     iaf_flows: Annotated[int, Range(0), "flows on the simplex after the draw"] = 0
     iaf_parameters: Annotated[Literal["transformer", "triangular"], "source of the flows' scales"] = "transformer"
 
+    def idle(self) -> dict[str, str]:
+        needs = super().idle()
+        if not self.iaf_flows:
+            needs["iaf_parameters"] = "iaf_flows above 0"
+        if self.posterior == "linear":  # the optimizer trains the codebook, without a loss of its own
+            needs |= dict.fromkeys(("beta", "init", "revive", "decay", "epsilon"), "posterior=distance")
+        return needs
+
 
 class CategoricalPosterior(Discrete):
     """q(k|x) = softmax_k(-||f - e_k||) at every position, or the softmax of a 1x1 convolution of the features.
@@ -65,13 +74,14 @@ class CategoricalPosterior(Discrete):
         super().__init__()
         self.options, self.by_distance = options, options.posterior == "distance"
         self.num_codes, self.code_dim, self.grid = options.num_codes, options.code_dim, grid
-        self.start_vectors = enough_vectors(options.num_codes)
         self.projection: nn.Module
         if self.by_distance:
             self.projection = nn.Identity() if channels == self.code_dim else Projection(channels, self.code_dim)
         else:
             self.projection = Projection(channels, self.num_codes)
             options = replace(options, init="normal", revive=0.0)
+        standardized = self.by_distance and isinstance(self.projection, Projection)
+        self.start_vectors = enough_vectors(options.num_codes) if standardized else options.start_vectors
         learns = "ema" if self.by_distance else "gradient"
         self.codebook = Codebook(options, self.code_dim, learns=learns, forgets_start=False)
         self.flows = nn.ModuleList(
@@ -100,7 +110,8 @@ class CategoricalPosterior(Discrete):
         f = self.projection(features).movedim(1, -1)
         if not self.by_distance:
             return f, None
-        distances = torch.cdist(f.reshape(1, -1, self.code_dim), table[None])
+        center = table.detach().mean(dim=0)  # as in nearest_code: cdist too computes distances from products
+        distances = torch.cdist((f - center).reshape(1, -1, self.code_dim), (table - center)[None])
         return -distances.view(*f.shape[:-1], self.num_codes), f
 
     def quantize(self, features: Tensor) -> Latent:
@@ -193,6 +204,12 @@ class CategoricalOptions(SampledOptions):
         if self.estimator == "rloo" and self.iaf_flows:
             raise OptionError("", "estimator", "rloo", "would not train iaf_flows, which keep one-hot draws; use 0")
 
+    def idle(self) -> dict[str, str]:
+        needs = super().idle()
+        if self.estimator == "rloo":
+            needs["average_samples"] = "estimator=straight-through"
+        return needs
+
 
 class Categorical(CategoricalPosterior):
     """Codes drawn from the posterior, straight through softmax(-d) (soft EM: 1805.11063, section 3).
@@ -212,6 +229,7 @@ class Categorical(CategoricalPosterior):
     def __init__(self, *, channels: int, grid: tuple[int, int], options: CategoricalOptions = CategoricalOptions()):
         super().__init__(channels, grid, options)
         self.scored = options.estimator == "rloo"
+        self.relaxed = options.average_samples and not self.scored and options.num_samples > 1
 
     def assign(self, log_p: Tensor, step: int) -> tuple[Tensor, Tensor]:
         samples = self.options.num_samples
@@ -258,6 +276,7 @@ class Gumbel(CategoricalPosterior):
         super().__init__(channels, grid, options)
         self.temperature = Schedule.parse(options.temperature, "temperature")
         self.total_steps, self.exact = total_steps, options.entropy == "exact"
+        self.relaxed = not options.hard or options.iaf_flows > 0
 
     def assign(self, log_p: Tensor, step: int) -> tuple[Tensor, Tensor]:
         temperature = self.temperature(step, self.total_steps)
@@ -275,7 +294,7 @@ class Gumbel(CategoricalPosterior):
 def gumbel_softmax(log_p: Tensor, samples: int, temperature: float) -> Tensor:
     """Relaxed draws `[S, ..., K]` of log probabilities `[..., K]`."""
     # Gumbel noise is -log(-log u). torch's exponential draws, -log u, take four times as long on a CPU.
-    uniform = torch.rand(samples, *log_p.shape, device=log_p.device)
+    uniform = shares.draw(torch.rand, (samples, *log_p.shape), dim=1, device=log_p.device)
     minus_noise = uniform.clamp_(min=torch.finfo(uniform.dtype).tiny).log_().neg_().log_()
     return ((log_p - minus_noise) / temperature).softmax(-1)
 
@@ -295,7 +314,7 @@ def _draw(log_p: Tensor, samples: int) -> Tensor:
     torch.multinomial validates its input, which synchronizes with the GPU.
     """
     cumulative = log_p.exp().cumsum(-1)
-    reached = torch.rand(*log_p.shape[:-1], samples, device=log_p.device) * cumulative[..., -1:]
+    reached = shares.draw(torch.rand, (*log_p.shape[:-1], samples), device=log_p.device) * cumulative[..., -1:]
     codes = torch.searchsorted(cumulative, reached, right=True)
     return codes.clamp(max=log_p.shape[-1] - 1).movedim(-1, 0)
 

@@ -19,8 +19,11 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     """argmin_k ||z_n - e_k||^2 for z `[N, D]` and codebook `[K, D]`, as `[N]` int64.
 
     The N x K distances never exist at once. ||z||^2 is the same for every code, so the largest z.e - ||e||^2 / 2 wins,
-    computed in the precision of the inputs. Ties, up to rounding, may go to either code.
+    computed in the precision of the inputs. Both are first shifted by the codebook's mean: around a common offset, the
+    differences of products would be lost in their rounding. Ties, up to rounding, may go to either code.
     """
+    center = codebook.mean(dim=0)
+    z, codebook = z - center, codebook - center
     if z.device.type == "cpu" and not torch.compiler.is_exporting():
         return search_on_cpu(z, codebook)
     bias = -codebook.square().sum(dim=1) / 2

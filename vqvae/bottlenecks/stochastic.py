@@ -35,7 +35,7 @@ class Stochastic(Discrete):
     such that the first vectors have variance 1, as the first codes do.
     """
 
-    stochastic = True
+    stochastic = relaxed = True
 
     @checked
     def __init__(

@@ -1,4 +1,4 @@
-"""Data sets by name: two splits of uint8 images in memory, or mapped from a cache. A batch is an index into them.
+"""Data sets by name: splits of uint8 images in memory, or mapped from a cache. A batch is an index into them.
 
 A data set is a function of `data_dir`, `image_size` and options of its own. A new one is a function and a row here.
 """
@@ -41,9 +41,12 @@ def load(
     data_dir: str | Path = "data",
     image_size: Annotated[int | str | tuple[int, int], Sides(Range(1, 4096))] | None = None,
     limit: Annotated[int, Range(1)] | None = None,
+    validation: Annotated[float, Range(above=0, below=1)] | None = None,
     **options: Any,
 ) -> Dataset:
     """Load a data set by name, with the first `limit` images of each split.
+
+    `validation` is the share of these training images that becomes a validation split. None makes no such split.
 
     Images are scaled to `image_size`: pixels a side (64), or height and width ((96, 128) or "96x128"). Their aspect
     changes, except where the data set has the option `resize`.
@@ -69,4 +72,5 @@ def load(
             raise
         raise OptionError("", "dataset", name, "does not fit into memory; use smaller or fewer images") from None
     probabilities = None if data.probabilities is None else data.probabilities[:limit]
-    return data._replace(train=train, test=test, probabilities=probabilities)
+    data = data._replace(train=train, test=test, probabilities=probabilities)
+    return data if validation is None else data.with_validation(validation)

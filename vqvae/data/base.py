@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqvae.errors import OptionError
+from vqvae.randomness import generator
+
 DIGITS = tuple("0123456789")
 
 
@@ -32,7 +35,7 @@ class Images(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A training split, a test split, and what is known about both."""
+    """A training split, a test split, perhaps a validation split, and what is known about them."""
 
     name: str
     train: Images
@@ -43,6 +46,40 @@ class Dataset(NamedTuple):
     unreadable: Mapping[str, str] = {}  # names of files that were left out, and why they cannot be read
     # [N, C, H, W] uint8: 255 times the probabilities of white pixels, where training images are drawn anew every epoch
     probabilities: Tensor | None = None
+    shuffled: bool = False  # whether the training images are in random order, so that a slice of them is a sample
+    validation: Images | None = None  # images taken from the training split
+
+    @property
+    def held_out(self) -> Images:
+        """The split that is evaluated after each epoch, and by which models are chosen."""
+        return self.test if self.validation is None else self.validation
+
+    @property
+    def splits(self) -> dict[str, Images]:
+        """The splits by name."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in splits.items() if split is not None}
+
+    def with_validation(self, share: float) -> "Dataset":
+        """The data with a share of the training images, at least one, in a validation split instead.
+
+        The images are the same whatever the seed of a run. Those that are mapped from a cache stay so: they are
+        shuffled already, and a slice of them is not copied.
+        """
+        images, labels = self.train
+        count = max(1, round(share * len(images)))
+        if count == len(images):
+            problem = f"leaves none of the {count:,} training images; use a smaller share, or test"
+            raise OptionError("", "validation", share, problem)
+        last = len(images) - count
+        kept: slice | Tensor = slice(last)
+        held: slice | Tensor = slice(last, None)
+        if not self.shuffled:
+            order = torch.randperm(len(images), generator=generator(0, "validation"))
+            kept, held = order[:last].sort().values, order[last:].sort().values
+        train, validation = (Images(images[index], labels[index]) for index in (kept, held))
+        probabilities = None if self.probabilities is None else self.probabilities[kept]
+        return self._replace(train=train, validation=validation, probabilities=probabilities)
 
     def fingerprint(self) -> str:
         """32 hexadecimal digits that change with any pixel or label of either split."""
@@ -52,14 +89,11 @@ class Dataset(NamedTuple):
         """The training images `[N, C, H, W]` of an epoch, a pure function of (seed, epoch) where they are drawn."""
         if self.probabilities is None:
             return self.train.images
-        if self.probabilities.shape != self.train.images.shape:
-            raise ValueError(f"probabilities {self.probabilities.shape} of images {self.train.images.shape}")
-        return bernoulli(self.probabilities, zlib.crc32(f"binarization {seed} {epoch}".encode()))
+        return bernoulli(self.probabilities, generator(seed, "binarization", epoch))
 
 
-def bernoulli(probabilities: Tensor, seed: int) -> Tensor:
-    """Pixels 0 or 255, of the same shape, drawn with probabilities / 255 (uint8), a pure function of the seed."""
-    generator = torch.Generator().manual_seed(seed)
+def bernoulli(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Pixels 0 or 255, of the same shape, white with a probability of probabilities / 255 (uint8)."""
     return (probabilities > torch.rand(probabilities.shape, generator=generator) * 255).to(torch.uint8) * 255
 
 

@@ -38,7 +38,8 @@ def photos(
 ) -> Dataset:
     """Random crops of two photographs of scikit-learn, 32x32 RGB.
 
-    Test crops come from the right fifth of each photograph, training crops from the rest.
+    Test crops come from the right fifth of each photograph, training crops from the rest. Crops overlap: those of a
+    validation split show parts of training crops.
     """
     from sklearn.datasets import load_sample_images
 

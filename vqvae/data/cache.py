@@ -275,6 +275,7 @@ def dataset(source: Source, size: Size | None, options: ImageOptions) -> Dataset
         tuple(map(quoted, classes)),
         "; ".join(notes),
         unreadable=dict(sorted(found.unreadable.items())),
+        shuffled=True,  # by the hashes of their names
     )
 
 

@@ -112,8 +112,9 @@ def mnist_binary(
 
     def binary(split: Images, seed: int) -> Images:
         images = scale(split.images, image_size)
-        drawn = (images > 127.5).to(torch.uint8) * 255 if binarization == "threshold" else bernoulli(images, seed)
-        return Images(drawn, split.labels)
+        if binarization == "threshold":
+            return Images((images > 127.5).to(torch.uint8) * 255, split.labels)
+        return Images(bernoulli(images, torch.Generator().manual_seed(seed)), split.labels)
 
     probabilities = scale(gray.train.images, image_size) if binarization == "per-draw" else None
     return gray._replace(

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
+from vqvae import shares
 from vqvae.contracts import Latent
 from vqvae.priors.autoregressive import look_up
 from vqvae.priors.base import LabelDrop, Sampling, check_count, draw, guided, number, uniform_numbers
@@ -85,7 +86,10 @@ class Masked(CodeTransformer):
         w = latent.assignments
         codes = latent.need_codes() if w is None else w
         labels = self.without_some(self.check_labels(len(codes), labels))
-        sets = masks(len(codes), math.prod(self.grid), 1 if self.training else self.draws, codes.device)
+        draws = 1 if self.training else self.draws
+        sets = [
+            shares.mine(masked) for masked in masks(shares.whole(len(codes)), math.prod(self.grid), draws, codes.device)
+        ]
         return torch.stack([self.log_prob_of(codes, masked, labels) for masked in sets]).mean(0)
 
     def log_prob_of(self, codes: Tensor, masked: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -188,11 +192,12 @@ def masks(examples: int, length: int, draws: int, device: torch.device) -> list[
     Each has m positions, m uniform in 1..length, and is uniform among those of its size. The sizes of one example's
     sets are spread evenly, and so are those of the examples: the mean over both varies less (2107.00630, appendix I.1).
     """
-    offsets = (torch.randperm(examples, device=device) + torch.rand(examples, device=device)) / max(examples, 1)
+    how: Any = {"device": device, "generator": shares.generator(device)}
+    offsets = (torch.randperm(examples, **how) + torch.rand(examples, **how)) / max(examples, 1)
     found = []
     for i in range(draws):
         sizes = ((i + offsets) / draws * length).long().clamp(max=length - 1) + 1  # [examples]
-        ranks = torch.rand(examples, length, device=device).argsort(1).argsort(1)
+        ranks = torch.rand(examples, length, **how).argsort(1).argsort(1)
         found.append(ranks < sizes.unsqueeze(1))
     return found
 
