@@ -198,6 +198,7 @@ def test_settings_may_lack_what_has_a_default_and_weights_of_no_pickle_are_read(
         ({}, "takes the nets vqgan, and this model has sonnet; choose pt2 or onnx"),
         ({"nets": SMALL, "bottleneck": "fsq"}, "takes the bottleneck vq or simvq, and this model has fsq"),
         ({"nets": SMALL, "likelihood": "bernoulli"}, "takes the likelihood mse, and this model has bernoulli"),
+        ({"nets": SMALL, "likelihood": Choice("mse", {"pixels": "sigmoid"})}, "takes nets whose output is pixels"),
     ],
 )
 def test_a_model_that_is_none_of_diffusers_is_refused_before_anything_is_written(names, message, capsys):

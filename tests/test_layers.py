@@ -161,6 +161,8 @@ def test_codes_out_of_range_are_refused(codes, message):
         (lambda: VQ(12, 8, decya=0.5), "decya=0.5: unknown option .did you mean 'decay'"),
         (lambda: Quantizer("hierarchy", 12), "known: vq, cosine"),
         (lambda: Quantizer("gaussian", 12), "known: vq, cosine"),
+        (lambda: Quantizer("stochastic", 12), "known: vq, cosine"),
+        (lambda: Quantizer("categorical", 12, estimator="rloo", num_samples=2), "estimator=rloo: needs the bound"),
         (lambda: Quantizer("categorical", 12, iaf_flows=1), "flows need the size of the grid"),
     ],
 )

@@ -38,9 +38,9 @@ def test_every_likelihood_keeps_the_contract(name, dtype):
     assert nats.shape == (5,)
     assert nats.isfinite().all()
     assert likelihood.network_input(x).shape == x.shape
-    for image in (likelihood.mean(p), likelihood.sample(p)):
+    for image in (likelihood.center(p), likelihood.sample(p)):
         assert image.shape == x.shape
-    assert -1e-5 < likelihood.mean(p).min() <= likelihood.mean(p).max() < 1 + 1e-5
+    assert -1e-5 < likelihood.center(p).min() <= likelihood.center(p).max() < 1 + 1e-5
     extreme = likelihood.log_prob(p * 1000, x)
     assert extreme.isfinite().all()
 
@@ -68,20 +68,58 @@ def test_parameters_are_parameter_major(name, half_noise):
     one = make(name, (1, *SHAPE[1:]))
     nats = sum(one.log_prob(by_channel[:, :, c], x[:, c : c + 1]) for c in range(SHAPE[0]))
     assert torch.allclose(make(name).log_prob(p, x), nats)
-    means = torch.cat([one.mean(by_channel[:, :, c]) for c in range(SHAPE[0])], 1)
-    assert torch.allclose(make(name).mean(p), means)
+    means = torch.cat([one.center(by_channel[:, :, c]) for c in range(SHAPE[0])], 1)
+    assert torch.allclose(make(name).center(p), means)
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_an_empty_batch_is_no_error(name):
     likelihood, x, p = make(name), pixels(name, 0), params(name, 0)
     assert likelihood.log_prob(p, x).shape == (0,)
-    assert likelihood.mean(p).shape == x.shape
+    assert likelihood.center(p).shape == x.shape
 
 
 def test_bits_are_defined_for_likelihoods_of_8_bit_pixels_only():
     discrete = {name for name, cls in LIKELIHOODS.items() if cls.discrete}
     assert discrete == {"logit-gaussian", "bernoulli", "discretized-logistic", "softmax256"}
+
+
+def test_mse_with_sigmoid_pixels_takes_pixels_and_gives_their_logits():
+    likelihood, x, p = make("mse", variance=0.07, pixels="sigmoid"), pixels("mse"), params("mse")
+    normal = torch.distributions.Normal(p.sigmoid(), 0.07**0.5)
+    assert torch.allclose(likelihood.log_prob(p, x), normal.log_prob(x).flatten(1).sum(1))
+    assert torch.equal(likelihood.network_input(x), x)
+    assert torch.equal(likelihood.center(p), p.sigmoid())
+
+
+def test_a_learned_variance_is_that_of_the_highest_likelihood_in_training():
+    likelihood, x, p = make("mse", variance="learned").train(), pixels("mse"), params("mse").requires_grad_()
+    nats = -likelihood.log_prob(p, x).mean()
+    dimensions = math.prod(SHAPE)
+    squares = (p + 0.5 - x).square().flatten(1).sum(1).mean()
+    published = dimensions / 2 * squares.log()  # SQ-VAE's loss
+    assert (nats - likelihood.log_normalizer).item() == pytest.approx(published.item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(nats, p)
+    assert torch.allclose(gradient, torch.autograd.grad(published, p)[0])
+    for factor in (0.9, 1.1):  # of the variance
+        other = make("mse", variance=factor * squares.item() / dimensions)
+        assert -other.log_prob(p, x).mean() > nats
+
+
+def test_evaluation_has_the_running_mean_of_the_learned_variances():
+    likelihood, x, p = make("mse", variance="learned").train(), pixels("mse"), params("mse")
+    expected = 0.06  # the data's, before any batch
+    for scale in (1.0, 2.0, 0.5):
+        likelihood.log_prob(scale * p, x)
+        expected += 0.01 * ((scale * p + 0.5 - x).square().mean().item() - expected)
+    likelihood.eval()
+    assert likelihood.running_variance.item() == pytest.approx(expected, rel=1e-5)
+    normal = torch.distributions.Normal(p + 0.5, expected**0.5)
+    assert torch.allclose(likelihood.log_prob(p, x), normal.log_prob(x).flatten(1).sum(1), rtol=1e-4)
+    draws = likelihood.sample(torch.zeros(400, *SHAPE).double())
+    assert draws.std().item() == pytest.approx(expected**0.5, rel=0.1)
+    assert "running_variance" in likelihood.state_dict()
+    assert not make("mse").state_dict()
 
 
 @pytest.mark.parametrize(("range_of_pixels", "scale"), [("centered", 1), ("symmetric", 2)])
@@ -104,7 +142,10 @@ def test_gaussian_agrees_with_torch_distributions():
     expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(x).flatten(1).sum(1)
     assert torch.allclose(likelihood.log_prob(p, x), expected)
     point = torch.tensor([-3.0, 4.0, 0.0, 0.0]).view(1, 4, 1, 1)
-    assert make("gaussian", (2, 1, 1)).mean(point).flatten().tolist() == [-3, 4]  # a point of the plane is not clamped
+    assert make("gaussian", (2, 1, 1)).center(point).flatten().tolist() == [
+        -3,
+        4,
+    ]  # a point of the plane is not clamped
 
 
 def test_bernoulli_agrees_with_torch_distributions_and_refuses_gray():
@@ -172,16 +213,48 @@ def test_pixels_survive_the_map_to_the_nets_and_back(name, monkeypatch):
     seen = likelihood.network_input(x)
     p = seen.logit() if name == "logit-laplace" else seen
     if likelihood.params_per_channel == 2:
-        p = torch.cat([p, torch.zeros_like(p)], 1)
-    assert torch.allclose(likelihood.mean(p), x)
+        p = torch.cat([p, torch.full_like(p, -20)], 1)  # the smallest scale, so that the mean is the location
+    assert torch.allclose(likelihood.center(p), x, atol=1e-3 if name == "discretized-logistic" else 1e-8)
     if name == "logit-gaussian":
         monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
         assert torch.allclose(likelihood.sample(p), x)
 
 
+@pytest.mark.parametrize("log_scale", [-7.0, -5.5, -4.0, -2.0, -1.0, 1.0, 4.0])
+def test_discretized_logistic_shows_the_mean_of_its_levels(log_scale):
+    location = torch.linspace(-0.3, 1.3, 41, dtype=torch.float64)
+    p = torch.stack([location - 0.5, torch.full_like(location, log_scale + 2)], 1).view(-1, 2, 1, 1)
+    likelihood = make("discretized-logistic", (1, 1, 1))
+    log_p = torch.stack([likelihood.log_prob(p, level.expand(41, 1, 1, 1)) for level in LEVELS])
+    mean = (log_p.exp() * LEVELS[:, None]).sum(0)
+    assert torch.allclose(likelihood.center(p).flatten(), mean, atol=2e-4, rtol=0)
+    assert torch.allclose(likelihood.center(p.float()).flatten().double(), mean, atol=3e-4, rtol=0)
+
+
+def test_discretized_logistic_far_from_the_middle_does_not_show_its_location():
+    p = torch.tensor([0.45, 1.0]).double().view(1, 2, 1, 1)  # location 0.95, scale 1/e
+    assert make("discretized-logistic", (1, 1, 1)).center(p).item() == pytest.approx(0.746, abs=5e-4)
+
+
+@pytest.mark.parametrize("name", ["logit-gaussian", "logit-laplace"])
+@pytest.mark.parametrize("location", [-4.0, -2.5, -0.3, 0.0, 1.0, 2.7])
+def test_logit_likelihoods_show_the_median(name, location):
+    count = LIKELIHOODS[name].params_per_channel
+    p = torch.tensor([location, -0.5][:count], dtype=torch.float64).view(1, count, 1, 1)
+    likelihood = make(name, (1, 1, 1))
+    x = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+    if name == "logit-gaussian":  # the density of the level, dequantized
+        y = (0.05 + 0.9 * (x * 255 + 0.5) / 256).logit()
+        below = torch.distributions.Normal(location, 1.0).cdf(y)
+    else:
+        below = torch.distributions.Laplace(location, math.exp(-0.5)).cdf((0.8 * x + 0.1).logit())
+    median = x[int((below < 0.5).sum().clamp(max=len(x) - 1))]
+    assert likelihood.center(p).item() == pytest.approx(median.item(), abs=2e-5)
+
+
 def test_softmax_shows_the_expected_level():
     p = torch.zeros(1, 256, 1, 1, dtype=torch.float64)
-    assert make("softmax256", (1, 1, 1)).mean(p).item() == pytest.approx(0.5)
+    assert make("softmax256", (1, 1, 1)).center(p).item() == pytest.approx(0.5)
 
 
 def distribution_function(name: str, p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -221,6 +294,7 @@ def test_draws_follow_the_distribution(name):
     [
         ("mse", {"variance": -1.0}, "variance=-1.0: must be 0, or from 1e-9 to 1e9"),
         ("mse", {"variance": math.inf}, "variance=inf: must be 0, or from 1e-9 to 1e9"),
+        ("mse", {"variance": "much"}, "variance=much: must be 0, or from 1e-9 to 1e9, or learned"),
         ("mse", {"pixels": "middle"}, "pixels=middle: must be one of centered, symmetric"),
         ("logit-gaussian", {"alpha": 0.0}, "alpha=0.0: must be from 1e-06 to below 1"),
         ("logit-laplace", {"eps": 0.5}, "eps=0.5: must be from 1e-06 to below 0.5"),

@@ -14,6 +14,7 @@ from vqvae.nets import (
     DallE,
     DeepMind,
     PostActivationBlock,
+    PostNormBlock,
     Sonnet,
     ToPixels,
     initialize_fan_in,
@@ -88,6 +89,30 @@ def test_a_post_activation_block_agrees_with_its_formula():
     hidden = F.relu(F.conv2d(h, inner.weight, inner.bias, padding=1))
     expected = F.relu(h + F.conv2d(hidden, outer.weight, outer.bias))
     assert torch.allclose(block(h.clone()), expected)
+
+
+@pytest.mark.parametrize(("shape", "middle"), [((1, 28, 28), False), ((3, 32, 32), True)])
+def test_sqvae_nets_have_the_published_sizes(shape, middle):
+    nets = NETS["sqvae"](image_shape=shape, middle=middle)
+    channels, blocks, more = shape[0], [(64, 64, 3), (64, 64, 1)] * 2, [(64, 64, 3)] * middle
+    assert (nets.grid, nets.channels) == ((shape[1] // 4, shape[2] // 4), 64)
+    assert convolutions(nets.encoder()) == [(channels, 32, 4), (32, 64, 4), *more, *blocks]
+    assert convolutions(nets.decoder(64, channels)) == [*blocks, *more, (64, 32, 4), (32, channels, 4)]
+    assert convolutions(nets.decoder(5, channels))[0] == (5, 64, 1)
+    norms = [m for m in nets.encoder().modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 5 + 2 * middle
+    weights = torch.cat([m.weight.flatten() for m in nets.encoder().modules() if isinstance(m, nn.Conv2d)])
+    assert weights.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_post_norm_block_agrees_with_its_formula():
+    block = PostNormBlock(4).double().train()
+    h = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    _, inner, norm, _, outer, last = block.residual
+    hidden = F.conv2d(F.relu(h), inner.weight, inner.bias, padding=1)
+    hidden = F.relu(F.batch_norm(hidden, None, None, norm.weight, norm.bias, training=True))
+    out = F.batch_norm(F.conv2d(hidden, outer.weight, outer.bias), None, None, last.weight, last.bias, training=True)
+    assert torch.allclose(block(h.clone()), h + out)
 
 
 def test_dalle_nets_have_the_published_sizes():

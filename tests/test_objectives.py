@@ -1,16 +1,19 @@
 """Objectives: their arithmetic, what they freeze, and one that brings a net of its own."""
 
+import itertools
 import math
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import choose, images, run_train, training
+from tests.helpers import choose, images, objective, run_train, training
 from vqvae import checkpoint, experiment, load
-from vqvae.autoencoder import SLOTS, unit_range
+from vqvae.autoencoder import SLOTS, Elbo, unit_range
 from vqvae.config import Fresh, configure
+from vqvae.contracts import Latent
 from vqvae.errors import OptionError
 from vqvae.evaluation import evaluate
 from vqvae.objectives import OBJECTIVES, ElboObjective, ElboOptions
@@ -132,6 +135,73 @@ def test_without_its_gradient_the_prior_does_not_pull_the_encoder():
     assert pull("yes") == 0
 
 
+def enumerated(words: str, *, samples: int = 2) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of the posterior's logits `[B, L, K]` and of the decoder: exact, and RLOO's mean over all draws.
+
+    Two images of two positions with four codes, in float64; K^L = 16 codes, 256 pairs of draws.
+    """
+    torch.manual_seed(0)
+    positions, codes = 2, 4
+    grid = torch.tensor(list(itertools.product(range(codes), repeat=positions)))  # [16, L]
+    logits = torch.randn(2, positions, codes, dtype=torch.float64, requires_grad=True)
+    decoder = torch.randn(len(grid), 2, dtype=torch.float64, requires_grad=True)  # log p(x|z) of each code and image
+    log_prior = torch.randn(len(grid), dtype=torch.float64).log_softmax(0)
+    chosen = objective(f"{words} reduction=sum", total_steps=1)
+    model: Any = SimpleNamespace(likelihood=SimpleNamespace(log_normalizer=0.0), dimensions=1)
+    model.bottleneck = SimpleNamespace(grid=(positions, 1))
+    options = {"entropy_scale": 1.0, "sum_over_latents": True, "stop_gradient_for_prior": False}
+    options |= {name: getattr(chosen.options, name) for name in options if hasattr(chosen.options, name)}
+
+    def log_posterior() -> Tensor:
+        """log q of every code for each image, `[16, B]`."""
+        log_p = logits.log_softmax(-1)
+        return torch.stack([log_p[:, range(positions), code].sum(1) for code in grid])
+
+    log_q = log_posterior()
+    scale = 1 if options["sum_over_latents"] else positions
+    cost = (options["entropy_scale"] * log_q - log_prior[:, None]) / scale - decoder
+    if options["stop_gradient_for_prior"]:
+        cost = cost + log_prior[:, None] / scale
+    exact = torch.autograd.grad((log_q.exp() * cost).sum(0).mean(), (logits, decoder))
+
+    total = torch.zeros((), dtype=torch.float64)
+    for draws in itertools.product(range(len(grid)), repeat=samples):  # the same for both images, which are independent
+        log_q = log_posterior()[list(draws)]  # [S, B]
+        share = log_q.sum(0).exp().detach()  # [B], the probability of these draws
+        for image in range(2):
+            score = log_q[:, image : image + 1]
+            latent = Latent.of_codes(grid[list(draws)])._replace(loss=torch.zeros(()), score=score)
+            likelihood = decoder[list(draws), image]
+            elbo: Any = Elbo(likelihood, score.flatten(), log_prior[list(draws)], latent, likelihood, likelihood)
+            total = total + share[image] * chosen(elbo, likelihood, model, 0) / 2
+    return list(exact), list(torch.autograd.grad(total, (logits, decoder)))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "elbo",
+        "probabilistic",
+        "probabilistic stop_gradient_for_prior=yes",
+        "probabilistic stop_gradient_for_prior=yes entropy_scale=0",
+        "probabilistic sum_over_latents=no entropy_scale=0.5",
+    ],
+)
+def test_leave_one_outs_mean_over_all_draws_is_the_exact_gradient(words):
+    for exact, found in zip(*enumerated(words), strict=True):
+        assert exact.abs().max() > 1e-2
+        assert torch.allclose(found, exact, rtol=1e-9, atol=1e-12)
+
+
+def test_the_value_of_a_loss_with_leave_one_out_is_that_without():
+    values = []
+    for estimator in ("straight-through", "rloo"):
+        module = with_codes_drawn("elbo reduction=sum", estimator=estimator)
+        torch.manual_seed(1)
+        values.append(module(images(4), None, 0).loss.item())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("freeze_encoder", ["no", "yes"])
 def test_what_a_stage_freezes_does_not_move_by_one_bit(freeze_encoder):
     words = f"probabilistic reduction=sum iaf_startup_steps=3 stop_training_encoder_after_startup={freeze_encoder}"
@@ -217,7 +287,7 @@ class Perceptual(ElboObjective):
         self.net = nn.Conv2d(1, width, 3)
 
     def forward(self, elbo, images, model, step) -> Tensor:
-        error = self.net(model.likelihood.mean(elbo.params)) - self.net(images)
+        error = self.net(model.likelihood.center(elbo.params)) - self.net(images)
         return super().forward(elbo, images, model, step) + error.square().mean()
 
     def parameter_groups(self, model, weight_decay):

@@ -9,6 +9,7 @@ from vqvae import cli
 from vqvae.config import Config, Fresh, StageTwo, Start, add_flags, configure
 from vqvae.experiment import SLOTS
 from vqvae.presets import PRESETS, describe
+from vqvae.registry import build
 
 parser = cli.parser("", "")
 add_flags(parser)
@@ -168,6 +169,47 @@ def test_the_table_names_all_experiments():
 def test_presets_have_the_published_sizes(name, published):
     found = options(name)
     assert {key: found[key] for key in published} == published
+
+
+@pytest.mark.parametrize(
+    ("data", "codes", "variance", "middle"),
+    [("mnist", 128, 11.0, False), ("fashion-mnist", 256, 11.0, False), ("cifar10", 512, 21.0, True)],
+)
+def test_presets_of_sqvae_share_the_published_protocol(data, codes, variance, middle):
+    ours, plain = typed(f"--preset sqvae-{data}"), typed(f"--preset sqvae-{data}-vq")
+    for config in (ours, plain):
+        assert config.dataset.name == data
+        assert (config.batch_size, config.epochs, config.lr) == (32, 100, "plateau:1e-3:0.5:3")
+        assert (config.weight_decay, config.augment, config.image_size) == (0.0, "none", None)
+        assert round(float(config.validation) * (50_000 if data == "cifar10" else 60_000)) == 10_000
+        assert (config.bottleneck.options["num_codes"], config.bottleneck.options["code_dim"]) == (codes, 64)
+        assert config.nets.name == "sqvae"
+        assert (config.nets.options["hidden"], config.nets.options["residual_layers"]) == (64, 2)
+        assert config.nets.options["middle"] is middle
+        assert config.likelihood.options["pixels"] == "sigmoid"
+    assert (ours.bottleneck.name, plain.bottleneck.name) == ("stochastic", "vq")
+    assert (ours.bottleneck.options["variance"], ours.bottleneck.options["anneal"]) == (variance, 1e-5)
+    assert ours.likelihood.options["variance"] == "learned"
+    assert ours.objective.options["reduction"] == "sum"
+    assert ours.prior.name == "uniform"
+
+
+def test_the_preset_of_raq_has_the_published_steps_and_size():
+    config = typed("--preset raq-cifar10")
+    assert config.epochs * (50_000 // config.batch_size) == config.max_steps == 195_000
+    assert (config.batch_size, config.lr, config.augment) == (128, "5e-4", "crop-flip")
+    nets = build(SLOTS["nets"], config.nets, {"image_shape": (3, 32, 32)})
+    projection = (nets.channels + 1) * 64
+    parts = (nets.encoder(), nets.decoder(64, 3))
+    count = projection + sum(p.numel() for part in parts for p in part.parameters())
+    assert round(count / 1e6, 2) == 0.49
+    assert typed("--preset raq-cifar10 --codes 1024").bottleneck.options["num_codes"] == 1024
+
+
+def test_svhn_has_the_published_codebook():
+    config, cifar = typed("--preset henrhoi-vqvae-svhn"), typed("--preset henrhoi-vqvae")
+    assert (config.dataset.name, config.epochs, cifar.epochs) == ("svhn", 20, 40)
+    assert (config.bottleneck, config.likelihood, config.nets) == (cifar.bottleneck, cifar.likelihood, cifar.nets)
 
 
 @pytest.mark.parametrize("name", ["dvq-vqvae", "dvq-gumbel", "dvq-dalle"])

@@ -9,12 +9,15 @@ from torch import nn
 
 from tests.bottleneck_helpers import assert_nearest, make, rows
 from vqvae.autoencoder import SLOTS, Autoencoder
+from vqvae.bottlenecks import categorical
 from vqvae.bottlenecks.codebook import Codebook, EMAOptions
 from vqvae.contracts import Latent
 from vqvae.errors import OptionError
 from vqvae.evaluation import evaluate
 from vqvae.flows import SimplexFlow
+from vqvae.objectives import ElboObjective, ElboOptions
 from vqvae.registry import Choice, build
+from vqvae.stage_one import AutoencoderTraining
 
 L, K, D = 2, 3, 4
 
@@ -142,6 +145,40 @@ def test_samples_that_are_not_averaged_repeat_the_batch():
     assert model.elbo(images / 255).nats.shape == (3,)
 
 
+def test_leave_one_out_gives_the_encoder_the_exact_gradient_of_the_bound_on_average(monkeypatch):
+    model = tiny("categorical", estimator="rloo", num_samples=2, beta=0.0).double().train()
+    monkeypatch.setattr(model.bottleneck, "update", lambda *_: None)  # the codebook stays
+    module = AutoencoderTraining(model, ElboObjective(total_steps=1, options=ElboOptions(reduction="sum")))
+    images, codes = binary(1), torch.tensor(list(itertools.product(range(K), repeat=L))).view(-1, L, 1)
+    weights = [*model.encoder.parameters(), *model.decoder.parameters()]
+
+    features = model.features(images / 255)
+    log_p = model.bottleneck.logits(features, model.bottleneck.code_vectors())[0].log_softmax(-1)[0, :, 0]  # [L, K]
+    log_q = sum(log_p[position, codes[:, position, 0]] for position in range(L))
+    params = model.decoder(model.bottleneck.embed(codes))
+    joint = model.likelihood.log_prob(params, (images / 255).expand(len(codes), -1, -1, -1))
+    joint = joint + model.prior.log_prob(Latent.of_codes(codes))
+    exact = torch.autograd.grad((log_q.exp() * (log_q - joint)).sum(), weights)
+
+    share, total = log_q.exp().detach(), torch.zeros(()).double()
+    for first, second in itertools.product(range(len(codes)), repeat=2):
+        monkeypatch.setattr(categorical, "_draw", lambda *_, pair=(first, second): codes[list(pair), None])
+        total = total + share[first] * share[second] * module(images, None, 0).loss
+    for ours, theirs in zip(torch.autograd.grad(total, weights), exact, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_leave_one_out_decodes_every_draw_and_passes_it_no_gradient():
+    bottleneck = make("categorical", (2, 1), 4, num_codes=5, code_dim=4, num_samples=3, estimator="rloo").train()
+    features = torch.randn(6, 4, 2, 1, requires_grad=True)
+    latent = bottleneck(features, 0)
+    assert latent.z.shape == (18, 4, 2, 1)
+    assert not latent.z.requires_grad
+    assert torch.equal(latent.score.flatten(), latent.log_q)
+    assert bottleneck.eval()(features, 0).score is None
+    assert make("categorical").train()(torch.randn(6, 6, 2, 4), 0).score is None
+
+
 def test_straight_through_has_the_softmaxs_gradient():
     bottleneck = make("deterministic", (2, 1), num_codes=5)
     logits = torch.randn(4, 2, 1, 5, dtype=torch.float64, requires_grad=True)
@@ -202,6 +239,8 @@ def test_the_temperature_follows_its_schedule():
         ("gumbel", {"temperature": "cosine:1"}, "temperature=cosine:1: must be a number, or"),
         ("gumbel", {"entropy": "exact", "iaf_flows": 1}, "entropy=exact: .* use entropy=draw or iaf_flows=0"),
         ("gumbel", {"num_samples": 0}, "num_samples=0: must be from 1 to"),
+        ("categorical", {"estimator": "rloo", "num_samples": 1}, "num_samples=1: is too few for estimator=rloo; use 2"),
+        ("categorical", {"estimator": "rloo", "iaf_flows": 1}, "estimator=rloo: would not train iaf_flows"),
         ("categorical", {"iaf_flows": -1}, "iaf_flows=-1: must be at least 0"),
         ("deterministic", {"num_codes": 1}, "num_codes=1: must be from 2 to"),
     ],
@@ -226,6 +265,7 @@ def test_the_most_likely_code_is_the_nearest(name):
         ("deterministic", {}),
         ("categorical", {}),
         ("categorical", {"average_samples": False, "iaf_flows": 1}),
+        ("categorical", {"estimator": "rloo"}),
         ("gumbel", {"num_samples": 10}),
         ("gumbel", {"iaf_flows": 1, "hard": True}),
         ("gumbel", {"posterior": "linear", "entropy": "exact"}),

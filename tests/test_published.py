@@ -18,8 +18,10 @@ import pytest
 import scipy.io
 import torch
 
+from tests.helpers import run_train
 from vqvae.data import formats, load, published
 from vqvae.errors import UserError
+from vqvae.runs import LOG, read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*differ from the published ones")  # the small files do
 
@@ -157,7 +159,7 @@ def test_an_idx_file_of_something_else_is_named(tmp_path, file, values):
         load("mnist", data_dir=tmp_path)
 
 
-@pytest.mark.parametrize("binarization", ["threshold", "bernoulli"])
+@pytest.mark.parametrize("binarization", ["threshold", "bernoulli", "per-draw"])
 def test_binary_mnist_is_binary_at_every_size(tmp_path, binarization):
     write_mnist(tmp_path)
     scaled = load("mnist-binary", data_dir=tmp_path, image_size=16, binarization=binarization)
@@ -177,6 +179,48 @@ def test_binary_mnist_is_thresholded_or_drawn(tmp_path):
         share = drawn[:, 0].numpy()[pixels].mean() / 255
         error = 3 * 0.5 / math.sqrt(pixels.sum())
         assert share == pytest.approx(gray[pixels].mean() / 255, abs=error)
+
+
+def test_pixels_drawn_anew_are_a_function_of_seed_and_epoch_and_have_their_probabilities(tmp_path):
+    gray = write_mnist(tmp_path)["train-images-idx3-ubyte"]
+    data = load("mnist-binary", data_dir=tmp_path, binarization="per-draw")
+    epochs = torch.stack([data.training_images(0, epoch) for epoch in range(400)])
+    assert epochs.unique().tolist() == [0, 255]
+    assert torch.equal(epochs[3], data.training_images(0, 3))
+    assert not torch.equal(epochs[3], data.training_images(1, 3))
+    share = (epochs[:, :, 0] / 255).mean(0) - torch.from_numpy(gray) / 255
+    assert share.abs().max() < 5.5 * 0.5 / math.sqrt(400)
+    assert abs(share.mean()) < 5 * 0.5 / math.sqrt(400 * gray.size)
+    once = load("mnist-binary", data_dir=tmp_path, binarization="bernoulli")
+    assert torch.equal(data.test.images, once.test.images)
+    assert torch.equal(data.train.images, once.train.images)  # what prior and k-means see
+    assert torch.equal(once.training_images(0, 3), once.train.images)
+    few = load("mnist-binary", data_dir=tmp_path, binarization="per-draw", limit=2, image_size=8)
+    assert few.training_images(0, 0).shape == few.train.images.shape == (2, 1, 8, 8)
+    split = load("mnist-binary", data_dir=tmp_path, binarization="per-draw", validation=0.3)
+    assert split.training_images(0, 0).shape == split.train.images.shape == (4, 1, 28, 28)
+    black = split.probabilities == 0
+    assert black.any()
+    assert not split.train.images[black].any()  # the same images, in the same order
+    assert split.validation.images.unique().tolist() == [0, 255]
+
+
+def test_training_on_pixels_drawn_anew_resumes_bitwise(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_mnist(tmp_path)
+    flags = "--data-dir . --likelihood bernoulli --hidden 8 --codes 4 --code-dim 4 --batch-size 2 --image-size 8"
+    flags += " --lr 3e-4 --device cpu --dataset mnist-binary binarization="
+
+    def losses(name: str) -> list[float]:
+        rows = [row for row in read_metrics(Path("logs", name, LOG)) if "train_loss" in row]
+        return [row["train_loss"] for row in rows]
+
+    assert run_train(*f"{flags}per-draw --epochs 4 --name straight".split(), small=False) == 0
+    assert run_train(*f"{flags}per-draw --epochs 2 --name run".split(), small=False) == 0
+    assert run_train("--resume", "logs/run", "--epochs", "4", small=False) == 0
+    assert losses("run") == losses("straight")
+    assert run_train(*f"{flags}bernoulli --epochs 4 --name once".split(), small=False) == 0
+    assert losses("once") != losses("straight")
 
 
 def test_cifar_is_read_from_its_pickles(tmp_path):

@@ -65,7 +65,7 @@ def test_the_metrics_of_a_batch_are_means_over_its_examples():
     model, x = module.model, unit_range(batch)
     numbers = module.summary(module.of_batch(module(batch, None, 0).metrics))
     elbo = model.elbo(x)
-    mse = (model.likelihood.mean(elbo.params) - x).double().square().mean().item()
+    mse = (model.likelihood.center(elbo.params) - x).double().square().mean().item()
     usage = model.bottleneck.usage(elbo.latent.codes)
     expected = {
         "neg_elbo": -elbo.nats.double().mean().item(),

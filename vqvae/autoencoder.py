@@ -165,9 +165,9 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def decode_latents(self, z: Tensor) -> Tensor:
-        """The likelihood's mean images `[B, C, H, W]` for latents `[B, D, h, w]`."""
+        """The likelihood's images `[B, C, H, W]` for latents `[B, D, h, w]`."""
         with self._unchanged():
-            return self.likelihood.mean(self.decoder(z.to(dtype_of(self.decoder))).float())
+            return self.likelihood.center(self.decoder(z.to(dtype_of(self.decoder))).float())
 
     @torch.no_grad()
     def sample(self, n: int, **options: Any) -> Tensor:

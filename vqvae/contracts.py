@@ -42,6 +42,8 @@ class Latent(NamedTuple):
     stats: dict[str, Tensor]  # detached scalars to monitor, by name
     # [S*B, K, h, w] points of the simplex that replace the codes while a relaxed bottleneck trains
     assignments: Tensor | None = None
+    # [S, B] log q of independent draws whose only gradient to the encoder is that of the score function
+    score: Tensor | None = None
 
     @classmethod
     def of_codes(cls, codes: Tensor) -> "Latent":
@@ -251,8 +253,8 @@ class Likelihood(nn.Module):
         """log p(x|z) in nats, `[B]`."""
         raise NotImplementedError
 
-    def mean(self, params: Tensor) -> Tensor:
-        """The image shown, `[B, C, H, W]`."""
+    def center(self, params: Tensor) -> Tensor:
+        """The image shown, `[B, C, H, W]`: the mean of the pixels or their median; MSE and PSNR are of it."""
         raise NotImplementedError
 
     def sample(self, params: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def evaluate(
             features = model.features(x)
             elbo = model.elbo_of(features, x, y)
             bounds = {"iw_bound": _iw_bound(model, features, elbo, y, iw_samples)} if iw_samples else {}
-            latent, shown = elbo.latent, model.likelihood.mean(elbo.params)
+            latent, shown = elbo.latent, model.likelihood.center(elbo.params)
             if model.bottleneck.stochastic:
                 latent = model.bottleneck.quantize(features)
                 shown = model.decode_latents(latent.need_z())

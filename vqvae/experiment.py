@@ -384,6 +384,7 @@ def stage_one(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
         evaluate=lambda: evaluate(model, *held_out, seed=config.seed),
         draw=(lambda: model.reconstruct(held_out.images[:EXAMPLES_KEPT])) if model.shows_images else None,
         caption="reconstructions",
+        redraw=None if dataset.probabilities is None else lambda epoch: dataset.training_images(config.seed, epoch),
         originals=unit_range(held_out.images[:EXAMPLES_KEPT]) if model.shows_images else None,
         code_maps=(lambda: report.code_maps(codes, model.encode(mapped), mapped)) if codes else None,
         compiled=compiled,

@@ -64,6 +64,9 @@ def check(content: Mapping[str, Any]) -> None:
         if found not in names:
             problem = f"takes the {slot} {' or '.join(names)}, and this model has {found}; choose pt2 or onnx"
             raise OptionError("", "format", "diffusers", problem)
+    if content["config"]["likelihood"]["options"].get("pixels") == "sigmoid":
+        problem = "takes nets whose output is pixels, and those of pixels=sigmoid give logits; choose pt2 or onnx"
+        raise OptionError("", "format", "diffusers", problem)
 
 
 def write(content: Mapping[str, Any], model: Autoencoder, folder: Path) -> None:
@@ -79,7 +82,7 @@ def write(content: Mapping[str, Any], model: Autoencoder, folder: Path) -> None:
 
 def _their_weights(model: Autoencoder) -> dict[str, Tensor]:
     bottleneck = cast(Discrete, model.bottleneck)
-    ours = {name: value for name, value in model.state_dict().items() if not name.startswith(("bottleneck.", "prior."))}
+    ours = {name: value for name, value in model.state_dict().items() if name.startswith(("encoder.", "decoder."))}
     projection = {
         f"bottleneck.{name}": value for name, value in bottleneck.state_dict().items() if "projection." in name
     }

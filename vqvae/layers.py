@@ -16,7 +16,10 @@ from vqvae.registry import Choice, Member, Slot, build, signature
 
 SLOT = Slot("bottleneck", BOTTLENECKS)
 SIZED = ("hierarchy", "multiscale")  # have to know the size of the grid when they are made
-LAYERS = [name for name, member in BOTTLENECKS.items() if issubclass(member, Discrete) and name not in SIZED]
+OF_THE_BOUND = ("stochastic",)  # learn by log q, which a layer does not return
+LAYERS = [
+    name for name, member in BOTTLENECKS.items() if issubclass(member, Discrete) and name not in (*SIZED, *OF_THE_BOUND)
+]
 
 
 class Quantized(NamedTuple):
@@ -42,7 +45,7 @@ class Quantizer(nn.Module):
         out = quantize(features)
         loss = model_loss + out.loss
 
-    name         a row of `python train.py --list bottlenecks`, except gaussian, hierarchy and multiscale
+    name         a row of `python train.py --list bottlenecks`, except gaussian, hierarchy, multiscale, stochastic
     dim          D, channels of the input
     total_steps  training steps after which schedules without a length of their own end
     options      those of the bottleneck; `num_samples` is 1 unless given
@@ -55,9 +58,10 @@ class Quantizer(nn.Module):
     def __init__(self, name: str, dim: int, *, total_steps: int = 100_000, **options: Any):
         super().__init__()
         if name not in LAYERS:
-            raise OptionError(
-                "", "name", name, f"is no bottleneck with codes at each position; known: {', '.join(LAYERS)}"
-            )
+            raise OptionError("", "name", name, f"is no layer; known: {', '.join(LAYERS)}")
+        if options.get("estimator") == "rloo":
+            problem = "needs the bound, which a layer does not know; use straight-through"
+            raise OptionError(name, "estimator", "rloo", problem)
         member: Member = BOTTLENECKS[name]
         known_options = signature(member).options
         if "code_dim" in known_options:

@@ -1,7 +1,8 @@
 """Likelihoods: log p(x|z) in nats per example, given the decoder's output.
 
-Each defines the encoder's input, and how the decoder's output becomes an image. contracts.py gives the interface and
-the layout of the parameters.
+Each defines the encoder's input, and how the decoder's output becomes an image: as the mean of the pixels, or as their
+median where its docstring says so. MSE, PSNR and plots are of that image. contracts.py gives the interface and the
+layout of the parameters.
 
 B batch, C channels, H W pixels, P parameters per channel.
 """
@@ -19,14 +20,28 @@ from vqvae.errors import OptionError
 from vqvae.registry import Passes, Range, checked
 
 
+def _is_variance(text: str) -> bool:
+    try:
+        return text == "learned" or float(text) == 0 or 1e-9 <= float(text) <= 1e9
+    except ValueError:
+        return False
+
+
 class MSE(Likelihood):
-    """Gaussian of fixed variance: log N(x; mean, variance I), a density in nats on pixels in [0, 1].
+    """Gaussian with one variance for all pixels: log N(x; mean, variance I), a density in nats on pixels in [0, 1].
 
     The default variance is half that of the training data. Then -log p per dimension is MSE / data variance plus a
     constant, which is Sonnet's objective.
+
+    With variance=learned, a batch in training has its maximum-likelihood variance, the mean squared error of the batch
+    (2102.08663, section 3; SQ-VAE, 2205.07547). The mean of -log p over the batch is then D/2 log SSE + constant, where
+    D is the number of dimensions and SSE the squared error of an image, summed over its dimensions and averaged over
+    the batch: the weight of the error rises as the error falls. Evaluation uses the running mean of training's
+    variances, a fixed parameter like any other, so that -ELBO is a bound for images that were not fitted.
     """
 
     params_per_channel = 1
+    running_variance: Tensor  # scalar, with variance=learned
 
     @checked
     def __init__(
@@ -35,32 +50,56 @@ class MSE(Likelihood):
         image_shape: tuple[int, int, int],
         data_variance: float,
         variance: Annotated[
-            float,
-            Passes(lambda v: v == 0 or 1e-9 <= v <= 1e9, "0, or from 1e-9 to 1e9"),
-            "variance of pixels in [0, 1]; 0 for half the training data's",
-        ] = 0.0,
+            str,
+            Passes(_is_variance, "0, or from 1e-9 to 1e9, or learned"),
+            "variance of pixels in [0, 1]; 0 for half the training data's; learned: that of each batch's errors",
+        ] = "0.0",
         pixels: Annotated[
-            Literal["centered", "symmetric"], "range of the nets' input and output: x - 0.5, or 2x - 1"
+            Literal["centered", "symmetric", "sigmoid"],
+            "range of the nets' input and output: x - 0.5, 2x - 1, or x in and its logits out",
         ] = "centered",
     ):
         super().__init__()
-        self.variance = variance or data_variance / 2
-        self.scale = {"centered": 1.0, "symmetric": 2.0}[pixels]
-        self.log_normalizer = math.prod(image_shape) / 2 * math.log(2 * math.pi * self.variance)
+        self.dimensions, self.logits = math.prod(image_shape), pixels == "sigmoid"
+        self.scale = 2.0 if pixels == "symmetric" else 1.0  # of pixels around 0.5
+        self.learned = variance == "learned"
+        if self.learned:
+            self.register_buffer("running_variance", torch.tensor(data_variance))
+            self.log_normalizer = self.dimensions / 2 * math.log(2 * math.pi * math.e / self.dimensions)
+        else:
+            self.fixed_variance = float(variance) or data_variance / 2
+            self.log_normalizer = self.dimensions / 2 * math.log(2 * math.pi * self.fixed_variance)
 
     def network_input(self, x: Tensor) -> Tensor:
-        return (x - 0.5).mul_(self.scale)
+        return x if self.logits else (x - 0.5).mul_(self.scale)
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        error = (params / self.scale + 0.5 - x).square().flatten(1).sum(1)
-        return -error / (2 * self.variance) - self.log_normalizer
+        error = (self._mean(params) - x).square().flatten(1).sum(1)
+        if not self.learned:
+            return -error / (2 * self.fixed_variance) - self.log_normalizer
+        variance = self._fit(error.detach()) if self.training else self.running_variance
+        return -error / (2 * variance) - self.dimensions / 2 * (2 * math.pi * variance).log()
 
-    def mean(self, params: Tensor) -> Tensor:
-        return (params / self.scale + 0.5).clamp(0, 1)
+    def center(self, params: Tensor) -> Tensor:
+        return self._mean(params).clamp(0, 1)
 
     def sample(self, params: Tensor) -> Tensor:
-        mean = params / self.scale + 0.5
-        return mean + self.variance**0.5 * torch.randn_like(mean)
+        mean = self._mean(params)
+        variance = self.running_variance if self.learned else self.fixed_variance
+        return mean + variance**0.5 * torch.randn_like(mean)
+
+    def _mean(self, params: Tensor) -> Tensor:
+        return params.sigmoid() if self.logits else params / self.scale + 0.5
+
+    def _fit(self, error: Tensor) -> Tensor:
+        """The variance of the batch, of whose shares one has squared errors `[B]`; it moves the running mean.
+
+        It has no gradient. At the maximum of the likelihood its gradient would be zero.
+        """
+        if sums := shares.collect(error.sum(), error.new_tensor(len(error))):
+            found = (sums[0] / (sums[1] * self.dimensions)).clamp(min=1e-9)
+            self.running_variance.lerp_(found.to(self.running_variance), 0.01)
+        return (shares.mean_over(error.mean(), len(error)) / self.dimensions).clamp(min=1e-9)
 
 
 class Gaussian(Likelihood):
@@ -85,7 +124,7 @@ class Gaussian(Likelihood):
         z = (x - mean) * (-log_std).exp()
         return (-0.5 * (z.square() + math.log(2 * math.pi)) - log_std).flatten(1).sum(1)
 
-    def mean(self, params: Tensor) -> Tensor:
+    def center(self, params: Tensor) -> Tensor:
         mean, _ = self._mean_and_log_std(params)
         return mean.clamp(0, 1) if self.clamps else mean
 
@@ -104,6 +143,9 @@ class LogitGaussian(Likelihood):
     With level v = 255 x, u ~ U[0, 1) and p = alpha/2 + (1 - alpha)(v + u)/256, y = logit p has density N(y; mu, I).
     log_prob adds log |dy/dv| = log((1 - alpha)/256) - log p - log(1 - p) per dimension. Its mean over u is then a
     lower bound of the log probability of 8-bit pixels (1511.01844, section 3.1), so that bits/dim are defined.
+
+    The image shown is the median, to which mu maps, as published. The mean is up to 0.045 nearer to gray: it averages
+    over a deviation of 1, which the data do not have; black pixels of MNIST would be gray.
     """
 
     discrete = True
@@ -122,7 +164,7 @@ class LogitGaussian(Likelihood):
         y, log_jacobian = self._logit(x, shares.draw(torch.rand, x.shape, device=x.device, dtype=x.dtype))
         return (-0.5 * ((y - params).square() + math.log(2 * math.pi)) + log_jacobian).flatten(1).sum(1)
 
-    def mean(self, params: Tensor) -> Tensor:
+    def center(self, params: Tensor) -> Tensor:
         return ((self._level(params) - 0.5) / 255).clamp(0, 1)  # the middle of the level's interval
 
     def sample(self, params: Tensor) -> Tensor:
@@ -151,7 +193,7 @@ class Bernoulli(Likelihood):
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         return -F.binary_cross_entropy_with_logits(params, x, reduction="none").flatten(1).sum(1)
 
-    def mean(self, params: Tensor) -> Tensor:
+    def center(self, params: Tensor) -> Tensor:
         return params.sigmoid()
 
     def sample(self, params: Tensor) -> Tensor:
@@ -170,8 +212,10 @@ class LogitLaplace(Likelihood):
     """Logit-Laplace of DALL-E (2102.12092, eq. 3), a density in nats on pixels in [0, 1].
 
     f(y | mu, b) = exp(-|logit y - mu| / b) / (2 b y (1 - y)) for y = (1 - 2 eps) x + eps; log_prob adds the map's
-    log(1 - 2 eps). The decoder gives mu and log b, which is clamped to [-7, 7]. The image is
-    (sigmoid(mu) - eps) / (1 - 2 eps).
+    log(1 - 2 eps). The decoder gives mu and log b, which is clamped to [-7, 7].
+
+    The image shown is the median, (sigmoid(mu) - eps) / (1 - 2 eps), as published. It is what mu is fitted to, since
+    the likelihood's error is absolute; the mean has no closed form.
     """
 
     params_per_channel = 2
@@ -191,7 +235,7 @@ class LogitLaplace(Likelihood):
         log_f = -(y.logit() - mean).abs() * (-log_b).exp() - math.log(2) - log_b - y.log() - (1 - y).log()
         return (log_f + math.log(1 - 2 * self.eps)).flatten(1).sum(1)
 
-    def mean(self, params: Tensor) -> Tensor:
+    def center(self, params: Tensor) -> Tensor:
         return self._image(params.chunk(2, dim=1)[0])
 
     def sample(self, params: Tensor) -> Tensor:
@@ -207,7 +251,11 @@ class DiscretizedLogistic(Likelihood):
     """Logistic integrated over each of the 256 levels (1701.05517, eq. 2, with one component), in nats.
 
     Levels are 1/255 apart in [0, 1]. The outermost bins reach to infinity, so that the probabilities sum to one. The
-    decoder gives the mean minus 0.5, and the log scale plus 2. The log scale is clamped to [-7, 7].
+    decoder gives the location minus 0.5, and the log scale plus 2. The log scale is clamped to [-7, 7].
+
+    The image shown is the mean of the logistic clipped to [0, 1]: with location m and scale s, the integral over
+    [0, 1] of P(X > t), s log((1 + e^(m/s)) / (1 + e^((m-1)/s))). The mean of the 256 levels is the midpoint sum of this
+    integral and differs by at most 2e-4. Where the scale is large, the location is far from both.
     """
 
     discrete = True
@@ -217,28 +265,31 @@ class DiscretizedLogistic(Likelihood):
         return x - 0.5
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        mean, log_scale = self._mean_and_log_scale(params)
+        location, log_scale = self._location_and_log_scale(params)
         inverse = (-log_scale).exp()
-        upper = (x + 0.5 / 255 - mean) * inverse
-        lower = (x - 0.5 / 255 - mean) * inverse
+        upper = (x + 0.5 / 255 - location) * inverse
+        lower = (x - 0.5 / 255 - location) * inverse
         # log(sigmoid(upper) - sigmoid(lower)), without the difference of two numbers near 1
         between = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-inverse / 255))
         log_p = torch.where(x < 0.5 / 255, F.logsigmoid(upper), between)
         log_p = torch.where(x > 254.5 / 255, F.logsigmoid(-lower), log_p)
         return log_p.flatten(1).sum(1)
 
-    def mean(self, params: Tensor) -> Tensor:
-        return self._mean_and_log_scale(params)[0].clamp(0, 1)
+    def center(self, params: Tensor) -> Tensor:
+        location, log_scale = self._location_and_log_scale(params)
+        inverse = (-log_scale).exp()
+        # log(1 + e^x) is -logsigmoid(-x)
+        return (F.logsigmoid((1 - location) * inverse) - F.logsigmoid(-location * inverse)) / inverse
 
     def sample(self, params: Tensor) -> Tensor:
-        mean, log_scale = self._mean_and_log_scale(params)
-        u = torch.rand_like(mean).clamp(1e-6, 1 - 1e-6)
-        return ((mean + log_scale.exp() * u.logit()) * 255).round().clamp(0, 255) / 255
+        location, log_scale = self._location_and_log_scale(params)
+        u = torch.rand_like(location).clamp(1e-6, 1 - 1e-6)
+        return ((location + log_scale.exp() * u.logit()) * 255).round().clamp(0, 255) / 255
 
-    def _mean_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_scale = params.chunk(2, dim=1)
+    def _location_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        location, log_scale = params.chunk(2, dim=1)
         # output 0 gives a scale of e^-2, about the spread of pixels
-        return mean + 0.5, (log_scale - 2).clamp(-7, 7)
+        return location + 0.5, (log_scale - 2).clamp(-7, 7)
 
 
 class Softmax256(Likelihood):
@@ -257,7 +308,7 @@ class Softmax256(Likelihood):
         levels = (x * 255).round().long()
         return -F.cross_entropy(self._logits(params), levels, reduction="none").flatten(1).sum(1)
 
-    def mean(self, params: Tensor) -> Tensor:
+    def center(self, params: Tensor) -> Tensor:
         levels = torch.arange(256, device=params.device, dtype=params.dtype) / 255
         return torch.einsum("bpchw,p->bchw", self._logits(params).softmax(1), levels)
 

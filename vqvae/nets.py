@@ -185,6 +185,94 @@ class Henrhoi:
         return [ResidualLayer(self.channels, self.channels, batch_norm=True) for _ in range(self.residual_layers)]
 
 
+class PostNormBlock(nn.Module):
+    """h + BN(conv1x1(ReLU(BN(conv3x3(ReLU(h))))))."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.residual = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            BatchNorm(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 1),
+            BatchNorm(channels),
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.residual(h)
+
+
+class SQVAE:
+    """Nets of SQ-VAE with batch norm (github.com/sony/sqvae, vision; 2205.07547), n = hidden.
+
+    Encoder: 4x4 stride 2 to n/2, BN, ReLU, 4x4 stride 2 to n, then residual blocks (ReLU, 3x3, BN, ReLU, 1x1, BN, add).
+    With `middle`, as published for CIFAR-10, BN, ReLU, 3x3, BN, ReLU come before the blocks. The decoder mirrors it.
+    Code grid [H/4, W/4]: 7x7 of MNIST's 28 pixels, which are not padded.
+
+    The published decoder ends in a sigmoid: that is --likelihood mse pixels=sigmoid. Weights start from N(0, 0.02^2),
+    the scales of batch norm from N(1, 0.02^2). The published code dimension is n; codes of another one are first mapped
+    to n channels by a 1x1 convolution.
+    """
+
+    @checked
+    def __init__(
+        self,
+        *,
+        image_shape: ImageShape,
+        hidden: Annotated[int, Range(2), "n, channels of the features"] = 64,
+        residual_layers: Annotated[int, Range(0), "residual blocks of each net"] = 2,
+        middle: Annotated[bool, "3x3 convolution before the blocks, as for CIFAR-10"] = False,
+    ):
+        self.image_channels, self.channels = image_shape[0], hidden
+        self.residual_layers, self.middle = residual_layers, middle
+        self.grid = divisible(image_shape, 4)
+        if self.grid == (1, 1):  # of a batch of one image, batch norm would get one vector
+            raise OptionError("", "image_size", 4, "gives the batch norm of sqvae a single vector per image; try 8")
+
+    def encoder(self) -> nn.Module:
+        n = self.channels
+        middle = [BatchNorm(n), nn.ReLU(), nn.Conv2d(n, n, 3, padding=1), BatchNorm(n), nn.ReLU()]
+        return _initialize_small(
+            nn.Sequential(
+                nn.Conv2d(self.image_channels, n // 2, 4, stride=2, padding=1),  # [B, n/2, H/2, W/2]
+                BatchNorm(n // 2),
+                nn.ReLU(),
+                nn.Conv2d(n // 2, n, 4, stride=2, padding=1),  # [B, n, h, w]
+                *(middle if self.middle else []),
+                *self._blocks(),
+            )
+        )
+
+    def decoder(self, code_dim: int, out_channels: int) -> nn.Module:
+        n = self.channels
+        middle = [nn.ConvTranspose2d(n, n, 3, padding=1), BatchNorm(n), nn.ReLU()]
+        return _initialize_small(
+            nn.Sequential(
+                nn.Conv2d(code_dim, n, 1) if code_dim != n else nn.Identity(),
+                *self._blocks(),
+                *(middle if self.middle else []),
+                nn.ConvTranspose2d(n, n // 2, 4, stride=2, padding=1),  # [B, n/2, H/2, W/2]
+                BatchNorm(n // 2),
+                nn.ReLU(),
+                nn.ConvTranspose2d(n // 2, out_channels, 4, stride=2, padding=1),  # [B, C, H, W]
+            )
+        )
+
+    def _blocks(self) -> list[nn.Module]:
+        return [PostNormBlock(self.channels) for _ in range(self.residual_layers)]
+
+
+def _initialize_small(net: nn.Sequential) -> nn.Sequential:
+    """Draw weights from N(0, 0.02^2), and the scales of batch norm from N(1, 0.02^2), as DCGAN does."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.normal_(layer.weight, std=0.02)
+        elif isinstance(layer, BatchNorm):
+            nn.init.normal_(layer.weight, mean=1.0, std=0.02)
+    return net
+
+
 class ConvVAE:
     """Convolutional VAE nets with a flat latent (github.com/henrhoi/vae-pytorch, image VAE), n = hidden.
 
@@ -581,6 +669,7 @@ class MLP:
 NETS = {
     "sonnet": Sonnet,
     "henrhoi": Henrhoi,
+    "sqvae": SQVAE,
     "conv-vae": ConvVAE,
     "mnist-conv": MnistConv,
     "deepmind": DeepMind,

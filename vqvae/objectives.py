@@ -42,19 +42,42 @@ class ElboObjective(Objective):
 
     def forward(self, elbo: "Elbo", images: Tensor, model: "Autoencoder", step: int) -> Tensor:
         nats = -elbo.log_likelihood.mean() - model.likelihood.log_normalizer
-        rate = self.rate(elbo, model)
+        weight, positions = self.kl_weight(step, self.total_steps), self.averaged_over(model)
+        rate, free = self.rate(elbo).mean() / positions, self.options.free_bits * math.log(2)
+        rate = shares.mean_over(rate, len(elbo.log_prior)) if free else rate
         if rate.requires_grad:  # a fixed prior over a deterministic code costs a constant: nothing to descend
-            free = self.options.free_bits
-            rate = shares.mean_over(rate, len(elbo.log_prior)).clamp(min=free * math.log(2)) if free else rate
-            nats = nats + self.kl_weight(step, self.total_steps) * rate
+            nats = nats + weight * (rate.clamp(min=free) if free else rate)
+        if elbo.latent.score is not None:
+            costs = weight * (rate >= free if free else 1) * self.encoders_rate(elbo) / positions
+            nats = nats + leave_one_out(costs - elbo.log_likelihood, elbo.latent.score)
         return nats / (model.dimensions if self.options.reduction == "mean" else 1) + elbo.latent.loss
 
-    def rate(self, elbo: "Elbo", model: "Autoencoder") -> Tensor:
-        """Nats per image, a scalar."""
-        return (elbo.log_posterior - elbo.log_prior).mean()
+    def rate(self, elbo: "Elbo") -> Tensor:
+        """Nats of each example, `[S*B]`."""
+        return elbo.log_posterior - elbo.log_prior
+
+    def encoders_rate(self, elbo: "Elbo") -> Tensor:
+        """The part of the rate whose gradient reaches the encoder, `[S*B]`."""
+        return self.rate(elbo)
+
+    def averaged_over(self, model: "Autoencoder") -> int:
+        """The number of code positions over which the rate is averaged; 1 where it is their sum."""
+        return 1
 
     def parameter_groups(self, model: "Autoencoder", weight_decay: float) -> list[dict[str, Any]]:
         return decay_groups(model, weight_decay)
+
+
+def leave_one_out(costs: Tensor, log_q: Tensor) -> Tensor:
+    """A scalar of value 0 whose gradient is an unbiased estimate of that of E_q[cost] through q, from S draws.
+
+    The gradient of a draw's log q, of `[S, B]`, is weighted by its cost, of `[S*B]`, minus the mean cost of the other
+    draws of its image (Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free"). Costs get no gradient
+    here.
+    """
+    costs = costs.detach().view_as(log_q)
+    advantage = (costs - costs.mean(0)) * len(costs) / (len(costs) - 1)
+    return (advantage * (log_q - log_q.detach())).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +108,15 @@ class ProbabilisticObjective(ElboObjective):
     def __init__(self, *, total_steps: int, options: ProbabilisticOptions = ProbabilisticOptions()):
         super().__init__(total_steps=total_steps, options=options)
 
-    def rate(self, elbo: "Elbo", model: "Autoencoder") -> Tensor:
-        rate = (self.options.entropy_scale * elbo.log_posterior - elbo.log_prior).mean()
-        return rate if self.options.sum_over_latents else rate / math.prod(model.bottleneck.grid)
+    def rate(self, elbo: "Elbo") -> Tensor:
+        return self.options.entropy_scale * elbo.log_posterior - elbo.log_prior
+
+    def encoders_rate(self, elbo: "Elbo") -> Tensor:
+        rate = self.rate(elbo)
+        return rate + elbo.log_prior if self.options.stop_gradient_for_prior else rate
+
+    def averaged_over(self, model: "Autoencoder") -> int:
+        return 1 if self.options.sum_over_latents else math.prod(model.bottleneck.grid)
 
     def for_prior(self, latent: Latent) -> Latent:
         return latent.detached() if self.options.stop_gradient_for_prior else latent

@@ -112,6 +112,57 @@ PROBABILISTIC_DIFFERS = (
     "weights start at unit gain, because soft assignments stay uniform where features hardly depend on the image",
 )
 
+SQVAE_SOURCE = "github.com/sony/sqvae, vision (2205.07547)"
+SQVAE_FIGURES = (
+    "Published figures of the nearest code: the MSE is a squared error summed over an image, and the perplexity the "
+    "mean of those of batches of 32 images, which is below that of the whole split. VQ-WAE (2302.05917) prints SQ-VAE "
+    "with 512 codes on every data set: --codes 512"
+)
+SQVAE = {
+    # data set: codes, variance of the quantization at the start, nets, 10,000 of the training images
+    "mnist": (128, 11, "sqvae", "0.1666667"),
+    "fashion-mnist": (256, 11, "sqvae", "0.1666667"),
+    "cifar10": (512, 21, "sqvae middle=yes", "0.2"),
+}
+# best.pt, chosen by the validation split, is the published model
+SQVAE_LENGTH = {"batch_size": 32, "epochs": 100, "lr": "plateau:1e-3:0.5:3"}
+SQVAE_VALIDATION = "its 10,000 validation images are the last ones; here they are drawn from the whole training split"
+SQVAE_DIFFERS = (
+    SQVAE_VALIDATION,
+    "validation scores a hard draw, with the running mean of the pixels' variance, because that is a bound; the source "
+    "scores the nearest code, with the variance of each batch",
+)
+
+
+def _sqvae(data: str) -> Preset:
+    codes, variance, nets, validation = SQVAE[data]
+    settings = {
+        "dataset": data,
+        "validation": validation,
+        "nets": nets,
+        "bottleneck": f"stochastic num_codes={codes} code_dim=64 variance={variance}",
+        "likelihood": "mse variance=learned pixels=sigmoid",
+        "objective": "elbo reduction=sum",
+    }
+    source = f"{SQVAE_SOURCE}: Gaussian SQ-VAE I, K = {codes}. {SQVAE_FIGURES}"
+    return Preset(source, settings | SQVAE_LENGTH, differs=SQVAE_DIFFERS)
+
+
+def _sqvaes_vq(data: str) -> Preset:
+    codes, _, nets, validation = SQVAE[data]
+    settings = {
+        "dataset": data,
+        "validation": validation,
+        "nets": nets,
+        "bottleneck": f"vq num_codes={codes} code_dim=64 beta=0.25 init=fan-in revive=0 warmup=no projection=no",
+        "likelihood": "mse pixels=sigmoid",
+    }
+    source = (
+        f"VQ-VAE in the protocol of {SQVAE_SOURCE}, whose code has none: Sonnet's EMA codebook and loss, without our "
+        f"k-means start and revival (with: --bottleneck vq init=kmeans revive=0.03 warmup=yes)"
+    )
+    return Preset(source, settings | SQVAE_LENGTH, differs=(SQVAE_VALIDATION,))
+
 
 def _experiment(text: str, bottleneck: str, objective: str) -> Preset:
     source = f"probabilistic VQ-VAEs on binarized MNIST, experiment {text}"
@@ -239,6 +290,33 @@ PRESETS = {
     ),
     "probabilistic-4.2.2": _experiment(
         "4.2.2: the flow trains from step 5,000, the encoder no longer", f"{GUMBEL} iaf_flows=1", f"{SUM} {FROZEN}"
+    ),
+    "henrhoi-vqvae-svhn": Preset(
+        f"{HENRHOI_SOURCE}: the VQ-VAE of henrhoi-vqvae on SVHN, 20 epochs",
+        HENRHOI_VQVAE | {"dataset": "svhn", "epochs": 20},
+        differs=HENRHOI_DIFFERS,
+    ),
+    **{f"sqvae-{data}": _sqvae(data) for data in SQVAE},
+    **{f"sqvae-{data}-vq": _sqvaes_vq(data) for data in SQVAE},
+    "raq-cifar10": Preset(
+        "2405.14222, table 9: VQ-VAE with an EMA codebook, K = 512 (128 and 1,024: --codes), 195,000 steps of 128 "
+        "images, AdamW at 5e-4. Of its nets it prints 0.49 million parameters, which Sonnet's have with 106 channels; "
+        "its PSNR is that of the mean MSE",
+        {
+            "dataset": "cifar10",
+            "nets": "sonnet hidden=106 residual_hidden=32",
+            "bottleneck": "vq num_codes=512 code_dim=64 beta=0.25",
+            "augment": "crop-flip",
+            "lr": "5e-4",
+            "weight_decay": 1e-2,
+            "epochs": 500,
+            "max_steps": 195_000,
+            "validation": "test",
+        },
+        differs=(
+            "our k-means start, warm-up of the decay and revival, because it prints none",
+            "a constant rate, PyTorch's weight decay and Sonnet's beta, because it prints none",
+        ),
     ),
 }
 

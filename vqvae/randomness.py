@@ -14,6 +14,7 @@ Purpose = Literal[
     "validation",  # which training images are held out
     "samples",  # of a prior; index: the number of the draw
     "decoder",  # draws of pixels
+    "binarization",  # of training images that are drawn; index: the epoch
 ]
 PURPOSES: tuple[str, ...] = get_args(Purpose)  # a new one goes to the end, so that the others keep their streams
 INDICES = 2**28

@@ -470,7 +470,7 @@ def scatter_2d(report: Report, path: Path) -> None:
         draws = model.prior.sample(len(points), **options)
         params = model.decoder(draws if model.discrete is None else model.discrete.embed(draws))
         panels.append(("samples with decoder noise", model.likelihood.sample(params)))
-        panels.append(("samples without noise: decoder means", model.likelihood.mean(params)))
+        panels.append(("samples without noise: decoder means", model.likelihood.center(params)))
     panels = [(label, x.detach().cpu().flatten(1)) for label, x in panels]
     notes = [f"{len(points):,} of {report.held_out:,} held-out points", report.tokens()]
     if len(panels) > 2:

@@ -37,7 +37,7 @@ class AutoencoderTraining(nn.Module):
         elbo = model.elbo(unit_range(images), labels, step, for_prior=self.objective.for_prior)
         loss = self.objective(elbo, elbo.x, model, step)
         with torch.no_grad():
-            shown = model.likelihood.mean(elbo.params)
+            shown = model.likelihood.center(elbo.params)
             examples = metrics.Examples(
                 elbo.log_prior, elbo.log_likelihood, elbo.log_posterior, elbo.x, shown, model.shows_images,
                 relaxed=self.training and model.bottleneck.relaxed,

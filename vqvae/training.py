@@ -141,6 +141,7 @@ class Stage(NamedTuple):
     draw: Callable[[], Tensor] | None  # images [N, C, H, W] in [0, 1] to show after each epoch
     caption: str  # what those images are
     originals: Tensor | None = None  # [N, C, H, W] in [0, 1], what those images reconstruct
+    redraw: Callable[[int], Tensor] | None = None  # the examples of an epoch, where every epoch has its own
     code_maps: Callable[[], Tensor] | None = None  # images [N, 3, H, W] uint8: originals and their codes as colors
     compiled: bool = False
 
@@ -168,6 +169,7 @@ def fit(
         problem = "must be 1 with batch norm, which needs the whole batch at once; use other nets, or several processes"
         raise OptionError("", "accumulate", plan.accumulate, problem)
     loop = Loop(stage.module, *_resident(stage.examples, stage.labels, plan.device), plan, run, resume or {})
+    loop.redraw = stage.redraw
     if resume and loop.step >= loop.total:
         distributed.on_first(lambda: run.repair_best(resume))  # it may have been killed just before its end
         problem = f"has taken all of its {loop.step} steps; raise epochs or max_steps"
@@ -218,6 +220,7 @@ class Loop:
         self.reductions, self.reduced_epoch = state.get("reductions", 0), state.get("reduced_epoch", 0)
         self.best, self.best_epoch = state.get("best", math.inf), state.get("best_epoch", 0)
         self.kept = {name: state.get(name) for name in KEPT}
+        self.redraw: Callable[[int], Tensor] | None = None
         self.epoch_means, self.window = Means(state.get("epoch_means")), Means(state.get("window"))
         self.per_epoch, self.total = plan.steps_per_epoch(len(examples)), plan.total_steps(len(examples))
         # checkpoints of an earlier version have no best_step
@@ -235,6 +238,8 @@ class Loop:
         plan, epoch = self.plan, self.step // self.per_epoch
         self.progress.epoch(epoch + 1, math.ceil(self.total / self.per_epoch))
         order = self.order(plan.batch_size, epoch)
+        if self.redraw:
+            self.examples = self.redraw(epoch).to(self.examples.device)
         first, started = self.step, time.perf_counter()
         saved = started
         for index in order[self.step - epoch * self.per_epoch :]:

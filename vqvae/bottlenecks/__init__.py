@@ -6,6 +6,7 @@ from vqvae.bottlenecks.gaussian import Gaussian
 from vqvae.bottlenecks.lfq import LFQ
 from vqvae.bottlenecks.multilevel import GroupedVQ, Hierarchy, ResidualVQ
 from vqvae.bottlenecks.multiscale import MultiScale
+from vqvae.bottlenecks.stochastic import Stochastic
 from vqvae.bottlenecks.vq import VQ, CosineVQ, SimVQ
 from vqvae.contracts import Bottleneck
 
@@ -22,5 +23,6 @@ BOTTLENECKS: dict[str, type[Bottleneck]] = {
     "deterministic": Deterministic,
     "categorical": Categorical,
     "gumbel": Gumbel,
+    "stochastic": Stochastic,
     "gaussian": Gaussian,
 }

@@ -8,6 +8,7 @@ B batch, S samples, D code dimension, K codes, h w code grid, L = h w positions,
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
@@ -22,7 +23,7 @@ from vqvae.bottlenecks.gradients import straight_through
 from vqvae.contracts import Discrete, Latent
 from vqvae.errors import OptionError
 from vqvae.flows import SimplexFlow
-from vqvae.registry import Count, Range, checked
+from vqvae.registry import Count, Range
 from vqvae.schedules import Schedule, ScheduleText
 
 
@@ -66,6 +67,7 @@ class CategoricalPosterior(Discrete):
     options: SampledOptions
     stochastic = True
     exact = False  # whether log q in training is its mean over draws, -H(q), instead of the draw's
+    scored = False  # whether the gradient of draws is that of the score function, which the objective adds
     volume_change = 0.0  # 1 if w has a density, which flows change; 0 if w takes finitely many values
 
     def __init__(self, channels: int, grid: tuple[int, int], options: SampledOptions):
@@ -131,8 +133,8 @@ class CategoricalPosterior(Discrete):
             w = w.view(-1, *log_p.shape)
             log_q = log_q - self.volume_change * log_det.view(len(w), -1)
         z = w @ table  # [S, B, h, w, D]
-        entropy = -log_q.detach() if self.exact else _entropy(log_p.detach()).sum((1, 2))
-        loss, stats = z.new_zeros(()), {"posterior_entropy": entropy.mean()}
+        uncertainty = -log_q.detach() if self.exact else entropy_of(log_p.detach()).sum((1, 2))
+        loss, stats = z.new_zeros(()), {"posterior_entropy": uncertainty.mean()}
         if f is not None:
             commitment = (f - z.detach()).square().mean()
             loss, stats = self.options.beta * commitment, stats | {"commitment": commitment.detach()}
@@ -145,6 +147,7 @@ class CategoricalPosterior(Discrete):
             loss=loss,
             stats=stats,
             assignments=w.movedim(-1, 1),
+            score=log_q if self.scored else None,
         )
 
     def assign(self, log_p: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -156,10 +159,7 @@ class CategoricalPosterior(Discrete):
 
         Flows do not change it: they map the corners of the simplex to themselves.
         """
-        codes = _draw(log_p, 1)[0]
-        log_q = log_p.gather(-1, codes.unsqueeze(-1)).flatten(1).sum(1)
-        stats = {"posterior_entropy": _entropy(log_p).sum((1, 2)).mean()}
-        return Latent(self.embed(codes), codes, log_q=log_q, loss=log_q.new_zeros(()), stats=stats)
+        return drawn_latent(log_p, self.embed)
 
     def update(self, f: Tensor, w: Tensor, step: int) -> None:
         """EMA update of the codebook, given vectors `[N, D]` and their soft assignments `[N, K]`."""
@@ -187,31 +187,54 @@ class Deterministic(CategoricalPosterior):
         return Latent.of_codes(codes)._replace(z=self.embed(codes))
 
 
+@dataclass(frozen=True, kw_only=True)
+class CategoricalOptions(SampledOptions):
+    average_samples: Annotated[
+        bool, "decode the mean of the samples, not each sample; estimator=rloo always decodes each"
+    ] = True
+    estimator: Annotated[
+        Literal["straight-through", "rloo"],
+        "gradient of a draw: the softmax's, which is biased, or leave-one-out REINFORCE, which is not",
+    ] = "straight-through"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.estimator == "rloo" and self.num_samples < 2:
+            raise OptionError("", "num_samples", self.num_samples, "is too few for estimator=rloo; use 2 or more")
+        if self.estimator == "rloo" and self.iaf_flows:
+            raise OptionError("", "estimator", "rloo", "would not train iaf_flows, which keep one-hot draws; use 0")
+
+    def idle(self) -> dict[str, str]:
+        needs = super().idle()
+        if self.estimator == "rloo":
+            needs["average_samples"] = "estimator=straight-through"
+        return needs
+
+
 class Categorical(CategoricalPosterior):
     """Codes drawn from the posterior, straight through softmax(-d) (soft EM: 1805.11063, section 3).
 
     With average_samples, w is the mean of the samples' one-hots and log q the multinomial log probability of their
     counts; otherwise every sample is decoded. The gradient is the published one: sum p dL/dw, without a
     score-function term for the draw.
+
+    With estimator=rloo every sample is decoded and the draw has no gradient of its own. The objective adds that of the
+    score function, with the mean of the other samples as the baseline (Kool et al. 2019; the baseline of VIMCO,
+    1602.06725, for the bound itself). It is unbiased: over draws its mean is the bound's exact gradient. The
+    commitment loss and the EMA of the codebook are not part of the bound.
     """
 
-    @checked
-    def __init__(
-        self,
-        *,
-        channels: int,
-        grid: tuple[int, int],
-        options: SampledOptions = SampledOptions(),
-        average_samples: Annotated[bool, "decode the mean of the samples, not each sample"] = True,
-    ):
+    options: CategoricalOptions
+
+    def __init__(self, *, channels: int, grid: tuple[int, int], options: CategoricalOptions = CategoricalOptions()):
         super().__init__(channels, grid, options)
-        self.average_samples = average_samples
-        self.relaxed = average_samples and options.num_samples > 1
+        self.scored = options.estimator == "rloo"
+        self.relaxed = options.average_samples and not self.scored and options.num_samples > 1
 
     def assign(self, log_p: Tensor, step: int) -> tuple[Tensor, Tensor]:
         samples = self.options.num_samples
         codes = _draw(log_p, samples)  # [S, B, h, w]
-        if self.average_samples:
+        if self.options.average_samples and not self.scored:
             ones = torch.ones_like(codes, dtype=log_p.dtype).movedim(0, -1)
             counts = torch.zeros_like(log_p).scatter_add_(-1, codes.movedim(0, -1), ones)[None]
             w = counts / samples
@@ -219,7 +242,8 @@ class Categorical(CategoricalPosterior):
         else:
             w = F.one_hot(codes, self.num_codes).to(log_p.dtype)
             log_q = log_p.expand_as(w).gather(-1, codes.unsqueeze(-1)).squeeze(-1)
-        return straight_through(log_p.exp().expand_as(w), w), log_q.flatten(2).sum(2)
+        w = w if self.scored else straight_through(log_p.exp().expand_as(w), w)
+        return w, log_q.flatten(2).sum(2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,18 +279,32 @@ class Gumbel(CategoricalPosterior):
         self.relaxed = not options.hard or options.iaf_flows > 0
 
     def assign(self, log_p: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        # Gumbel noise is -log(-log u). torch's exponential draws, -log u, take four times as long on a CPU.
-        uniform = shares.draw(torch.rand, (self.options.num_samples, *log_p.shape), dim=1, device=log_p.device)
-        minus_noise = uniform.clamp_(min=torch.finfo(uniform.dtype).tiny).log_().neg_().log_()
-        relaxed = ((log_p - minus_noise) / self.temperature(step, self.total_steps)).softmax(-1)  # [S, B, h, w, K]
+        temperature = self.temperature(step, self.total_steps)
+        relaxed = gumbel_softmax(log_p, self.options.num_samples, temperature)  # [S, B, h, w, K]
         relaxed = relaxed.to(log_p.dtype).clamp(1e-6, 1 - 1e-6)
         w = relaxed
         if self.options.hard:
             one_hot = F.one_hot(relaxed.argmax(-1), self.num_codes).to(log_p.dtype)
             w = straight_through(relaxed, one_hot)
         if self.exact:
-            return w, -_entropy(log_p).sum((1, 2)).expand(len(w), -1)
+            return w, -entropy_of(log_p).sum((1, 2)).expand(len(w), -1)
         return w, (w * log_p).flatten(2).sum(2)
+
+
+def gumbel_softmax(log_p: Tensor, samples: int, temperature: float) -> Tensor:
+    """Relaxed draws `[S, ..., K]` of log probabilities `[..., K]`."""
+    # Gumbel noise is -log(-log u). torch's exponential draws, -log u, take four times as long on a CPU.
+    uniform = shares.draw(torch.rand, (samples, *log_p.shape), dim=1, device=log_p.device)
+    minus_noise = uniform.clamp_(min=torch.finfo(uniform.dtype).tiny).log_().neg_().log_()
+    return ((log_p - minus_noise) / temperature).softmax(-1)
+
+
+def drawn_latent(log_p: Tensor, embed: Callable[[Tensor], Tensor]) -> Latent:
+    """A latent of one code per position, drawn from log p `[B, h, w, K]`; `embed` gives the vectors of codes."""
+    codes = _draw(log_p, 1)[0]
+    log_q = log_p.gather(-1, codes.unsqueeze(-1)).flatten(1).sum(1)
+    stats = {"posterior_entropy": entropy_of(log_p).sum((1, 2)).mean()}
+    return Latent(embed(codes), codes, log_q=log_q, loss=log_q.new_zeros(()), stats=stats)
 
 
 @torch.no_grad()
@@ -281,6 +319,6 @@ def _draw(log_p: Tensor, samples: int) -> Tensor:
     return codes.clamp(max=log_p.shape[-1] - 1).movedim(-1, 0)
 
 
-def _entropy(log_p: Tensor) -> Tensor:
+def entropy_of(log_p: Tensor) -> Tensor:
     """Entropy in nats of log probabilities `[..., K]`."""
     return -(log_p.exp() * log_p).sum(-1)

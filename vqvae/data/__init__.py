@@ -71,5 +71,6 @@ def load(
         if isinstance(problem, RuntimeError) and "alloc" not in str(problem):
             raise
         raise OptionError("", "dataset", name, "does not fit into memory; use smaller or fewer images") from None
-    data = data._replace(train=train, test=test)
+    probabilities = None if data.probabilities is None else data.probabilities[:limit]
+    data = data._replace(train=train, test=test, probabilities=probabilities)
     return data if validation is None else data.with_validation(validation)

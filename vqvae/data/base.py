@@ -44,6 +44,8 @@ class Dataset(NamedTuple):
     note: str = ""  # shown next to the metrics: how the data differ from what the name promises
     entropy: float | None = None  # nats per example, where the generating density is known
     unreadable: Mapping[str, str] = {}  # names of files that were left out, and why they cannot be read
+    # [N, C, H, W] uint8: 255 times the probabilities of white pixels, where training images are drawn anew every epoch
+    probabilities: Tensor | None = None
     shuffled: bool = False  # whether the training images are in random order, so that a slice of them is a sample
     validation: Images | None = None  # images taken from the training split
 
@@ -71,17 +73,29 @@ class Dataset(NamedTuple):
             problem = f"leaves no training image of {count:,}; use {smaller}test"
             raise OptionError("", "validation", share, problem)
         last = len(images) - count
-        if self.shuffled:
-            parts = [Images(images[:last], labels[:last]), Images(images[last:], labels[last:])]
-        else:
+        kept: slice | Tensor = slice(last)
+        held: slice | Tensor = slice(last, None)
+        if not self.shuffled:
             order = torch.randperm(len(images), generator=generator(0, "validation"))
-            indices = (order[:last].sort().values, order[last:].sort().values)
-            parts = [Images(images[index], labels[index]) for index in indices]
-        return self._replace(train=parts[0], validation=parts[1])
+            kept, held = order[:last].sort().values, order[last:].sort().values
+        train, validation = (Images(images[index], labels[index]) for index in (kept, held))
+        probabilities = None if self.probabilities is None else self.probabilities[kept]
+        return self._replace(train=train, validation=validation, probabilities=probabilities)
 
     def fingerprint(self) -> str:
         """32 hexadecimal digits that change with any pixel or label of either split."""
         return fingerprint(*self.train, *self.test)
+
+    def training_images(self, seed: int, epoch: int) -> Tensor:
+        """The training images `[N, C, H, W]` of an epoch, a pure function of (seed, epoch) where they are drawn."""
+        if self.probabilities is None:
+            return self.train.images
+        return bernoulli(self.probabilities, generator(seed, "binarization", epoch))
+
+
+def bernoulli(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Pixels 0 or 255, of the same shape, white with a probability of probabilities / 255 (uint8)."""
+    return (probabilities > torch.rand(probabilities.shape, generator=generator) * 255).to(torch.uint8) * 255
 
 
 def fingerprint(*tensors: Tensor) -> str:
