@@ -400,7 +400,7 @@ def test_points_of_the_plane_train_and_are_evaluated(capsys):
     assert found["data_entropy"] == pytest.approx(4.4473, abs=1e-4)
     assert not Path("plots/points/generated_samples").exists()  # points are no images
     assert run_train("--evaluate", "--checkpoint", "logs/points", "--probe", small=False) == 2
-    assert capsys.readouterr().err == "error: --probe: the data set gauss2d has no labels; leave it out\n"
+    assert capsys.readouterr().err == "error: --probe: the data set gauss2d-2 has no labels; leave it out\n"
 
 
 @pytest.mark.parametrize("prior", ["normal", "made-flow"])
