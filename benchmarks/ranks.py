@@ -155,14 +155,14 @@ def fingerprint(state: Any) -> str:
     return found.hexdigest()[:16]
 
 
-def make(case: Case, steps: int) -> Autoencoder:
+def make(case: Case, steps: int, shape: tuple[int, int, int] = SHAPE) -> Autoencoder:
     """The case's model, the same in every process."""
     torch.manual_seed(0)
     words = {"nets": case.nets, "bottleneck": case.bottleneck, "prior": case.prior, "likelihood": case.likelihood}
     choices = {slot: Choice.parse(slot, text.split()) for slot, text in words.items()}
     classes = 3 if case.conditional else 0
     return build_autoencoder(
-        {slot: choices[slot] for slot in SLOTS}, image_shape=SHAPE, data_variance=0.06, num_classes=classes,
+        {slot: choices[slot] for slot in SLOTS}, image_shape=shape, data_variance=0.06, num_classes=classes,
         total_steps=steps,
     )  # fmt: skip
 

@@ -3,10 +3,11 @@
 
   python benchmarks/scaling.py            the tables of docs/scaling.md
   python benchmarks/scaling.py --check    bytes and seconds of real steps over links with a limited bandwidth
+  python benchmarks/scaling.py --measure  a step of Sonnet's nets in one and two processes of one thread, on this CPU
 
 An all-reduce of m bytes over n processes takes 2 (n - 1) / n m / bandwidth in a ring, and 2 log2(n) latencies where
 small messages go through a tree. The check replaces torch's all-reduce by a ring over gloo, whose sends take as long as
-on a slow link, and counts bytes.
+on a slow link, and counts bytes and seconds.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,14 +132,15 @@ class Slow:
     """An all-reduce in a ring over gloo, whose sends take as long as on a slow link; counts its bytes."""
 
     def __init__(self, bandwidth: float):
-        self.bandwidth, self.bytes, self.calls = bandwidth, 0, 0
+        self.bandwidth, self.bytes, self.seconds = bandwidth, 0, 0.0
         self.small = dist.all_reduce  # votes of the host, which this does not slow down
 
     def __call__(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
         if not tensor.is_floating_point():
             self.small(tensor, op=op)
             return
-        self.bytes, self.calls = self.bytes + tensor.numel() * tensor.element_size(), self.calls + 1
+        began = time.perf_counter()
+        self.bytes += tensor.numel() * tensor.element_size()
         n, me = dist.get_world_size(), dist.get_rank()
         parts = list(tensor.view(-1).tensor_split(n))
         for step in range(2 * (n - 1)):
@@ -154,44 +156,78 @@ class Slow:
             else:
                 came.copy_(arrived)
             time.sleep(max(0.0, started + out.numel() * out.element_size() / self.bandwidth - time.perf_counter()))
+        self.seconds += time.perf_counter() - began
 
 
-STEPS = 6
+STEPS, BANDWIDTH = 5, 5e6
 
 
-def check(folder: Path) -> None:
-    """What each process does: a few steps with each codebook, fast and slowed down."""
+def take_steps(case: Case, shape: tuple[int, int, int], batch: int, before: Callable[[], None]) -> int:
+    """Train for a few steps, calling `before` before each; returns the number of parameters."""
+    objective = build(objectives.SLOT, Choice("elbo", {}), {"total_steps": STEPS})
+    module = AutoencoderTraining(make(case, STEPS, shape), objective)
+    module.register_forward_pre_hook(lambda *_: before())
+    plan = Plan(
+        epochs=1, batch_size=batch, lr=Schedule.parse("1e-3"), weight_decay=0.0, seed=0, log_every=1000,
+        device=torch.device("cpu"), precision="fp32", save_every=(1000, None),
+    )  # fmt: skip
+    images = torch.randint(256, (batch * STEPS, *shape), dtype=torch.uint8)
+    stage = Stage(module, images, torch.zeros(len(images), dtype=torch.int64), lambda: {"neg_elbo": 0.0}, None, "")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        fit(stage, plan, NullRun(Path("nowhere")))
+    return sum(p.numel() for p in module.parameters())
+
+
+def measure(folder: Path, batch: int = 128) -> None:
+    """What each process does: steps of Sonnet's nets by two processes, then by the first one."""
     torch.set_num_threads(1)
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": os.environ["PORTS"].split()[0]}
     distributed.start(torch.device("cpu"))
+    case, found = Case("vq init=normal", "sonnet"), []
+    for processes in (2, 1):
+        seen: list[tuple[float, float]] = []
+        note = lambda seen=seen: seen.append((time.perf_counter(), time.process_time()))  # noqa: E731
+        take_steps(case, (3, 32, 32), batch, note)
+        wall, cpu = (min(b - a for a, b in itertools.pairwise(column)) for column in zip(*seen, strict=True))
+        if processes == 2:
+            found += [wall, sum(distributed.gather_objects(cpu))]
+            leaves = distributed.rank() > 0
+            distributed.stop()
+            if leaves:
+                return
+        else:
+            found += [wall, cpu]
+    (folder / "rows.json").write_text(json.dumps(found))
+
+
+def report_measure() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        spawn([__file__, "--measure", "--work", name], 2)
+        wall2, cpu2, wall, cpu = json.loads(Path(name, "rows.json").read_text())
+    print("Sonnet's step at batch 128, fp32, one thread a process; the quickest of a few steps")
+    print(f"one process:   {wall:.2f} s, {cpu:.2f} CPU seconds")
+    print(f"two processes: {wall2:.2f} s, {cpu2:.2f} CPU seconds in all")
+    print(f"efficiency: {100 * wall / wall2 / 2:.0f}% of twice the speed; {100 * cpu / cpu2:.0f}% by CPU seconds")
+
+
+def check(folder: Path) -> None:
+    """What each process does: a few steps with each codebook over a slow link."""
+    torch.set_num_threads(1)
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": os.environ["PORTS"].split()[0]}
+    distributed.start(torch.device("cpu"))
+    slow = Slow(BANDWIDTH)
+    distributed.dist.all_reduce = slow  # type: ignore[assignment]
     rows = []
     for num_codes in (512, 4096, 16_384):
-        for bandwidth in (1e12, 20e6):
-            slow = Slow(bandwidth)
-            distributed.dist.all_reduce, small = slow, dist.all_reduce  # type: ignore[assignment]
-            case = Case(f"vq num_codes={num_codes} code_dim=64 init=normal", "sonnet hidden=16 residual_hidden=8")
-            module = AutoencoderTraining(
-                make(case, STEPS), build(objectives.SLOT, Choice("elbo", {}), {"total_steps": STEPS})
-            )
-            times: list[tuple[float, int]] = []
-            module.register_forward_pre_hook(
-                lambda *_, times=times, slow=slow: times.append((time.perf_counter(), slow.bytes))
-            )
-            plan = Plan(
-                epochs=1, batch_size=16, lr=Schedule.parse("1e-3"), weight_decay=0.0, seed=0, log_every=1000,
-                device=torch.device("cpu"), precision="fp32", save_every=(1000, None),
-            )  # fmt: skip
-            images = torch.randint(256, (16 * STEPS, 3, 8, 8), dtype=torch.uint8)
-            labels = torch.zeros(len(images), dtype=torch.int64)
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                fit(Stage(module, images, labels, lambda: {"neg_elbo": 0.0}, None, ""), plan, NullRun(Path("nowhere")))
-            distributed.dist.all_reduce = small
-            steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(times)]
-            seconds = sorted(seconds for seconds, _ in steps)[len(steps) // 2]
-            parameters = sum(p.numel() for p in module.parameters())
-            rows.append((num_codes, bandwidth, parameters, steps[-1][1], seconds))
+        case = Case(f"vq num_codes={num_codes} code_dim=64 init=normal", "sonnet hidden=16 residual_hidden=8")
+        seen: list[tuple[int, float]] = []
+        parameters = take_steps(case, (3, 8, 8), 16, lambda seen=seen: seen.append((slow.bytes, slow.seconds)))
+        steps = [(b - a, t - s) for (a, s), (b, t) in itertools.pairwise(seen)]
+        # the quickest step: others may have waited for a busy machine
+        rows.append((num_codes, parameters, steps[0][0], min(seconds for _, seconds in steps)))
     if distributed.rank() == 0:
         (folder / "rows.json").write_text(json.dumps(rows))
+    distributed.dist.all_reduce = slow.small
     distributed.stop()
 
 
@@ -199,14 +235,14 @@ def report_check() -> None:
     with tempfile.TemporaryDirectory() as name:
         spawn([__file__, "--work", name], 2)
         rows = json.loads(Path(name, "rows.json").read_text())
-    heads = ("K", "weights, MB", "bytes a step, MB", "calculated", "slower by, s", "calculated")
-    print("  ".join(f"{head:>16}" for head in heads))
-    for fast, slow in zip(rows[::2], rows[1::2], strict=True):
-        num_codes, _, parameters, size, seconds = fast
+    print(f"one step of two processes, {BANDWIDTH / 1e6:.0f} MB/s between them")
+    heads = ("K", "weights, MB", "sent, MB", "calculated", "seconds", "calculated")
+    print("  ".join(f"{head:>11}" for head in heads))
+    for num_codes, parameters, size, seconds in rows:
         expected = BYTES * parameters + codebook_bytes(num_codes, 64) + monitor_bytes(num_codes)
-        calculated = Link("", 2, slow[1], 0.0).all_reduce(size)
-        row = (BYTES * parameters / 1e6, size / 1e6, expected / 1e6, slow[4] - seconds, calculated)
-        print("  ".join((f"{num_codes:16,}", *(f"{value:16.3f}" for value in row))))
+        calculated = Link("", 2, BANDWIDTH, 0.0).all_reduce(expected)
+        row = (BYTES * parameters / 1e6, size / 1e6, expected / 1e6, seconds, calculated)
+        print("  ".join((f"{num_codes:11,}", *(f"{value:11.3f}" for value in row))))
 
 
 def main() -> int:
@@ -216,10 +252,13 @@ def main() -> int:
         "--images", type=int, default=128, help="images of 32x32 a GPU; an eighth of 256x256 (default: 128)"
     )
     cli.add_argument("--code-dim", type=int, default=64, help="D (default: 64)")
+    cli.add_argument("--measure", action="store_true", help="steps of one and two processes on this CPU")
     cli.add_argument("--work", metavar="FOLDER", help=argparse.SUPPRESS)
     args = cli.parse_args()
     if args.work:
-        check(Path(args.work))
+        (measure if args.measure else check)(Path(args.work))
+    elif args.measure:
+        report_measure()
     elif args.check:
         report_check()
     else:

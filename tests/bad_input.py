@@ -116,7 +116,7 @@ encode --checkpoint logs/run --output c.npz | nothing to encode; name a folder w
 encode --chekpoint logs/run --input in --output c.npz | --chekpoint: no such flag (did you mean '--checkpoint'?)
 decode | the following arguments are required: FILE, --checkpoint, --output
 decode --checkpoint logs/run --output back | the following arguments are required: FILE
-decode codes.npz text.npz --checkpoint logs/run --output back | text.npz: belongs to no flag
+decode codes.npz text.npz --checkpoint logs/run --output back | text.npz: truncated, or not a file
 export --output out | the following arguments are required: --checkpoint
 export logs/run --output out | logs/run: belongs to no flag
 export --checkpoint logs/run --outptu out | --outptu: no such flag (did you mean '--output'?)
@@ -163,6 +163,10 @@ train --max-steps DIGITS | --max-steps DIGITS: must be at most 2147483647
 train --max-minutes nan | --max-minutes nan: must be a finite number, above 0
 train --max-minutes 1e400 | --max-minutes 1e400: must be a finite number, above 0
 train --patience -3 | --patience -3: must be at least 1
+train --accumulate 0 | --accumulate 0: must be at least 1
+train --batch-size 4 --accumulate 5 | --batch-size 4: smaller than the 5 shares that it is to have; use a larger one
+train --nets henrhoi --image-size 16 --accumulate 2 | --accumulate 2: must be 1 with batch norm
+encode --checkpoint logs/run --input in --output c.npz --shards 0 | --shards 0: must be from 1 to 99999
 train --log-every 9999999999 | --log-every 9999999999: must be at most 2147483647
 train --checkpoint-every 9999999999s | --checkpoint-every 9999999999s: must be steps such as 500
 train --checkpoint-every -1 | --checkpoint-every -1: must be steps such as 500
@@ -397,7 +401,18 @@ TAKE_A_VALUE = {
         "seed",
         "device",
     ],
-    "encode": ["checkpoint", "dataset", "input", "split", "data_dir", "limit", "output", "batch_size", "device"],
+    "encode": [
+        "checkpoint",
+        "dataset",
+        "input",
+        "split",
+        "data_dir",
+        "limit",
+        "output",
+        "batch_size",
+        "shards",
+        "device",
+    ],
     "decode": ["checkpoint", "output", "batch_size", "device"],
     "export": ["checkpoint", "output"],
     "compare": ["format", "sort", "output"],

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.helpers import choose, fitting, images, make
-from vqvae.autoencoder import Autoencoder
+from vqvae import autoencoder
+from vqvae.autoencoder import Autoencoder, at_once
 from vqvae.bottlenecks import BOTTLENECKS
 from vqvae.errors import OptionError
 from vqvae.evaluation import evaluate
@@ -243,3 +244,15 @@ def test_models_that_differ_only_in_their_prior_start_from_the_same_nets():
     shared = [name for name in states[0] if not name.startswith("prior.")]
     assert shared
     assert all(torch.equal(states[0][name], states[1][name]) for name in shared)
+
+
+@pytest.mark.parametrize(("side", "count"), [(8, 256), (64, 256), (128, 64), (256, 16), (2048, 1)])
+def test_fewer_large_images_are_evaluated_together(side, count):
+    assert at_once(torch.empty(1, 3, 1, 1).expand(1000, 3, side, side)) == count
+
+
+def test_a_reconstruction_does_not_depend_on_how_many_are_computed_together(monkeypatch):
+    model, batch = make((1, 8, 8)).eval(), images(7, (1, 8, 8))
+    expected = model.reconstruct(batch)
+    monkeypatch.setattr(autoencoder, "at_once", lambda images: 3)
+    assert torch.allclose(model.reconstruct(batch), expected, atol=1e-5)

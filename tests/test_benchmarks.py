@@ -67,7 +67,9 @@ def test_the_settings_of_a_run_are_all_of_them_and_its_data(runs):
         assert key(*words.split()) != plain, words
     flags = [word if word != "60" else "50" for word in FLAGS]
     settings = runs.settings_of(flags)
-    assert settings["data"]["examples"] == {"train": 50, "test": 50}
+    assert settings["data"]["examples"] == {"train": 45, "validation": 5, "test": 50}
+    whole = runs.settings_of([*flags, "--validation", "test"])
+    assert (whole["data"]["examples"], "validation" in whole) == ({"train": 50, "test": 50}, False)
     assert runs.key_of(settings | {"limit": 60}) != plain  # the data differ too
 
 
@@ -127,7 +129,7 @@ def test_bottlenecks_trains_what_it_is_asked_for_and_writes_what_it_is_told(benc
 
 def test_reproduce_goes_through_its_queue_and_says_how_far_it_is(benchmark, monkeypatch, capsys):
     reproduce = benchmark("reproduce")
-    short = "--dataset digits --limit 40 --batch-size 20 --image-size 16 --hidden 8 --codes 16 --device cpu --epochs"
+    short = "--dataset digits --limit 50 --batch-size 20 --image-size 16 --hidden 8 --codes 16 --device cpu --epochs"
     row = reproduce.Row(f"{short} 1", 2, "nothing", "none")
     monkeypatch.setattr(reproduce, "ROWS", {"one": row, "two": row._replace(flags=f"{short} 2", seeds=1)})
 

@@ -300,7 +300,10 @@ WRONG = [
     ({"data": ABOUT | {"classes": [1, 2]}}, "its data.classes must be a text"),
     ({"data": ABOUT | {"note": "x" * 10**6}}, "its data.note must be a text of at most 1,000 characters"),
     ({"data": ABOUT | {"examples": {"train": "many"}}}, "its data.examples must be a whole number"),
-    ({"data": ABOUT | {"fingerprint": {"other": "0"}}}, "its data.fingerprint must be of the splits train and test"),
+    (
+        {"data": ABOUT | {"fingerprint": {"other": "0"}}},
+        "its data.fingerprint must be of the splits train, validation, test",
+    ),
     ({"kind": "decoder"}, "its kind must be autoencoder or prior"),
     ({"kind": IMAGES}, "its kind must be a text"),
     ({"run": None}, "its run must be a text"),

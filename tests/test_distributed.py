@@ -60,7 +60,14 @@ class Logged(NullRun):
         self.metrics: dict[str, float] = {}
 
     def log(
-        self, kind: str, step: int, epoch: int, metrics: Mapping[str, float], settings: Mapping[str, float] = {}
+        self,
+        kind: str,
+        step: int,
+        epoch: int,
+        metrics: Mapping[str, float],
+        settings: Mapping[str, float] = {},
+        *,
+        held_out: str = "",
     ) -> None:
         self.metrics |= metrics
 

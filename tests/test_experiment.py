@@ -188,6 +188,7 @@ def test_a_run_starts_from_a_folder_of_diffusers(capsys):
     assert run_train(*TOKENIZER.split(), "--epochs", "1", "--name", "run") == 0
     assert cli.run(export.main, "--checkpoint logs/run --output there --format diffusers".split()) == 0
     line = "--dataset photos crops=20 test_crops=6 --image-size 16 --batch-size 20 --epochs 1 --device cpu --lr 1e-30"
+    line += " --validation test"
     learn = "--bottleneck vq codebook=gradient revive=0"
     assert run_train("--init-from", "there", *line.split(), *learn.split(), "--name", "more", small=False) == 0
     assert "start  the weights of there" in capsys.readouterr().out
@@ -213,7 +214,7 @@ def test_a_model_to_start_from_that_does_not_fit_is_one_line(there, line, messag
     files = sorted(there.rglob("*"))
     words = line if line.startswith("--init-from") else f"--init-from logs/run {line}"
     data = [] if "--dataset" in line else ["--dataset", "photos", "crops=20", "test_crops=6"]
-    assert run_train(*words.split(), *data, "--image-size", "16", "--batch-size", "20", small=False) == 2
+    assert run_train(*words.split(), *data, "--image-size", "16", "--batch-size", "10", small=False) == 2
     assert message in capsys.readouterr().err
     assert sorted(there.rglob("*")) == files
 
@@ -416,7 +417,7 @@ def test_a_vae_trains(prior):
 
 def test_only_the_first_batches_of_a_limited_set_are_used(capsys):
     assert run_train("--epochs", "1", "--name", "run") == 0
-    assert "60 train, 60 held out, 1x16x16" in capsys.readouterr().out
+    assert "60 train, 60 test (by which best.pt is chosen), 1x16x16" in capsys.readouterr().out
 
 
 def contents(folder: Path) -> dict[str, Any]:

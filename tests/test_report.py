@@ -453,7 +453,7 @@ def test_the_page_of_a_run_shows_its_plots_metrics_and_settings(there):
     shown = re.findall(r'<img src="([\w.]+)" alt="[^"]+ of vqvae"', text)
     assert shown == [name for name in report.PLOTS if name in files_in("plots/vqvae")]
     assert len(shown) == 7
-    for words in ("4x4 codes, K = 16, 64 bits an image", "digits: 60 train, 60 held out, 1x16x16"):
+    for words in ("4x4 codes, K = 16, 64 bits an image", "digits: 60 train, 60 test, 1x16x16"):
         assert words in text
     assert "vq num_codes=16 code_dim=4" in text
     assert "Metrics after epoch 2" in text

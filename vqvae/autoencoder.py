@@ -154,7 +154,8 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images `[B, C, H, W]`, encoded and decoded again (float in [0, 1])."""
-        return self.decode_latents(self.quantize(self._pixels(images)).need_z())
+        tiles = self._pixels(images).split(at_once(images))
+        return torch.cat([self.decode_latents(self.quantize(tile).need_z()) for tile in tiles])
 
     @torch.no_grad()
     def posterior_mean(self, images: Tensor) -> Tensor:
@@ -216,6 +217,11 @@ class Autoencoder(nn.Module):
         if may_stray and x.numel() and not (x.min() >= 0 and x.max() <= 1):
             raise ValueError("images of floats must lie in [0, 1]; give uint8 for 0 to 255")
         return x
+
+
+def at_once(images: Tensor) -> int:
+    """How many images `[N, C, H, W]` are evaluated together: 256 of up to 64x64 pixels, and fewer larger ones."""
+    return max(1, min(256, 2**20 // math.prod(images.shape[2:])))
 
 
 @contextlib.contextmanager

@@ -33,8 +33,8 @@ from vqvae.registry import Choice, Size, build, resolve
 
 FORMAT = 2
 EARLIER = {1: "0.1"}  # format -> the version of this package that reads it
-# settings of versions after 0.2.0; checkpoints without them get their defaults
-ADDED = {"init_from", "clip", "ema_weights", "save_every", "validation"}
+# settings that older checkpoints lack; `Config.from_dict` fills them in
+ADDED = {"init_from", "validation", "accumulate", "clip", "ema_weights", "save_every"}
 ABOUT = ("format", "kind", "run", "step", "config", "data")  # describes a model; an exported config.json has these
 SPLITS = ("train", "validation", "test")
 FIELDS = {*ABOUT, "model", "objective", "epoch", "examples", "usage", "plots"}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vqvae import distributed, metrics, shares
-from vqvae.autoencoder import Autoencoder, Elbo, evaluating, unit_range
+from vqvae.autoencoder import Autoencoder, Elbo, at_once, evaluating, unit_range
 from vqvae.contracts import Latent
 from vqvae.errors import OptionError
 from vqvae.features import Net
@@ -29,7 +29,7 @@ def evaluate(
     images: Tensor,
     labels: Tensor,
     *,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     iw_samples: int = 0,
     seed: int = 0,
     nets: Sequence[Net] = (),
@@ -39,11 +39,14 @@ def evaluate(
 
     metrics.py explains each metric. Nats are per image with one draw of z, a hard draw where training relaxes it. MSE,
     PSNR, code usage and active units are of the most likely z. `<metric>_se` is the standard error of a mean over
-    images. With `iw_samples` = S the importance-weighted bound with S draws is computed too, of z and of what a
-    likelihood draws. With `nets` (features.py) so are the metrics in their features, of the reconstructions and of
-    `samples`, batches of images `[B, C, H, W]` in [0, 1] that the model drew. Scalars that the
-    bottleneck monitors (commitment ...) are averaged; `usage` counts the codes, `[levels, K]`. Where the latent is a
-    plane, `posterior` has the `means` `[N, 2]` and `labels` `[N]` of all images, or of `MOST_POINTS` evenly chosen.
+    images. Scalars that the bottleneck monitors (commitment ...) are averaged; `usage` counts the codes, `[levels, K]`.
+    Where the latent is a plane, `posterior` has the `means` `[N, 2]` and `labels` `[N]` of all images, or of
+    `MOST_POINTS` evenly chosen.
+
+    With `iw_samples` = S the importance-weighted bound with S draws is computed too. With `nets` (features.py) so are
+    the metrics in their features, of the reconstructions and of `samples`: batches of images `[B, C, H, W]` in [0, 1]
+    that the model drew.
+
     Raises `OptionError` for `iw_samples` of draws that differ, where the prior's log p is itself the estimate of a
     bound: their importance-weighted mean would be none.
     """
@@ -54,7 +57,7 @@ def evaluate(
         raise OptionError("", "iw_samples", iw_samples, problem)
     totals = metrics.Totals()
     with evaluating(model), seeded(seed):
-        for batch, batch_labels in shares.batches(batch_size, images, labels):
+        for batch, batch_labels in shares.batches(batch_size or at_once(images), images, labels):
             x, y = unit_range(batch.to(model.device)), batch_labels.to(model.device)
             features = model.features(x)
             elbo = model.elbo_of(features, x, y)

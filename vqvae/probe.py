@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqvae.autoencoder import Autoencoder, unit_range
+from vqvae.autoencoder import Autoencoder, at_once, unit_range
 from vqvae.data.base import Images
 from vqvae.errors import OptionError
 
@@ -60,11 +60,11 @@ def probe(model: Autoencoder, train: Images, test: Images, *, seed: int = 0) -> 
     return results, f"probe: logistic regression (C={STRENGTH}) on {values}, scikit-learn {sklearn.__version__}"
 
 
-def latents(model: Autoencoder, images: Tensor, labels: Tensor, batch_size: int = 256) -> Latents:
+def latents(model: Autoencoder, images: Tensor, labels: Tensor, batch_size: int | None = None) -> Latents:
     """The most likely latents of those images `[N, C, H, W]` whose label is not -1."""
     known = labels >= 0
     z, codes = list[Tensor](), list[Tensor]()
-    for batch in images[known].split(batch_size):
+    for batch in images[known].split(batch_size or at_once(images)):
         latent = model.quantize(unit_range(batch.to(model.device)))
         z.append(pooled(latent.need_z().float()).cpu())
         if model.discrete is not None:

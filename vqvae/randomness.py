@@ -24,7 +24,7 @@ def stream(seed: int, purpose: Purpose, index: int = 0, *, process: int = 0) -> 
     """The number that seeds a generator, from 0 to 2^63 - 1.
 
     PyTorch's generator of a CPU uses only the lower 32 bits. They contain the purpose, and a hash of seed and process
-    to which the index is added: two uses of one seed never share a generator.
+    to which the index is added: two uses of one seed in a process never share a generator.
     """
     digest = hashlib.sha256(f"{seed} {process}".encode()).digest()
     upper, first = int.from_bytes(digest[:4], "big") >> 1, int.from_bytes(digest[4:8], "big")

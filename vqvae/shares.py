@@ -47,10 +47,10 @@ class Batch:
 
     def __init__(self, total: int, parts: int):
         self.total, self.parts = total, parts
-        counts = [len(rows) for rows in torch.empty(total, 0).tensor_split(distributed.world() * parts)]
-        stops = list(itertools.accumulate(counts))
-        here = slice(distributed.rank() * parts, (distributed.rank() + 1) * parts)
-        self.shares = [slice(stop - count, stop) for count, stop in zip(counts, stops, strict=True)][here]
+        least, longer = divmod(total, distributed.world() * parts)  # the first shares have one example more
+        numbers = range(distributed.rank() * parts, (distributed.rank() + 1) * parts + 1)
+        stops = [number * least + min(number, longer) for number in numbers]
+        self.shares = [slice(*pair) for pair in itertools.pairwise(stops)]
         self.part = 0  # the share at hand
         self.sums = Sums()  # of `collect`
         self.means = Sums()  # of `mean_over`; over all shares once `rehearsed`
@@ -130,11 +130,11 @@ def descend(forward: Forward, total: int, parts: int = 1) -> dict[str, Tensor]:
     axes are sums. With several processes, gradients and metrics are those of this one, and have to be summed. A loss
     that depends on means over the whole batch needs a forward pass more, if `parts` > 1.
     """
+    if distributed.world() * parts == 1:
+        loss, metrics = forward(slice(total))
+        loss.backward()
+        return {**metrics, "loss": loss.detach()}
     with sharing(total, parts) as batch:
-        if _batch is None:
-            loss, metrics = forward(batch.rows)
-            loss.backward()
-            return {**metrics, "loss": loss.detach()}
         try:
             return batch.descend(forward)
         except Incomplete:  # in the first share, before any gradient

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from vqvae import distributed, metrics
 from vqvae.archives import read_arrays
-from vqvae.autoencoder import Autoencoder, evaluating, unit_range
+from vqvae.autoencoder import Autoencoder, at_once, evaluating, unit_range
 from vqvae.checkpoint import weights_checksum
 from vqvae.contracts import Discrete, TrainOutput
 from vqvae.data.base import fingerprint
@@ -75,7 +75,7 @@ class PriorTraining(nn.Module):
         return {"model": self.model.state_dict(), "objective": {}}
 
 
-def extract_codes(model: Autoencoder, images: Tensor, cache: Path, *, batch_size: int = 256) -> Tensor:
+def extract_codes(model: Autoencoder, images: Tensor, cache: Path, *, batch_size: int | None = None) -> Tensor:
     """The codes `[N, h, w]` (int32) of images `[N, C, H, W]`, computed once and cached.
 
     Where the posterior is a distribution, each image has one draw from it: -ELBO scores the prior on draws, and the
@@ -94,7 +94,7 @@ def extract_codes(model: Autoencoder, images: Tensor, cache: Path, *, batch_size
         return cached
     quiet = True if distributed.rank() else None  # None: unless the output is no terminal
     shared = not bottleneck.stochastic  # the draws of all images must be those of one process
-    tiles = (distributed.share(images) if shared else images).split(batch_size)
+    tiles = (distributed.share(images) if shared else images).split(batch_size or at_once(images))
     with torch.no_grad(), evaluating(model), seeded(0):
         tiles = tqdm(tiles, desc="codes", unit="batch", disable=quiet, leave=False)
         found = [_codes(model, tile).to("cpu", torch.int32) for tile in tiles if len(tile)]

@@ -360,12 +360,12 @@ def find_files(files: str | Path | Sequence[str | Path]) -> list[Path]:
     """The files that a path, a pattern or a list of paths names; shards in their order. See `load_codes`."""
     if isinstance(files, str | Path):
         path = Path(files)
-        if path.exists():
+        if os.path.exists(path):  # False for names that no file can have
             return [path]
         shards = path.parent.glob(f"{glob.escape(path.stem)}-*-of-*{path.suffix}")
         paths = sorted([p for p in shards if SHARD.search(p.name)] or map(Path, glob.glob(str(path)))) or [path]
     else:
-        paths = sorted(map(Path, files))
+        paths = [*map(Path, files)]
     found = [(path, match) for path in paths if (match := SHARD.search(path.name))]
     if not found:
         return paths
@@ -377,7 +377,7 @@ def find_files(files: str | Path | Sequence[str | Path]) -> list[Path]:
     if missing or len(found) > max(counts):
         first = SHARD.sub(f"-{min(missing, default=0):05}-of-{max(counts):05}.npz", str(found[0][0]))
         raise UserError(f"{first}: this shard is {'missing' if missing else 'given twice'}; encode again with resume")
-    return paths
+    return sorted(paths, key=lambda path: path.name)
 
 
 def _content(path: Path) -> dict[str, np.ndarray]:

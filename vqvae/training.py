@@ -73,7 +73,7 @@ class Plan(NamedTuple):
             )
         shared = distributed.world() * self.accumulate
         if self.batch_size < shared:
-            problem = f"smaller than the {shared} shares of {distributed.world()} processes; use a larger one"
+            problem = f"smaller than the {shared} shares that it is to have; use a larger one"
             raise OptionError("", "batch_size", self.batch_size, problem)
 
 

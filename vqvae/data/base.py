@@ -69,7 +69,8 @@ class Dataset(NamedTuple):
         images, labels = self.train
         count = max(1, round(share * len(images)))
         if count == len(images):
-            problem = f"leaves none of the {count:,} training images; use a smaller share, or test"
+            smaller = "" if count == 1 else "a smaller share, or "
+            problem = f"leaves no training image of {count:,}; use {smaller}test"
             raise OptionError("", "validation", share, problem)
         last = len(images) - count
         kept: slice | Tensor = slice(last)
