@@ -48,7 +48,7 @@ def test_every_likelihood_keeps_the_contract(name, dtype):
 @pytest.fixture
 def half_noise(monkeypatch):
     """Dequantization noise of 1/2 everywhere."""
-    monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.5))
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, 0.5, **options))
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
@@ -196,7 +196,7 @@ def test_logit_laplace_integrates_to_one_over_the_pixels_it_can_reach():
 def test_logit_gaussian_bounds_the_probability_of_a_level(level, monkeypatch):
     points = 4000
     u = (torch.arange(points, dtype=torch.float64) + 0.5) / points
-    monkeypatch.setattr(torch, "rand_like", lambda x: u.view(-1, 1, 1, 1))  # a quadrature instead of draws
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: u.view(-1, 1, 1, 1))  # a quadrature instead of draws
     p = torch.full((points, 1, 1, 1), 0.75, dtype=torch.float64)
     x = torch.full_like(p, level / 255)
     log_density = LogitGaussian().log_prob(p, x)

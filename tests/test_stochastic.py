@@ -64,7 +64,7 @@ def published_loss(model: Autoencoder, x: Tensor, uniform: Tensor, step: int) ->
 def test_the_loss_and_its_gradient_are_those_of_the_reference(step, monkeypatch):
     model, x, uniform = tiny().train(), gray(5), torch.rand(5, L, K).double()
     objective = ElboObjective(total_steps=100, options=ElboOptions(reduction="sum"))
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: uniform.clone().view(shape))
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: uniform.clone().view(shape))
     module = AutoencoderTraining(model, objective)
     monkeypatch.setattr("vqvae.stage_one.unit_range", lambda images: images)  # which rounds to float32
     loss = module(x, None, step).loss
