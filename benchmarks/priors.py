@@ -45,7 +45,7 @@ PRIORS = {
 DRAWS = 8
 SAMPLES = 1000
 FINISHED = "finished.json"  # in the folder of a run that was trained to its end
-COLUMNS = ("prior", "bits/code", "± s.e.", "bits/dim", "parameters", "steps", "sure of samples", "classes")
+COLUMNS = ("prior", "bits/code", "± s.e.", "code bits/dim", "parameters", "steps", "sure of samples", "classes")
 
 
 def train(*flags: str) -> None:

@@ -7,8 +7,9 @@ and the version of this package. Rows of other settings or data are thus never t
 import argparse
 import hashlib
 import json
+import resource
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from vqvae.runs import LAST, LOG, read_metrics
 
 
 def command_line(
-    about: str, *, rows: Collection[str], steps: int, batch_size: int, seeds: tuple[int, str], output: str
+    about: str, *, rows: Collection[str], steps: int, batch_size: int, seeds: tuple[int, str] | None, output: str
 ) -> argparse.ArgumentParser:
-    """The flags of a benchmark that trains; `seeds` is the default number and its help text.
+    """The flags of a benchmark that trains; `seeds` is the default number and its help text, or None for one seed.
 
     `output` is the tracked file with the published results, which is only written if it is named.
     """
@@ -36,7 +37,8 @@ def command_line(
     add("--steps", type=int, default=steps, help=f"training steps (default: {steps:,})")
     add("--batch-size", type=int, default=batch_size, help=f"images per step (default: {batch_size})")
     add("--precision", default="fp32", choices=("fp32", "bf16"), help="precision of training; evaluation is in fp32")
-    add("--seeds", type=int, default=seeds[0], help=seeds[1])
+    if seeds:
+        add("--seeds", type=int, default=seeds[0], help=seeds[1])
     add("--only", nargs="+", default=tuple(rows), choices=rows, metavar="ROW", help=f"only these of: {'; '.join(rows)}")
     add("--logs", default="logs", help="folder of the runs (default: logs)")
     add("--plots", default="plots", help="folder of the plots (default: plots)")
@@ -68,12 +70,21 @@ def steps_of(settings: Mapping[str, Any]) -> int:
     return min(steps, settings["max_steps"] or steps)
 
 
-def row_of(folder: Path, flags: list[str], *, plot_dir: str, iw_samples: int = 1, plots: bool = False) -> dict:
+def row_of(
+    folder: Path,
+    flags: list[str],
+    *,
+    plot_dir: str,
+    iw_samples: int = 1,
+    plots: bool = False,
+    asked: Sequence[str] = (),
+) -> dict:
     """The held-out metrics of the run with these flags of train.py, in `<folder>-<hash>`.
 
+    `asked` are further flags of `--evaluate`, such as `--metrics lite0`.
     Trains the run, or resumes an interrupted one, unless a previous call has stored its row.
     """
-    settings = settings_of(flags) | {"iw_samples": iw_samples}
+    settings = settings_of(flags) | {"iw_samples": iw_samples} | ({"asked": list(asked)} if asked else {})
     key = key_of(settings)
     run = folder.with_name(f"{folder.name}-{key}")
     stored, checkpoint = run / "row.json", run / LAST
@@ -86,7 +97,7 @@ def row_of(folder: Path, flags: list[str], *, plot_dir: str, iw_samples: int = 1
         _call(train.main, flags)
     elif experiment.checkpoint.read(run)["step"] < steps_of(settings):
         _call(train.main, ["--resume", str(run), "--plot-dir", plot_dir])
-    _call(train.main, ["--evaluate", "--checkpoint", str(checkpoint), "--iw-samples", str(iw_samples)])
+    _call(train.main, ["--evaluate", "--checkpoint", str(checkpoint), "--iw-samples", str(iw_samples), *asked])
     if plots:
         _call(visualize.main, ["--checkpoint", str(checkpoint), "--plot-dir", plot_dir])
     epochs = [entry for entry in read_metrics(run / LOG) if entry["kind"] == "epoch"]
@@ -94,6 +105,7 @@ def row_of(folder: Path, flags: list[str], *, plot_dir: str, iw_samples: int = 1
     row |= {
         "images_per_s": sum(entry["images_per_s"] for entry in epochs) / len(epochs),
         "seconds": training_seconds(epochs, row["step"], settings["batch_size"]),
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # of this process, so far
         "commit": commit(),
         "hardware": describe(settings["device"]),
         "key": key,

@@ -190,7 +190,7 @@ def compete(contestants: dict[str, Contestant]) -> dict[str, float]:
 
 
 def plan_of(device: torch.device, **settings) -> Plan:
-    rest = {"weight_decay": 0.0, "seed": 0, "precision": "fp32", "log_every": 50, "save_every": (50, None)}
+    rest = {"weight_decay": 0.0, "seed": 0, "precision": "fp32", "log_every": 50, "checkpoint_every": (50, None)}
     return Plan(epochs=1, batch_size=BATCH, lr=Schedule.parse("3e-4"), device=device, **(rest | settings))
 
 

@@ -16,7 +16,8 @@ ALLOWED: dict[str, set[str]] = {
     # what everything else may know
     "errors": set(),
     "contracts": set(),
-    "metrics": {"ssim"},
+    "metrics": {"features", "ssim"},
+    "features": {"archives", "errors", "files"},
     "ssim": set(),
     "optimizer": set(),
     "flows": set(),
@@ -27,26 +28,37 @@ ALLOWED: dict[str, set[str]] = {
     "devices": {"errors"},
     "interrupts": set(),
     "distributed": {"errors", "interrupts"},
+    "shares": {"distributed"},
+    "batch_norm": {"distributed"},
     # the slots
-    "data": {"archives", "errors", "files", "randomness", "registry"},
-    "nets": {"errors", "registry", "vqgan"},
+    "data": {"archives", "errors", "files", "randomness", "registry", "shares"},
+    "nets": {"batch_norm", "errors", "registry", "vqgan"},
     "vqgan": set(),
-    "bottlenecks": {"contracts", "distributed", "errors", "flows", "registry", "schedules"},
-    "priors": {"contracts", "errors", "flows", "registry"},
-    "likelihoods": {"contracts", "errors", "registry"},
-    "objectives": {"contracts", "errors", "optimizer", "registry", "schedules"},
+    "bottlenecks": {"contracts", "distributed", "errors", "flows", "registry", "schedules", "shares"},
+    "priors": {"contracts", "errors", "flows", "registry", "shares"},
+    "likelihoods": {"contracts", "errors", "registry", "shares"},
+    "objectives": {"contracts", "errors", "optimizer", "registry", "schedules", "shares"},
     "autoencoder": {"bottlenecks", "contracts", "errors", "likelihoods", "nets", "priors", "registry"},
     # training
-    "evaluation": {"autoencoder", "contracts", "errors", "metrics", "randomness"},
-    "stage_one": {"autoencoder", "contracts", "evaluation", "metrics"},
+    "evaluation": {
+        "autoencoder", "contracts", "distributed", "errors", "features", "metrics", "randomness", "shares",
+    },
+    "probe": {"autoencoder", "data", "errors"},
+    "assessment": {
+        "__init__", "autoencoder", "checkpoint", "config", "data", "distributed", "errors", "evaluation", "features",
+        "files", "metrics", "probe", "progress", "randomness", "runs", "training",
+    },
+    "stage_one": {"autoencoder", "batch_norm", "contracts", "distributed", "evaluation", "metrics", "shares"},
     "stage_two": {
-        "archives", "autoencoder", "checkpoint", "contracts", "data", "evaluation", "files", "metrics", "optimizer",
+        "archives", "autoencoder", "checkpoint", "contracts", "data", "distributed", "evaluation", "files", "metrics",
+        "optimizer",
     },
     "runs": {"checkpoint", "errors", "files", "metrics"},
     "progress": {"metrics"},
+    "averaging": set(),
     "training": {
-        "contracts", "data", "devices", "distributed", "errors", "interrupts", "optimizer", "progress",
-        "randomness", "runs", "schedules",
+        "averaging", "batch_norm", "contracts", "data", "devices", "distributed", "errors", "interrupts", "optimizer",
+        "progress", "randomness", "runs", "schedules", "shares",
     },
     # settings and files
     "presets": set(),
@@ -57,15 +69,16 @@ ALLOWED: dict[str, set[str]] = {
     },
     "foreign": {"autoencoder", "config", "contracts", "errors", "files", "likelihoods", "nets", "registry"},
     "tokens": {
-        "archives", "autoencoder", "checkpoint", "contracts", "data", "devices", "errors", "files", "registry",
+        "archives", "autoencoder", "checkpoint", "contracts", "data", "devices", "distributed", "errors", "files",
+        "registry",
     },
     "programs": {"autoencoder", "errors", "files"},
-    "card": {"autoencoder", "config", "errors", "files", "metrics", "registry"},
+    "card": {"autoencoder", "config", "errors", "metrics", "registry"},
     "export": {"autoencoder", "card", "checkpoint", "errors", "files", "foreign", "programs"},
     "fonts": {"errors"},
     "plots": {"files", "fonts", "metrics"},
     "page": {"errors"},
-    "compare": {"checkpoint", "errors", "files", "metrics", "runs"},
+    "compare": {"checkpoint", "errors", "metrics", "runs"},
     # the program
     "cli": {"errors", "files", "interrupts", "registry"},
     "report": {
@@ -73,20 +86,20 @@ ALLOWED: dict[str, set[str]] = {
         "randomness", "registry", "runs",
     },
     "experiment": {
-        "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors", "evaluation", "files",
-        "interrupts", "metrics", "objectives", "plots", "presets", "progress", "randomness", "registry", "report",
-        "runs", "schedules", "stage_one", "stage_two", "training",
+        "assessment", "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors",
+        "evaluation", "features", "files", "interrupts", "metrics", "objectives", "plots", "presets", "randomness",
+        "registry", "report", "runs", "schedules", "stage_one", "stage_two", "training",
     },
     "commands": {
-        "card", "checkpoint", "cli", "compare", "config", "data", "errors", "experiment", "export", "files", "metrics",
-        "presets", "registry", "report", "tokens",
+        "checkpoint", "cli", "compare", "config", "data", "devices", "distributed", "errors", "experiment",
+        "export", "files", "metrics", "presets", "registry", "report", "tokens",
     },
     "__main__": {"__init__", "cli", "errors", "interrupts"},
     "layers": {"bottlenecks", "contracts", "errors", "registry"},
     "__init__": {"checkpoint", "layers"},
 }  # fmt: skip
 HEAVY = {"matplotlib", "sklearn", "scipy", "tensorboard", "torchvision", "imageio", "PIL", "triton"}
-HEAVY |= {"onnx", "onnxscript", "onnxruntime", "diffusers"}
+HEAVY |= {"onnx", "onnxscript", "onnxruntime", "diffusers", "torch_fidelity", "lpips"}
 # these print or parse flags; all other modules serve Python users too
 COMMAND_LINE = {"cli", "commands", "config", "presets", "experiment", "report", "__main__"}
 

@@ -10,7 +10,7 @@ from tests.checkpoints import content, stored
 from tests.helpers import make
 from tests.test_tokens import run
 from vqvae import checkpoint
-from vqvae.card import model_card, read_evaluation
+from vqvae.card import model_card
 from vqvae.errors import UserError
 from vqvae.export import FORMATS
 
@@ -21,7 +21,7 @@ NUMBERS = {
     "mse_se": 0.001,
     "perplexity": 31.5,
     "neg_elbo": None,
-    "run": "x",
+    "protocol": "200 images of the test split",
 }
 
 
@@ -47,7 +47,7 @@ def test_a_card_says_sizes_data_and_steps():
         assert row in text.splitlines()
 
 
-def test_a_card_has_the_metrics_of_its_step_only():
+def test_a_card_has_the_metrics_and_their_protocol():
     text = card(NUMBERS)
     assert "On 200 held-out examples" in text
     assert (
@@ -56,7 +56,7 @@ def test_a_card_has_the_metrics_of_its_step_only():
     )
     assert "| perplexity | 31.5 | " in text
     assert "| neg" not in text
-    assert "Not evaluated at this step." in card(NUMBERS | {"step": 2})
+    assert "\n\nProtocol: 200 images of the test split.\n\n" in text
     assert "Not evaluated." in card()
 
 
@@ -68,7 +68,8 @@ def test_names_of_strangers_stay_text():
 def test_an_export_finds_the_evaluation_beside_the_checkpoint_and_states_the_license(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = stored(Path("run"))
-    Path("run/evaluation.json").write_text(json.dumps(NUMBERS))
+    about = checkpoint.identity_of(checkpoint.read("run"))
+    Path("run/evaluation.json").write_text(json.dumps(NUMBERS | about))
     # the programs, which take seconds, are left out
     write = FORMATS["pt2"].write
     short = FORMATS["pt2"]._replace(write=lambda *words: iter([next(iter(write(*words)))]))
@@ -82,12 +83,35 @@ def test_an_export_finds_the_evaluation_beside_the_checkpoint_and_states_the_lic
     assert torch.equal(checkpoint.load("exported").state_dict()["encoder.0.weight"], model.encoder[0].weight)
 
 
+def test_an_evaluation_is_found_by_the_weights_it_is_of(tmp_path):
+    path, saved = tmp_path / "evaluation.json", content()
+    about = checkpoint.identity_of(saved)
+    assert checkpoint.read_evaluation(path, saved) is None
+    path.write_text(json.dumps(NUMBERS | about))
+    assert checkpoint.read_evaluation(path, saved) == NUMBERS | about
+    again = content(make())  # made again: another seed, with the same name and step
+    assert (again["run"], again["step"]) == (saved["run"], saved["step"])
+    assert checkpoint.read_evaluation(path, again) is None
+    for key, other in (("step", 2), ("run", "other"), ("weights", None)):
+        path.write_text(json.dumps(NUMBERS | about | {key: other}))
+        assert checkpoint.read_evaluation(path, saved) is None
+    path.write_text(json.dumps(NUMBERS | {"run": saved["run"]}))  # of an earlier version, without a checksum
+    assert checkpoint.read_evaluation(path, saved) is None
+
+
+def test_the_checksum_of_an_evaluation_covers_the_prior():
+    model = make(prior="unigram")
+    before = checkpoint.identity_of(content(model))["weights"]
+    with torch.no_grad():
+        next(model.prior.parameters()).add_(1)
+    assert checkpoint.identity_of(content(model))["weights"] != before
+
+
 @pytest.mark.parametrize("raw", [b"{", b"[1]", b"\xff", b"[" * 100_000])
 def test_a_damaged_evaluation_is_one_line(tmp_path, raw):
     path = tmp_path / "evaluation.json"
-    assert read_evaluation(path) is None
     path.write_bytes(raw)
-    with pytest.raises(UserError, match="evaluate the model again") as caught:
-        read_evaluation(path)
+    with pytest.raises(UserError, match="evaluate the run again") as caught:
+        checkpoint.read_evaluation(path, content())
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)

@@ -62,7 +62,7 @@ def save(
         rows.insert(1, {"kind": "train", "step": 3, "mse": 8})
         (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     if evaluation is not None:
-        found = {"run": saved["run"], "step": step, **evaluation}
+        found = checkpoint.identity_of(saved) | evaluation
         (folder / "evaluation.json").write_text(json.dumps(found))
     return name
 
@@ -83,7 +83,7 @@ def test_metrics_come_from_the_evaluation_of_the_checkpoints_step():
     assert row.values["parameters"] == sum(p.numel() for p in make().parameters())
 
 
-@pytest.mark.parametrize("stale", [{"step": 3}, {"run": "other"}, {"step": None}])
+@pytest.mark.parametrize("stale", [{"step": 3}, {"run": "other"}, {"weights": "0123456789abcdef"}])
 def test_otherwise_they_are_those_of_the_last_epoch_up_to_the_checkpoint(stale):
     row = read_run(save("logs/run", step=5, evaluation=METRICS | stale))
     assert (row.source, row.step) == ("metrics.jsonl", 4)
@@ -251,6 +251,21 @@ def test_the_text_fits_100_columns_and_loses_nothing():
     assert long in "".join(line[:12].strip() for line in text.splitlines()[2:])
     for part in ("123.45678", "±0.00010", "24.00", "0.9000", "65,536", "1,000.0 h", "212,992", "142,488.4"):
         assert part in text
+
+
+def test_metrics_that_were_asked_for_have_a_column_and_protocols_stand_below():
+    paths = [save("logs/a", evaluation=METRICS | {"protocol": "10 images"}), save("logs/b", evaluation=METRICS)]
+    lines = table(compare(paths), "text").splitlines()
+    assert "rFID" not in lines[0]
+    assert lines[-1] == "Protocol: 10 images."
+    more = {"rfid": 12.345, "probe_accuracy": 0.5, "probe_accuracy_se": 0.01, "protocol": "20 images; " + "net " * 40}
+    rows = compare([*paths, save("logs/c", evaluation=METRICS | more)])
+    text = table(rows, "text")
+    assert max(map(len, text.splitlines())) <= WIDTH
+    for part in ("rFID", "12.35", "0.500", "±0.010", "Protocol of a: 10 images.", "Protocol of c: 20 images; net"):
+        assert part in text
+    assert json.loads(table(rows, "json"))[0]["protocol"] == "10 images"
+    assert [row.values["run"] for row in sort(rows, "rfid")] == ["c", "a", "b"]
 
 
 def test_markdown_and_json_hold_the_same_numbers():

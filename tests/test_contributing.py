@@ -95,5 +95,5 @@ def test_every_training_command_in_the_documents_is_valid(words, monkeypatch):
         configure(given, Resumed(Path(), content) if resume else trained, experiment.SLOTS)
 
     monkeypatch.setattr(experiment, "train", only_configure)
-    monkeypatch.setattr(experiment, "evaluate_checkpoint", lambda given, iw_samples, output: 0)
+    monkeypatch.setattr(experiment, "evaluate_checkpoint", lambda given, asked, output, **more: 0)
     train.main(words)

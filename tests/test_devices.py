@@ -1,5 +1,6 @@
 """The device that is chosen, and the memory that the process keeps."""
 
+import contextlib
 import ctypes
 import platform
 import subprocess
@@ -70,10 +71,17 @@ def test_auto_is_the_first_available_device(monkeypatch):
         choose_device("cuda")
 
 
+@pytest.mark.parametrize("present", [True, False])
+def test_bf16_that_a_cpu_emulates_is_warned_of(monkeypatch, present):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": present}, raising=False)
+    slow = contextlib.nullcontext() if present else pytest.warns(UserWarning, match="bf16: this CPU .* use fp32")
+    with slow:
+        assert choose_precision("bf16", torch.device("cpu")) == "bf16"
+
+
 def test_precision_and_compilation_are_chosen_by_device():
     cpu = torch.device("cpu")
     assert choose_precision("auto", cpu) == "fp32"
-    assert choose_precision("bf16", cpu) == "bf16"
     assert not choose_compile(None, cpu, steps=10**6)
     assert choose_compile(True, cpu, steps=1)
 

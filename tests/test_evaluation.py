@@ -129,6 +129,21 @@ def test_more_samples_tighten_the_importance_weighted_bound():
     assert bounds[0] > bounds[1] > bounds[2]  # bounds on -log p(x)
 
 
+def test_the_bound_of_a_likelihood_with_noise_is_tightened_where_z_is_a_point():
+    model, batch = make((1, 8, 8), likelihood="logit-gaussian").eval(), images(6, (1, 8, 8))
+    results = evaluate(model, batch, LABELS[:6], iw_samples=400)
+    x, alpha = batch.double() / 255, model.likelihood.alpha
+    with torch.no_grad():
+        mean = model.elbo(x.float()).params.double()
+    edges = [(alpha / 2 + (1 - alpha) * (x * 255 + u) / 256).logit() for u in (0, 1)]
+    lower, upper = (torch.special.ndtr(edge - mean) for edge in edges)
+    exact = -(upper - lower).log().flatten(1).sum(1).mean().item() + results["rate"]  # P of 8-bit pixels
+    assert results["iw_bound"] == pytest.approx(exact, abs=0.2)
+    assert exact < results["neg_elbo"] - 0.2
+    masked = evaluate(make((1, 8, 8), likelihood="logit-gaussian", prior="masked"), batch, LABELS[:6], iw_samples=5)
+    assert masked["iw_bound"] < masked["neg_elbo"]  # the prior's estimate is one draw
+
+
 def test_the_rate_of_a_gaussian_is_its_divergence_on_average():
     model = make(**fitting("gaussian")).eval()
     x, draws = unit_range(images(3)), 1500

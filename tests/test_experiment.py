@@ -19,7 +19,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from tests.helpers import CONSTANT, ROOT, SMALL, images, run_train
+from tests.helpers import CONSTANT, ROOT, SMALL, images, make, run_train
 from vqvae import checkpoint, cli, experiment, load
 from vqvae.commands import export, train, visualize
 from vqvae.data import Dataset, Images
@@ -309,6 +309,55 @@ def test_evaluation_prints_and_stores(capsys):
     assert "stored in logs/run/evaluation.json" in out
 
 
+def test_an_evaluation_names_its_protocol_and_weights_and_probes_the_codes():
+    assert run_train("--epochs", "1", "--name", "run") == 0
+    found = evaluate("logs/run --iw-samples 1 --probe")
+    assert found.items() >= checkpoint.identity_of(checkpoint.read("logs/run")).items()
+    assert found["protocol"].startswith(
+        "60 images of the test split of digits, 1x16x16, scaled (bilinear, antialiased)"
+    )
+    assert "probe: logistic regression" in found["protocol"]
+    for name in ("probe_accuracy", "probe_control", "label_bits", "label_bits_control"):
+        assert 0 <= found[name] <= 4
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--evaluate --metrics fid", "--metrics fid: needs the "),  # weights, or a package
+        ("--evaluate --metrics psnr", "--metrics psnr: must be one of lpips, fid, kid, is, lite0"),
+        ("--evaluate --metrics lpips --weights config.json", "config.json: cannot be read as weights"),
+        ("--evaluate --weights checkpoint.pt", "--weights checkpoint.pt: has no effect without --metrics"),
+        (
+            "--evaluate --metrics lpips --samples 3",
+            "--samples 3: has no effect without --metrics fid, kid, is or lite0",
+        ),
+        ("--probe", "--probe: has no effect without --evaluate"),
+        ("--metrics fid kid", "--metrics fid kid: has no effect without --evaluate"),
+    ],
+)
+def test_what_evaluation_cannot_use_is_refused(line, message, capsys):
+    Path("config.json").write_text("{}")
+    assert run_train("--max-steps", "1", "--name", "run") == 0
+    words = [*line.split(), *(("--checkpoint", "logs/run") if "--evaluate" in line else ())]
+    capsys.readouterr()
+    assert run_train(*words, small=False) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not Path("logs/run/evaluation.json").exists()
+
+
+def test_draws_are_of_one_seed_and_of_the_labels_in_turn():
+    model = make(num_classes=3, prior="pixelcnn").eval()
+    labels, drawn = torch.tensor([0, 1, 2, 2]), experiment.drawn
+    batches = list(drawn(model, 5, labels, seed=1, batch_size=3))
+    assert [len(batch) for batch in batches] == [3, 2]
+    assert torch.equal(torch.cat(batches), torch.cat(list(drawn(model, 5, labels, seed=1, batch_size=3))))
+    assert list(drawn(make(), 0, None, seed=1)) == []
+    assert [len(batch) for batch in drawn(make().eval(), 2, None, seed=1)] == [2]
+
+
 def test_a_default_name_is_numbered_and_a_given_one_protected(capsys):
     assert run_train("--epochs", "1") == 0
     assert run_train("--epochs", "1") == 0
@@ -344,12 +393,14 @@ def test_help_teaches_and_imports_no_heavy_library():
     assert done.stdout.strip().endswith("[]")
 
 
-def test_points_of_the_plane_train_and_are_evaluated():
+def test_points_of_the_plane_train_and_are_evaluated(capsys):
     assert run_train("--preset", "vae-2d-2", "--epochs", "2", "--limit", "640", "--name", "points", small=False) == 0
     found = evaluate("logs/points --iw-samples 2")
     assert found["gap"] == pytest.approx(found["neg_elbo"] - found["data_entropy"])
     assert found["data_entropy"] == pytest.approx(4.4473, abs=1e-4)
     assert not Path("plots/points/generated_samples").exists()  # points are no images
+    assert run_train("--evaluate", "--checkpoint", "logs/points", "--probe", small=False) == 2
+    assert capsys.readouterr().err == "error: --probe: the data set gauss2d has no labels; leave it out\n"
 
 
 @pytest.mark.parametrize("prior", ["normal", "made-flow"])

@@ -39,7 +39,7 @@ def loop_on(
 ) -> Loop:
     plan = Plan(
         epochs=1, batch_size=4, lr=Schedule.parse("linear:0:1e-3:10"), weight_decay=0.1, seed=0,
-        device=device, precision=precision, log_every=100, save_every=(1000, None), augment=augment,
+        device=device, precision=precision, log_every=100, checkpoint_every=(1000, None), augment=augment,
     )  # fmt: skip
     labels = torch.zeros(len(examples), dtype=torch.int64)
     module.to(device).train()

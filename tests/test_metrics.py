@@ -12,12 +12,14 @@ from torch import Tensor
 from tests.helpers import images, run_train, training
 from vqvae import metrics
 from vqvae.evaluation import evaluate
+from vqvae.features import frechet
 from vqvae.metrics import METRICS, TABLE, Examples, Facts, Metric, Split, Totals, perplexity
 from vqvae.ssim import ssim
 
 FACTS = Facts(dimensions=12, data_variance=0.05, eight_bit=True, num_codes=5, codes_per_image=4)
 POINTS = Facts(dimensions=2, data_variance=0.05, eight_bit=False, num_codes=None, codes_per_image=1)
 FROM_ELSEWHERE = {"commitment", "iw_bound"}  # the bottleneck's statistic, and `evaluate`'s own bound
+ASKED = {metric.name for metric in TABLE if metric.asked}
 
 
 def examples(n: int = 6) -> Examples:
@@ -37,6 +39,7 @@ def by_hand(e: Examples, usage: Tensor, latents: Tensor) -> dict[str, float]:
     return {
         "mse": np.mean(squares),
         "nmse": np.mean(squares) / 0.05,
+        "psnr_of_mse": 10 * math.log10(1 / np.mean(squares)),
         "psnr": np.mean([10 * math.log10(1 / square) for square in squares]),
         "ssim": np.mean([similarity(a, b) for a, b in zip(shown, pixels, strict=True)]),
         "neg_elbo": neg_elbo,
@@ -106,7 +109,8 @@ def test_every_row_is_its_definition():
     for counts in (usage - 1, torch.ones(2, 5)):
         totals.add_usage(counts)
     found, expected = totals.results(FACTS), by_hand(e, usage, latents)
-    assert set(expected) | FROM_ELSEWHERE == set(METRICS)
+    assert set(expected) | FROM_ELSEWHERE | ASKED | {"relaxed_nats"} == set(METRICS)
+    assert found["psnr_of_mse"] < found["psnr"]
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-5), name
     assert found["usage"].tolist() == usage.tolist()
@@ -149,6 +153,32 @@ def test_metrics_that_do_not_apply_are_absent():
     assert continuous == {"nmse": pytest.approx(2)}
     second_stage = metrics.of_split(Split({"prior_nats": 2.0}, FACTS), monitored=True)
     assert set(second_stage) == {"bits_per_code", "code_perplexity"}
+
+
+def test_the_terms_of_relaxed_draws_are_not_called_elbo():
+    e = examples()
+    bound, relaxed = metrics.of_examples(e), metrics.of_examples(e._replace(relaxed=True))
+    assert torch.equal(relaxed["relaxed_nats"], bound["neg_elbo"])
+    assert set(bound) - set(relaxed) == {"neg_elbo"}
+    assert set(relaxed) - set(bound) == {"relaxed_nats"}
+    assert "bits_per_dim" not in metrics.of_split(Split({"relaxed_nats": 3.0, "mse": 0.1}, FACTS))
+
+
+def test_metrics_in_features_compare_reconstructions_and_samples_with_the_images():
+    totals = Totals()
+    for size in (30, 10):
+        f = torch.randn(size, 3)
+        totals.add({"mse": torch.ones(size)})
+        totals.add_features("images", {"lite0": f})
+        totals.add_features("reconstructions", {"lite0": f + 2})
+    totals.add_features("samples", {"lite0": f - 1})
+    found = totals.results(POINTS)
+    images = torch.cat(totals.features["lite0"]["images"])
+    assert found["rfd_lite0"] == pytest.approx(12, rel=1e-4)  # 3 features, each 2 away
+    assert found["gfd_lite0"] == pytest.approx(frechet(f - 1, images), rel=1e-6)
+    assert not {"rfid", "gfid", "lpips"} & set(found)
+    del totals.features["lite0"]["samples"]
+    assert "gfd_lite0" not in totals.results(POINTS)
 
 
 def test_training_computes_the_monitored_metrics_only():
@@ -202,10 +232,10 @@ def test_names_are_unique_and_every_row_is_explained():
     assert len(METRICS) == len(TABLE)
     for metric in TABLE:
         assert metric.explanation
-        assert (metric.per_example or metric.whole_set) or metric.name in FROM_ELSEWHERE
+        assert (metric.per_example or metric.whole_set) or metric.name in FROM_ELSEWHERE or metric.asked == "probe"
 
 
-def test_help_explains_every_metric_of_the_terminal(capsys):
+def test_help_explains_every_metric_that_is_shown_or_asked_for(capsys):
     with pytest.raises(SystemExit) as ended:
         run_train("--help")
     assert ended.value.code == 0
@@ -214,7 +244,7 @@ def test_help_explains_every_metric_of_the_terminal(capsys):
     assert max(map(len, text.splitlines())) <= 120
     words = " ".join(text.split())
     for metric in TABLE:
-        assert (f"{metric.name} {metric.explanation}" in words) == bool(metric.label), metric.name
+        assert (f"{metric.name} {metric.explanation}" in words) == bool(metric.label or metric.asked), metric.name
 
 
 def test_a_new_row_appears_in_evaluation_training_terminal_and_help(monkeypatch):

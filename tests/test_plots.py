@@ -368,3 +368,15 @@ def test_bars_of_usage_are_sorted_and_uniform_usage_reaches_half_the_panel():
     blue = (image == torch.tensor([68, 119, 170])[:, None, None]).all(0)
     assert blue[:20].sum(0).tolist() == [9] * 8  # half the panel, without the line at uniform usage
     assert blue[22:].sum(0).tolist() == [19, 19, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 32), (32, 96)])
+def test_rectangles_and_their_code_maps_leave_no_empty_bands(tmp_path, height, width):
+    path = tmp_path / "codes.png"
+    images, codes = torch.full((1, 1, height, width), 0.5), torch.zeros(1, height // 4, width // 4, dtype=torch.int64)
+    colors = np.full((*codes.shape, 3), 90, np.uint8)
+    plots.code_visualization(images, {"codes": codes}, {"codes": colors}, images, path, title="t")
+    sheet = imageio.imread(path).min(axis=-1)
+    filled = (sheet < 200)[30:].mean(axis=1)
+    assert (filled > 0.1).mean() > 0.6  # most rows below the title have pixels of images
+    assert sheet.shape[1] < 3 * 208 + 60

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from vqvae.errors import OptionError, shown
-from vqvae.schedules import Schedule, ScheduleText
+from vqvae.schedules import Plateau, RateText, Schedule, ScheduleText, parse_rate
 
 
 def value(text: str, step: int, total: int = 100) -> float:
@@ -98,3 +98,27 @@ def test_the_rule_tells_its_bound():
 def test_a_constant_is_the_same_number_at_every_step_of_runs_of_any_length(text):
     schedule = Schedule.parse(text)
     assert {schedule(step, total) for total in (1, 3, 9, 700) for step in range(total)} == {schedule.values()[0]}
+
+
+def test_a_plateau_is_a_constant_rate_that_is_reduced():
+    schedule, plateau = parse_rate("plateau:1e-3:0.5:3")
+    assert {schedule(step, 100) for step in (0, 50, 200)} == {1e-3}
+    assert plateau == Plateau(0.5, 3)
+    assert parse_rate("cosine:1:0") == (Schedule.parse("cosine:1:0"), None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["plateau:", "plateau:1e-3", "plateau:1e-3:1:3", "plateau:1e-3:0:3", "plateau:1e-3:0.5:-1", "plateau:1:nan:3",
+     "plateau:1:0.5:2.5", "plateau:1:0.5:3:4", "plateau:x:0.5:3"],
+)  # fmt: skip
+def test_a_plateau_that_cannot_be_read_is_explained(text):
+    problem = RateText(low=0).problem(text)
+    assert problem
+    assert "plateau:1e-3:0.5:3" in problem or "number" in problem
+
+
+def test_a_plateau_follows_the_rule_of_rates():
+    assert RateText(low=0).problem("plateau:1e-3:0.5:3") is None
+    assert RateText(low=0).problem("plateau:-1:0.5:3") == "must be at least 0"
+    assert ScheduleText().problem("plateau:1e-3:0.5:3")  # another schedule cannot have one

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from tests.helpers import choose, fitting, images, make, objective, training
+from vqvae import contracts
 from vqvae.autoencoder import unit_range
 from vqvae.bottlenecks import BOTTLENECKS
+from vqvae.evaluation import evaluate
 from vqvae.likelihoods import LIKELIHOODS
 from vqvae.metrics import perplexity
 from vqvae.nets import NETS
@@ -61,7 +63,7 @@ def test_the_reconstruction_of_a_batch_is_its_mse_over_the_variance():
 def test_the_metrics_of_a_batch_are_means_over_its_examples():
     module, batch = training(bottleneck=choose("bottleneck", "vq", init="normal"), prior="unigram").eval(), images(5)
     model, x = module.model, unit_range(batch)
-    numbers = module.summary(module(batch, None, 0).metrics)
+    numbers = module.summary(module.of_batch(module(batch, None, 0).metrics))
     elbo = model.elbo(x)
     mse = (model.likelihood.mean(elbo.params) - x).double().square().mean().item()
     usage = model.bottleneck.usage(elbo.latent.codes)
@@ -110,6 +112,46 @@ def test_the_bottleneck_is_fitted_to_the_features_of_enough_images():
     assert len(asked) == 1  # nothing to fit
 
 
+NEEDS_NOTHING = [
+    choose("bottleneck", name, init="uniform") for name in ("vq", "residual", "grouped", "hierarchy", "multiscale")
+]
+NEEDS_NOTHING += [choose("bottleneck", "cosine", init="normal"), choose("bottleneck", "gumbel", posterior="linear")]
+
+
+@pytest.mark.parametrize("bottleneck", NEEDS_NOTHING, ids=str)
+def test_a_start_that_needs_no_data_encodes_nothing(bottleneck):
+    module = training(bottleneck=bottleneck)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    module.initialize(lambda n: pytest.fail(f"asked for {n} images"))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_the_start_leaves_the_statistics_of_batch_norm_alone():
+    module = training(nets="henrhoi")
+    before = {name: value.clone() for name, value in module.model.encoder.state_dict().items()}
+    module.initialize(lambda n: images(30))
+    assert module.training
+    assert module.model.encoder.training
+    assert all(torch.equal(value, before[name]) for name, value in module.model.encoder.state_dict().items())
+
+
+def test_codes_that_are_too_many_to_count_are_counted_in_evaluation_only(monkeypatch):
+    module, batch = training(bottleneck=choose("bottleneck", "fsq", levels="4,3,5")), images(9)
+    module.initialize(lambda n: batch)
+    model = module.model
+    expected = evaluate(model, batch, torch.zeros(9, dtype=torch.int64), batch_size=4)
+    assert expected["active_codes"] > 2
+    monkeypatch.setattr(contracts, "MOST_COUNTED", 59)
+    assert not model.discrete.counted
+    assert not {"usage", "batch_perplexity"} & module.of_batch(module(batch, None, 0).metrics).keys()
+    found = evaluate(model, batch, torch.zeros(9, dtype=torch.int64), batch_size=4)
+    assert "usage" not in found
+    for name in ("perplexity", "active_codes", "codebook_size"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-6), name
+    huge = make(bottleneck=choose("bottleneck", "fsq", levels="8,8,8,8,8,8,8,8"))
+    assert evaluate(huge, batch, torch.zeros(9, dtype=torch.int64))["codebook_size"] == 8**8
+
+
 def test_a_saved_state_restores_the_model():
     first, second = (training(prior="transformer") for _ in range(2))
     assert not torch.equal(first.model.encoder[0].weight, second.model.encoder[0].weight)
@@ -121,3 +163,26 @@ def test_a_saved_state_restores_the_model():
 def test_an_objective_is_checked_against_the_model():
     with pytest.raises(ValueError, match="iaf_startup_steps=5"):
         AutoencoderTraining(make(), objective("probabilistic iaf_startup_steps=5"))
+
+
+@pytest.mark.parametrize(
+    ("words", "relaxed"),
+    [
+        ("gumbel", True),
+        ("gumbel hard=yes", False),
+        ("gumbel hard=yes iaf_flows=1", True),
+        ("categorical", True),  # the mean of several one-hots
+        ("categorical num_samples=1", False),
+        ("categorical average_samples=no", False),
+        ("deterministic", False),
+        ("vq", False),
+    ],
+)
+def test_training_calls_only_a_bound_elbo(words, relaxed):
+    name, *given = words.split()
+    small = choose("bottleneck", name)
+    module = training(bottleneck=small._replace(options=small.options | dict(word.split("=") for word in given)))
+    batch, labels = images(6), torch.zeros(6, dtype=torch.int64)
+    found = module.train()(batch, labels, 0).metrics
+    assert ("relaxed_nats" in found, "neg_elbo" in found) == (relaxed, not relaxed)
+    assert "neg_elbo" in module.eval()(batch, labels, 0).metrics  # evaluation draws codes

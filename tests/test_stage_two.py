@@ -124,6 +124,22 @@ def test_codes_are_cached_with_what_they_come_from(tmp_path):
     assert np.array_equal(np.load(cache)["codes"], 6 - codes)
 
 
+def test_stage_two_trains_on_draws_where_the_posterior_is_a_distribution(tmp_path):
+    model = make(bottleneck="gumbel").train()
+    batch = images(1).expand(2000, -1, -1, -1)  # the same image, many times
+    codes = extract_codes(model, batch, tmp_path / "codes.npz")
+    assert model.training
+    with torch.no_grad():
+        logits, _ = model.bottleneck.logits(model.eval().features(batch[:1] / 255), model.bottleneck.code_vectors())
+    expected = logits[0].softmax(-1)  # [h, w, K]
+    shares = torch.nn.functional.one_hot(codes.long(), 7).double().mean(0)
+    assert float((shares - expected).abs().max()) < 5 * 0.5 / math.sqrt(2000)
+    assert len(codes.unique()) > 1
+    assert torch.equal(codes, extract_codes(model, batch, tmp_path / "again.npz"))  # draws of one seed
+    point = make().eval()
+    assert torch.equal(extract_codes(point, batch[:5], tmp_path / "point.npz"), point.encode(batch[:5]).int())
+
+
 def test_a_cache_with_a_flipped_bit_is_made_again(tmp_path):
     model, batch, cache = make().eval(), images(12), tmp_path / "codes.npz"
     codes = extract_codes(model, batch, cache)

@@ -18,6 +18,8 @@ from tests.helpers import ROOT, images
 from vqvae import __version__, data, tokens
 from vqvae.__main__ import COMMANDS, main
 from vqvae.data.image_folder import read_image
+from vqvae.errors import UserError
+from vqvae.registry import Choice
 
 
 @pytest.fixture
@@ -71,7 +73,7 @@ def test_a_folder_is_encoded_and_decoded(workdir, capsys):
     assert "broken.jpg" in err
 
     content = npz("out/codes.npz")
-    assert set(content) == {"codes", "num_codes", "grid", "image_shape", "files", "model"}
+    assert set(content) == {"codes", "num_codes", "grid", "image_shape", "files", "model", "source"}
     assert content["codes"].dtype == np.uint16
     assert (content["num_codes"], content["grid"].tolist(), content["image_shape"].tolist()) == (7, [2, 2], [3, 8, 8])
     names = content["files"].tolist()
@@ -382,3 +384,63 @@ def test_the_program_describes_itself(line, capsys):
     assert run(line) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in COMMANDS) or out == f"vqvae {__version__}\n"
+
+
+def test_shards_are_read_as_one_file_and_finished_ones_are_kept(workdir, capsys):
+    stored(workdir / "run")
+    write_images(*(f"in/{name}.png" for name in "abcde"))
+    encode = "encode --checkpoint run --input in --device cpu --output"
+    assert run(f"{encode} whole.npz") == run(f"{encode} codes.npz --shards 3") == 0
+    assert "codes-00000-of-00003.npz ... codes-00002-of-00003.npz: 5 images" in capsys.readouterr().out
+    shards = [f"codes-0000{n}-of-00003.npz" for n in range(3)]
+    assert [npz(shard)["files"].tolist() for shard in shards] == [["a.png", "b.png"], ["c.png", "d.png"], ["e.png"]]
+    whole = tokens.load_codes("whole.npz")
+    for files in ("codes-*.npz", "codes.npz", shards[::-1], [Path(shard) for shard in shards]):
+        found = tokens.load_codes(files)
+        assert np.array_equal(found.codes, whole.codes)
+        assert (found.files, found.num_codes, found.image_shape) == (whole.files, 7, (3, 8, 8))
+        assert found.labels is None
+    assert run("decode codes.npz --checkpoint run --output back --device cpu") == 0
+    assert run(f"decode {' '.join(shards)} --checkpoint run --output again --device cpu") == 0
+    assert sorted(p.name for p in Path("back").iterdir()) == [f"{name}.png" for name in "abcde"]
+    assert len(list(Path("again").iterdir())) == 5
+
+    Path(shards[1]).unlink()
+    before = Path(shards[0]).stat().st_mtime_ns
+    capsys.readouterr()
+    assert run(f"{encode} codes.npz --shards 3 --resume") == 0
+    assert "5 images, 2x2 codes each, codebook of 7; 2 of 3 files were finished" in capsys.readouterr().out
+    assert Path(shards[0]).stat().st_mtime_ns == before
+    write_images("in/a.png", size=(9, 9))  # other images
+    assert run(f"{encode} codes.npz --shards 3 --resume") == 0
+    assert "2 of 3 files" in capsys.readouterr().out
+    assert Path(shards[0]).stat().st_mtime_ns > before
+    stored(workdir / "run")  # another model
+    assert run(f"{encode} codes.npz --shards 3 --resume") == 0
+    assert "finished" not in capsys.readouterr().out
+
+
+def test_shards_that_do_not_belong_together_are_refused(workdir, capsys):
+    stored(workdir / "run")
+    write_images(*(f"in/{name}.png" for name in "ab"))
+    encode = "encode --checkpoint run --input in --device cpu --output codes.npz --shards"
+    assert run(f"{encode} 3") == 0  # the last one is empty
+    assert len(tokens.load_codes("codes.npz").codes) == 2
+    Path("codes-00001-of-00003.npz").unlink()
+    with pytest.raises(UserError, match="codes-00001-of-00003.npz: this shard is missing; encode again with resume"):
+        tokens.load_codes("codes-*.npz")
+    assert run(f"{encode} 2") == 0
+    with pytest.raises(UserError, match="does not belong to .*; name the shards of one encoding"):
+        tokens.load_codes("codes.npz")
+    capsys.readouterr()
+    assert run("decode codes.npz --checkpoint run --output back --device cpu") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(UserError, match="nothing-\\*.npz: no such file"):
+        tokens.load_codes("nothing-*.npz")
+
+
+def test_labels_of_shards_are_joined(workdir):
+    model = stored(workdir / "run", (1, 16, 16))
+    source = tokens.DatasetSplit(Choice("digits", {}), model, 2, limit=5)
+    assert tokens.encode_shards(Path("codes.npz"), model, source, 2).images == 5
+    assert np.array_equal(tokens.load_codes("codes-*.npz").labels, source.labels.numpy())

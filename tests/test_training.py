@@ -18,7 +18,7 @@ from vqvae.contracts import TrainOutput
 from vqvae.errors import OptionError, UserError
 from vqvae.optimizer import decay_groups
 from vqvae.runs import Run
-from vqvae.schedules import Schedule
+from vqvae.schedules import Plateau, Schedule
 from vqvae.training import AfterEpoch, Means, Plan, Stage, fit, seed_step, take
 
 EXAMPLES = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
@@ -47,6 +47,9 @@ class Toy(nn.Module):
         loss = (batch + torch.randn_like(batch) - self.point).square().mean()
         return TrainOutput(loss, {"loss": loss.detach(), "commitment": 2 * loss.detach()})
 
+    def of_batch(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        return metrics
+
     def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
         return {name: float(value) for name, value in means.items()}
 
@@ -70,7 +73,7 @@ def plan(**changes: Any) -> Plan:
         "device": torch.device("cpu"),
         "precision": "fp32",
         "log_every": 2,
-        "save_every": (1000, None),
+        "checkpoint_every": (1000, None),
     }
     return Plan(**(settings | changes))
 
@@ -183,7 +186,7 @@ def test_a_run_killed_within_an_epoch_resumes_bitwise(tmp_path, kill_at):
             raise Killed
 
     with pytest.raises(Killed):
-        train(tmp_path / "run", plan(save_every=(1, None)), at=kill)
+        train(tmp_path / "run", plan(checkpoint_every=(1, None)), at=kill)
     train(tmp_path / "run", plan(), resume=True)
     assert_same_run(tmp_path / "run", tmp_path / "straight")
 
@@ -261,6 +264,91 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
     assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["epoch"] == 4
 
 
+def test_a_plateau_reduces_the_rate_when_pytorch_would_and_resumes_bitwise(tmp_path):
+    losses = [3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 0.5, 0.6, 0.6, 0.6]
+    point = nn.Parameter(torch.zeros(1))
+    reference = torch.optim.SGD([point], lr=0.1)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(reference, factor=0.5, patience=1, threshold=0)
+    expected = []
+    for loss in losses:
+        expected.append(reference.param_groups[0]["lr"])
+        theirs.step(loss)
+    settings = {"plateau": Plateau(0.5, 1), "log_every": 3}
+    whole, parts = iter(losses), iter(losses)
+    train(tmp_path / "whole", plan(epochs=10, **settings), evaluate=lambda: {"loss": next(whole)})
+    train(tmp_path / "run", plan(epochs=4, **settings), evaluate=lambda: {"loss": next(parts)})
+    train(tmp_path / "run", plan(epochs=10, **settings), evaluate=lambda: {"loss": next(parts)}, resume=True)
+    rates = [row["lr"] for row in rows(tmp_path / "whole") if row["kind"] == "train"]
+    assert rates == pytest.approx(expected)
+    assert len(set(rates)) == 4
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_clipping_bounds_the_gradient_and_logs_its_norm_before(tmp_path):
+    free, _ = train(tmp_path / "free", plan(epochs=1, log_every=1))
+    bound, _ = train(tmp_path / "bound", plan(epochs=1, log_every=1, clip=1e-12))
+    first, second = (
+        [row["grad_norm"] for row in rows(tmp_path / name) if row["kind"] == "train"] for name in ("free", "bound")
+    )
+    assert first[0] == second[0] > 1e-3
+    # a gradient far below Adam's epsilon of 1e-8 moves nothing
+    assert bound.point.abs().max() < 1e-3 < free.point.abs().max()
+
+
+def test_averaged_weights_are_evaluated_and_saved_and_training_goes_on_from_its_own(tmp_path):
+    averaged, last = plan(ema_weights=0.9), plan()
+    toy, _ = train(tmp_path / "last", last)
+    same, results = train(tmp_path / "whole", averaged)
+    assert torch.equal(toy.point, same.point)  # averaging does not change training
+    saved = checkpoint.read(tmp_path / "whole" / "checkpoint.pt")
+    assert torch.equal(saved["trained"]["point"], toy.point)
+    assert not torch.equal(saved["model"]["point"], toy.point)
+    assert results["loss"] == pytest.approx(float(saved["model"]["point"].square().sum()))
+
+
+@pytest.mark.parametrize("kill_at", [2, 7, 9])
+def test_averaged_weights_resume_bitwise(tmp_path, kill_at):
+    def kill(step: int) -> None:
+        if step == kill_at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    train(tmp_path / "whole", plan(ema_weights=0.9))
+    train(tmp_path / "run", plan(ema_weights=0.9), at=kill)
+    train(tmp_path / "run", plan(ema_weights=0.9), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    one, other = (checkpoint.read(tmp_path / name / "checkpoint.pt") for name in ("whole", "run"))
+    assert torch.equal(one["trained"]["point"], other["trained"]["point"])
+
+
+def test_of_many_short_epochs_only_some_are_drawn_and_saved_and_the_last_always(tmp_path):
+    drawn = []
+
+    def draw(epoch: int, step: int, usage: Tensor | None) -> None:
+        drawn.append(epoch)
+
+    losses = iter([9.0 - abs(epoch - 24) / 10 if epoch != 23 else 1.0 for epoch in range(1, 31)])
+    lasting = plan(epochs=30, save_every=1e9)
+    train(tmp_path / "run", lasting, evaluate=lambda: {"loss": next(losses)}, after_epoch=draw)
+    assert drawn == [*range(1, 21), 30]
+    last, best = (checkpoint.read(tmp_path / "run" / name) for name in ("checkpoint.pt", "best.pt"))
+    assert (last["epoch"], last["best_epoch"], best["epoch"], best["best"]) == (30, 23, 23, 1.0)
+    train(tmp_path / "all", plan(epochs=30))
+    assert torch.equal(last["model"]["point"], checkpoint.read(tmp_path / "all" / "checkpoint.pt")["model"]["point"])
+
+
+@pytest.mark.parametrize("end", ["interrupt", "patience"])
+def test_an_epoch_that_ends_a_run_is_saved_however_short(tmp_path, end):
+    def kill(step: int) -> None:
+        if step == 3 * 24 + 2 and end == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    patience = 10 if end == "patience" else None
+    losses = iter([5.0 if epoch < 15 else 6.0 for epoch in range(40)])
+    short = plan(epochs=40, save_every=1e9, patience=patience)
+    train(tmp_path / "run", short, at=kill, evaluate=lambda: {"loss": next(losses)})
+    assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["step"] == 3 * (11 if patience else 25)
+
+
 def test_checkpoints_by_seconds(tmp_path):
     saved = []
 
@@ -268,7 +356,7 @@ def test_checkpoints_by_seconds(tmp_path):
         path = tmp_path / "run" / "checkpoint.pt"
         saved.append(checkpoint.read(path)["step"] if path.exists() else 0)
 
-    train(tmp_path / "run", plan(epochs=1, save_every=(None, 1e-9)), at=look)
+    train(tmp_path / "run", plan(epochs=1, checkpoint_every=(None, 1e-9)), at=look)
     assert saved == [0, 1, 2]
 
 
@@ -311,7 +399,7 @@ def test_after_each_epoch_it_draws_stores_usage_and_prints_a_row(tmp_path, capsy
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
     with pytest.raises(UserError, match="the training loss (is|was) .* at step .* lower lr"):
-        train(tmp_path / "run", plan(lr=Schedule.parse("linear:0.1:1e38:4"), epochs=40, save_every=(1, None)))
+        train(tmp_path / "run", plan(lr=Schedule.parse("linear:0.1:1e38:4"), epochs=40, checkpoint_every=(1, None)))
     assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["model"]["point"].isfinite().all()
 
 
@@ -349,7 +437,7 @@ def test_means_are_exact_over_many_steps():
 def test_a_run_killed_between_its_two_checkpoints_has_the_same_best_in_the_end(tmp_path, monkeypatch):
     train(tmp_path / "straight", plan())
 
-    def kill(run: Run) -> None:
+    def kill(run: Run, state: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:

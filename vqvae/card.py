@@ -4,32 +4,16 @@ B batch, C channels, H W pixels, h w code grid, K codes.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from vqvae.autoencoder import SLOTS, Autoencoder
 from vqvae.config import Config
-from vqvae.errors import UserError, one_line, printable
-from vqvae.files import read_json
+from vqvae.errors import printable
 from vqvae.metrics import METRICS
 from vqvae.registry import brief
 
 CARD = "README.md"
-LARGEST_JSON = 2**20  # bytes
 UNSTATED = "other"  # the hubs' word for a license that is none of those they know
-
-
-def read_evaluation(path: Path) -> dict[str, Any] | None:
-    """The held-out metrics that an evaluation stored beside a checkpoint, or None. Raises `UserError` for damage."""
-    try:
-        found = read_json(path, LARGEST_JSON)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, RecursionError) as problem:
-        raise UserError(f"{path}: cannot be read ({one_line(problem)}); evaluate the model again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: holds no metrics; evaluate the model again")
-    return found
 
 
 def model_card(
@@ -51,7 +35,7 @@ def model_card(
         _what(content, model),
         f"## Use\n\n{usage}",
         f"## Training\n\n{_training(content)}",
-        f"## Evaluation\n\n{_metrics(content, evaluation)}",
+        f"## Evaluation\n\n{_metrics(evaluation)}",
         f"## License\n\n{_license(license)}",
     ]
     return "\n\n".join(sections) + "\n"
@@ -90,11 +74,9 @@ def _training(content: Mapping[str, Any]) -> str:
     return _table(("setting", "value"), rows)
 
 
-def _metrics(content: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
+def _metrics(evaluation: Mapping[str, Any] | None) -> str:
     if evaluation is None:
         return "Not evaluated."
-    if evaluation.get("step") != content["step"]:
-        return "Not evaluated at this step."
     numbers = {key: value for key, value in evaluation.items() if type(value) in (int, float)}
     rows = {
         name: (_number(numbers[name]) + (f" ± {_number(numbers[f'{name}_se'])}" if numbers.get(f"{name}_se") else ""))
@@ -103,7 +85,9 @@ def _metrics(content: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -
     }
     images = f"On {numbers['images']:,} held-out examples" if "images" in numbers else "On held-out examples"
     explained = {name: f"{value} | {_plain(METRICS[name].explanation)}" for name, value in rows.items()}
-    return f"{images}; ± is the standard error.\n\n{_table(('metric', 'value | what it is'), explained, columns=3)}"
+    table = _table(("metric", "value | what it is"), explained, columns=3)
+    protocol = [f"Protocol: {_plain(evaluation['protocol'])}."] if "protocol" in evaluation else []
+    return "\n\n".join([f"{images}; ± is the standard error.", table, *protocol])
 
 
 def _license(license: str) -> str:

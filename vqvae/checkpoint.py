@@ -28,13 +28,13 @@ from vqvae.config import FIELDS as SETTINGS
 from vqvae.config import PATHS, Config
 from vqvae.errors import UserError, one_line, printable, shown
 from vqvae.evaluation import MOST_POINTS
-from vqvae.files import open_file, whole_file
+from vqvae.files import open_file, read_json, whole_file
 from vqvae.registry import Choice, Size, build, resolve
 
 FORMAT = 2
 EARLIER = {1: "0.1"}  # format -> the version of this package that reads it
 # settings that older checkpoints lack; `Config.from_dict` fills them in
-ADDED = {"init_from", "validation"}
+ADDED = {"init_from", "clip", "ema_weights", "save_every", "validation"}
 ABOUT = ("format", "kind", "run", "step", "config", "data")  # describes a model; an exported config.json has these
 SPLITS = ("train", "validation", "test")
 FIELDS = {*ABOUT, "model", "objective", "epoch", "examples", "usage", "plots"}
@@ -197,12 +197,40 @@ def weights_checksum(model: nn.Module) -> str:
 
     These weights determine how the model encodes and decodes: codes of one checksum belong to one codec.
     """
+    return _checksum({name: value for name, value in model.state_dict().items() if not name.startswith("prior.")})
+
+
+def _checksum(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith("prior."):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+IDENTITY = ("run", "step", "weights")
+
+
+def identity_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What an evaluation stores of the model it is of: the run, the step, and a checksum of all weights."""
+    return dict(zip(IDENTITY, (content["run"], content["step"], _checksum(content["model"])), strict=True))
+
+
+def read_evaluation(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The metrics that an evaluation of this model stored in a file; None if there are none, or of another model only.
+
+    A run that was made again has the name and the step of the earlier one, but not its weights. Raises `UserError` for
+    a damaged file.
+    """
+    try:
+        found = read_json(path, LARGEST_JSON)
+        if not isinstance(found, dict):
+            raise ValueError("not a table of metrics")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise UserError(f"{path}: cannot be read ({one_line(problem, 80)}); evaluate the run again") from None
+    return found if identity_of(content).items() <= found.items() else None
 
 
 # what the entries of a file must be
@@ -324,7 +352,7 @@ def _check_state(content: Mapping[str, Any]) -> None:
         _need(bool((usage >= 0).all() and usage.isfinite().all()), "its usage must be counts")
     _check_posterior(content)
     # entries that a run needs to go on
-    for key in ("best_epoch", "best_step"):
+    for key in ("best_epoch", "best_step", "reductions", "reduced_epoch"):
         if content.get(key) is not None:
             _count(content[key], key)
     best = content.get("best", 0.0)
@@ -334,6 +362,8 @@ def _check_state(content: Mapping[str, Any]) -> None:
         _need(set(means) == {"sums", "count"}, f"its {key} must be sums and a count")
         _count(means["count"], key)
         _check_tensors(means["sums"], f"{key}.sums")
+    if "trained" in content:
+        _check_tensors(content["trained"], "trained")
     if "optimizer" in content:
         _check_optimizer(content["optimizer"], [*content["model"].values(), *content["objective"].values()])
 
@@ -456,7 +486,9 @@ def transfer(content: Mapping[str, Any], model: Autoencoder, name: str) -> None:
 def _usage_shape(model: Autoencoder) -> tuple[int, ...]:
     """The shape `[levels, K]` of the counts of a model's codes; () without codes."""
     codes = model.discrete
-    return () if codes is None else tuple(codes.usage(torch.zeros(1, *codes.grid, dtype=torch.int64)).shape)
+    if codes is None:
+        return ()
+    return len(codes.maps(torch.zeros(1, *codes.grid, dtype=torch.int64))), codes.num_codes
 
 
 def verify(content: dict[str, Any], name: str) -> None:
@@ -473,6 +505,11 @@ def verify(content: dict[str, Any], name: str) -> None:
             except UserError as problem:
                 raise UserError(f"{name}: {problem}") from None
             _check_fit(objective, content["objective"], name)
+        if "trained" in content:
+            parts = (
+                (f"{part}.{key}", weight) for part in ("model", "objective") for key, weight in content[part].items()
+            )
+            _check_same(dict(parts), content["trained"], name)
 
 
 def _build(content: Mapping[str, Any], config: Config) -> Autoencoder:
@@ -488,7 +525,10 @@ def _build(content: Mapping[str, Any], config: Config) -> Autoencoder:
 
 def _check_fit(module: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
     """Raise `UserError`, which begins with `name`, unless the weights have the module's names, shapes and types."""
-    expected = module.state_dict()
+    _check_same(module.state_dict(), weights, name)
+
+
+def _check_same(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], name: str) -> None:
     for key in [*expected, *weights]:
         wanted, found = _kind(expected.get(key)), _kind(weights.get(key))
         if wanted != found:

@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from vqvae.errors import UserError, one_line, printable
-from vqvae.files import read_json
-from vqvae.metrics import EVALUATION, for_json
+from vqvae.errors import UserError, printable
+from vqvae.metrics import EVALUATION, TABLE, for_json
 
 Format = Literal["text", "markdown", "json"]
 WIDTH = 100  # columns of the table as text
 SHORTEST = {"run": 12, "data": 8}  # cells that are broken into lines where the table is too wide
-LARGEST_FILE = 2**24  # bytes of an evaluation.json
 
 
 def _count(count: int) -> str:
@@ -53,14 +51,14 @@ COLUMNS = (
     Column("bits", "bits", "bits of an image's codes: tokens x log2 K", "{:,.0f}".format),
     Column("prior_bits", "prior bits", "bits of an image's codes under the run's trained prior", "{:,.1f}".format,
            optional=True),
-    Column("mse", "MSE", "mean squared error of held-out images in [0, 1]", "{:.5f}".format),
-    Column("psnr", "PSNR", "peak signal-to-noise ratio in dB", "{:.2f}".format, True),
-    Column("ssim", "SSIM", "structural similarity; images below 11x11 have none", "{:.4f}".format, True),
-    Column("perplexity", "perplexity", "of code usage over the held-out split", "{:,.0f}".format, True),
+    *(
+        Column(m.name, m.heading, m.explanation, m.form.format, m.largest_first, optional=bool(m.asked))
+        for m in TABLE if m.heading
+    ),
     Column("parameters", "params", "weights that gradients train; an EMA codebook is not among them", _count),
     Column("seconds", "time", "time of the training steps, without evaluations", _duration),
 )  # fmt: skip
-COMPARED = [key for name in ("mse", "psnr", "ssim", "perplexity") for key in (name, f"{name}_se")]
+COMPARED = [key for metric in TABLE if metric.heading for key in (metric.name, f"{metric.name}_se")]
 
 
 class Row(NamedTuple):
@@ -112,7 +110,7 @@ def read_run(path: str) -> Row:
         folder = Path(path)
         warnings.warn(f"{path}: an exported model has no metrics; name the run's folder", stacklevel=3)
     values: dict[str, Any] = {"run": Path(os.path.abspath(folder)).name, "path": path, "data": about["name"]}
-    values |= {key: found[key] for key in found if key in COMPARED}
+    values |= {key: found[key] for key in found if key in (*COMPARED, "protocol")}
     if model.discrete is not None:
         values |= {"tokens": model.discrete.tokens, "bits": model.discrete.bits}
         if content["config"]["prior"]["name"] != "uniform":
@@ -136,31 +134,24 @@ def _metrics(folder: Path, content: Mapping[str, Any]) -> tuple[str | None, int,
 
     Those of the test split are preferred.
     """
+    from vqvae.checkpoint import read_evaluation
     from vqvae.runs import LOG, read_metrics
 
     step, batch_size = content["step"], content["config"]["batch_size"]
     epochs = [row for row in read_metrics(folder / LOG) if row["kind"] == "epoch" and row["step"] <= step]
-    if found := _evaluation(folder / EVALUATION, content):
-        return EVALUATION, step, _numbers(found, ""), training_seconds(epochs, step, batch_size), "test"
+    try:
+        found = read_evaluation(folder / EVALUATION, content)
+    except UserError as problem:
+        warnings.warn(str(problem), stacklevel=4)
+        found = None
+    if found:
+        numbers = _numbers(found, "") | {"protocol": printable(str(found.get("protocol", "")))}
+        return EVALUATION, step, numbers, training_seconds(epochs, step, batch_size), "test"
     if epochs:
         last = epochs[-1]["step"]
         split = epochs[-1].get("split", "test")  # an earlier version evaluated no other
         return LOG, last, _numbers(epochs[-1], "held_out_"), training_seconds(epochs, last, batch_size), split
     return None, step, {}, None, "test"
-
-
-def _evaluation(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The metrics that an evaluation of the checkpoint stored, or None."""
-    try:
-        found = read_json(path, LARGEST_FILE)
-        if not isinstance(found, dict):
-            raise ValueError("not a table of metrics")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as problem:
-        warnings.warn(f"{path}: cannot be read ({one_line(problem, 80)}); evaluate the run again", stacklevel=5)
-        return None
-    return found if (found.get("run"), found.get("step")) == (content["run"], content["step"]) else None
 
 
 def _numbers(found: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -219,7 +210,7 @@ def sort(rows: list[Row], name: str) -> list[Row]:
 def table(rows: Sequence[Row], form: Format) -> str:
     """The rows as a table, as Markdown, or as a JSON list of objects."""
     if form == "json":
-        blank = dict.fromkeys((*(c.name for c in COLUMNS), *COMPARED, "prior_bits_se"))
+        blank = dict.fromkeys((*(c.name for c in COLUMNS), *COMPARED, "prior_bits_se", "protocol"))
         entries = (
             blank | row.values | {"step": row.step, "source": row.source, "held_out": row.held_out} for row in rows
         )
@@ -230,7 +221,14 @@ def table(rows: Sequence[Row], form: Format) -> str:
     if any(f"{c.name}_se" in row.values for c in columns for row in rows):
         notes.append("±: standard error over held-out images.")
     if any(row.source not in (EVALUATION, None) for row in rows):
-        notes.append(f"*: metrics of the last epoch, because there is no {EVALUATION} of the checkpoint's step.")
+        notes.append(f"*: metrics of the last epoch, because there is no {EVALUATION} of the checkpoint's weights.")
+    protocols: dict[str, list[str]] = {}
+    for row in rows:
+        if protocol := row.values.get("protocol"):
+            protocols.setdefault(protocol, []).append(printable(row.values["run"]))
+    for protocol, runs in protocols.items():
+        of_some = f" of {', '.join(runs)}" if len(protocols) > 1 else ""
+        notes += textwrap.wrap(f"Protocol{of_some}: {protocol}.", WIDTH if form == "text" else 10**6)
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from vqvae.errors import OptionError, UserError, near_misses, one_line, shown
 from vqvae.presets import PRESETS
 from vqvae.registry import Choice, Passes, Range, Sides, Size, Slot, fields_of, refuse_idle, resolve
-from vqvae.schedules import ScheduleText
+from vqvae.schedules import RateText
 
 Positive = Annotated[int, Range(1)]
 
@@ -172,12 +172,24 @@ class Config:
         None, "training", metavar="MINUTES", on_resume=True
     )
     batch_size: Annotated[Positive, "images per update, over all processes"] = _field(128, "training", metavar="N")
+    accumulate: Annotated[
+        Positive, "shares of a batch that a process computes one after another, for a smaller memory; the same steps"
+    ] = _field(1, "training", metavar="N", on_resume=True)
     lr: Annotated[
         str,
-        ScheduleText(low=0),
-        "learning rate: a number, or a schedule such as cosine:3e-4:1e-6 (to the end of the run) or "
-        "linear:0:3e-4:500,cosine:3e-4:0:20000",
+        RateText(low=0),
+        "learning rate: a number, a schedule such as cosine:3e-4:1e-6 (to the end of the run) or "
+        "linear:0:3e-4:500,cosine:3e-4:0:20000, or plateau:1e-3:0.5:3, which is halved after more than 3 epochs "
+        "without a better held-out metric",
     ] = _field("cosine:1e-3:1e-5", "training", metavar="RATE")
+    clip: Annotated[
+        float | None, Range(above=0), "scale the gradient of an update down to this norm where it is larger"
+    ] = _field(None, "training", metavar="NORM")
+    ema_weights: Annotated[
+        float,
+        Range(0, below=1),
+        "evaluate and save an average of the weights over updates, with this decay, such as 0.999; 0: the last weights",
+    ] = _field(0.0, "training", metavar="DECAY")
     augment: Annotated[
         Literal["none", "crop-flip"],
         "crop-flip: random crops after 4 pixels of reflected border, every second one mirrored",
@@ -212,6 +224,12 @@ class Config:
     checkpoint_every: Annotated[
         str, Interval(), "save within epochs too: every so many steps (500) or seconds (300s)"
     ] = _field("300s", "run", metavar="WHEN", on_resume=True)
+
+    save_every: Annotated[
+        float,
+        Range(0),
+        "after 20 epochs, draw and save only those that end so many seconds after the last one, and the last; 0: all",
+    ] = _field(1.0, "run", metavar="SECONDS", on_resume=True)
 
     device: Annotated[
         Literal["auto", "cpu", "cuda", "mps"], "where to compute; auto: the first available of cuda, mps, cpu"

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from vqvae.autoencoder import Autoencoder, Elbo
 
 
+MOST_COUNTED = 2**20  # codes of a level whose use is counted in training; a count takes 4 bytes
+
+
 class Latent(NamedTuple):
     """A draw from the posterior q(z|x) of a batch. Some bottlenecks draw S samples in training: `[S*B, ...]`.
 
@@ -67,7 +70,7 @@ class TrainOutput(NamedTuple):
     """What a module returns to the training loop."""
 
     loss: Tensor  # scalar, to descend
-    metrics: dict[str, Tensor]  # detached; scalars, or vectors that `summary` turns into scalars
+    metrics: dict[str, Tensor]  # detached; scalars are means over the batch, others (code usage) sums over it
 
 
 class Nets(Protocol):
@@ -102,6 +105,7 @@ class Bottleneck(nn.Module):
     code_dim: int  # D, channels of the decoder's input
     grid: tuple[int, int]  # (h, w) of the latent
     stochastic = False  # whether a draw may differ from the most likely latent
+    relaxed = False  # whether z lies between codes in training, so that log p + log p(z) - log q is no bound
     start_vectors = 0  # feature vectors that `initialize` wants; 0 for none
     scales: tuple[tuple[int, int], ...] = ()  # (h, w) of each, where the codes are those of one grid after the other
 
@@ -141,6 +145,11 @@ class Discrete(Bottleneck):
     def bits(self) -> float:
         """The bits of an image's codes, tokens x log2 K."""
         return self.tokens * math.log2(self.num_codes)
+
+    @property
+    def counted(self) -> bool:
+        """Whether each code has a count. Of more codes, evaluation counts those that occur, and training none."""
+        return self.num_codes <= MOST_COUNTED
 
     def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:
         """The decoder's input `[B, D, ...]` for codes `[B, h, w]`; with `levels`, from the first levels only."""
@@ -229,6 +238,7 @@ class Likelihood(nn.Module):
     """
 
     discrete = False  # whether it is a probability of 8-bit pixels, which has bits per dimension
+    stochastic = False  # whether `log_prob` is that of a random draw, whose exponential has the mean p(x|z)
     takes_points = False  # whether x may also be points of the plane, which are not in [0, 1]
     params_per_channel: int  # P
     log_normalizer = 0.0  # nats that -log p contains whatever the parameters are; `reconstruction` leaves them out
@@ -287,11 +297,14 @@ class Trainable(Protocol):
 
     def __call__(self, batch: Tensor, labels: Tensor, step: int) -> TrainOutput: ...
 
+    def of_batch(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The metrics of a batch, with those that are functions of its sums. Its shares were added up before."""
+
     def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
         """Metrics averaged over steps, as plain numbers."""
 
     def initialize(self, batches: Callable[[int], Tensor]) -> None:
-        """Called before the first step; `batches(n)` gives n training examples."""
+        """Called before the first step; `batches(n)` gives n training examples, the same in every process."""
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for AdamW: `params`, any of its settings, and `lr_scale`, which multiplies the scheduled rate."""

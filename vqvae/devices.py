@@ -31,9 +31,18 @@ def choose_device(name: str) -> torch.device:
 
 def choose_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> Literal["fp32", "bf16"]:
     """`fp32` or `bf16`; `auto` is bf16 on a GPU with bf16 hardware, otherwise fp32."""
+    if name == "bf16" and device.type == "cpu" and not computes_bf16():
+        slow = "this CPU has no instructions for it, and emulates them several times slower than fp32"
+        warnings.warn(f"precision bf16: {slow}; use fp32, or auto", stacklevel=2)
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def computes_bf16() -> bool:
+    """Whether the CPU has instructions for products in bf16 (AVX-512 BF16, AMX, and those of ARM)."""
+    capabilities = getattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})()  # earlier versions do not tell
+    return any("bf16" in name and present for name, present in capabilities.items())
 
 
 def choose_compile(wanted: bool | None, device: torch.device, steps: int) -> bool:

@@ -1,9 +1,8 @@
 """Several processes that train one model: `torchrun --nproc-per-node 2 train.py ...`, one GPU each, or on the CPU.
 
-Every process holds the whole model and the whole data set, and takes its share of every batch. Whatever is learned
-from a batch is reduced over all processes, so their weights stay equal bit for bit. Only the first (rank 0) writes.
-Two things are computed from each share only: batch norm's statistics and the threshold of free bits.
-With one process, every function here does nothing and costs nothing.
+Every process holds the whole model and the whole data set, and takes its share of every batch (shares.py). Whatever is
+learned from a batch is reduced over all processes, so their weights stay equal bit for bit. Only the first (rank 0)
+writes. With one process, every function here does nothing and costs nothing.
 
 A process that dies ends the others (`Peers`): within seconds, with one line, however long they may wait for work.
 """
@@ -15,7 +14,7 @@ import selectors
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -264,21 +263,29 @@ def share(batch: Tensor) -> Tensor:
     return batch.tensor_split(world())[rank()]
 
 
-def average(parameters: Iterable[Tensor], metrics: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
-    """Average the gradients (in place) and the metrics over the processes, in one message.
-
-    `weight` is this process's share of the batch, so that means over unequal shares become means over the batch.
-    """
+def sum_step(parameters: Iterable[Tensor], metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums over the processes of the gradients (in place) and of the metrics, in one message."""
     if world() == 1:
         return metrics
     gradients = [p.grad for p in parameters if p.grad is not None]
     values = [*gradients, *metrics.values()]
-    flat = sum_over(weight * torch.cat([value.float().reshape(-1) for value in values]))
-    parts = flat.split([value.numel() for value in values])
-    means = [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
-    for gradient, mean in zip(gradients, means, strict=False):
-        gradient.copy_(mean)
-    return dict(zip(metrics, means[len(gradients) :], strict=True))
+    sums = unflatten(sum_over(flatten(values)), values)
+    for gradient, total in zip(gradients, sums, strict=False):
+        gradient.copy_(total)
+    return dict(zip(metrics, sums[len(gradients) :], strict=True))
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors as one vector of floats, in float64 if one of them is."""
+    precise = any(tensor.dtype == torch.float64 for tensor in tensors)
+    dtype = torch.float64 if precise else torch.float32
+    return torch.cat([tensor.to(dtype).reshape(-1) for tensor in tensors])
+
+
+def unflatten(flat: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors of a vector, in the shapes and types of others."""
+    parts = flat.split([tensor.numel() for tensor in like])
+    return tuple(part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, like, strict=True))
 
 
 def sum_over(tensor: Tensor) -> Tensor:
@@ -309,6 +316,15 @@ def gather_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_objects(value: Result) -> list[Result]:
+    """The values of all processes, in order of rank; they are pickled."""
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def any_of(*wishes: bool) -> tuple[bool, ...]:

@@ -1,20 +1,23 @@
 """Held-out metrics: one pass over a split, per-example values summed once, exact on the ragged last batch.
 
+Several processes share every batch, and each gets the metrics of the whole split.
+
 B batch, N examples, C channels, H W pixels, S importance samples, h w code grid.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vqvae import metrics
-from vqvae.autoencoder import Autoencoder, evaluating, unit_range
+from vqvae import distributed, metrics, shares
+from vqvae.autoencoder import Autoencoder, Elbo, evaluating, unit_range
 from vqvae.contracts import Latent
 from vqvae.errors import OptionError
+from vqvae.features import Net
 from vqvae.randomness import stream
 
 MOST_POINTS = 2**16  # posterior means that are kept for the plot of a latent plane
@@ -22,13 +25,23 @@ MOST_POINTS = 2**16  # posterior means that are kept for the plot of a latent pl
 
 @torch.no_grad()
 def evaluate(
-    model: Autoencoder, images: Tensor, labels: Tensor, *, batch_size: int = 256, iw_samples: int = 0, seed: int = 0
+    model: Autoencoder,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    batch_size: int = 256,
+    iw_samples: int = 0,
+    seed: int = 0,
+    nets: Sequence[Net] = (),
+    samples: Iterable[Tensor] = (),
 ) -> dict[str, Any]:
     """Metrics of an autoencoder on images `[N, C, H, W]` (uint8, or float points) that it was not trained on.
 
     metrics.py explains each metric. Nats are per image with one draw of z, a hard draw where training relaxes it. MSE,
     PSNR, code usage and active units are of the most likely z. `<metric>_se` is the standard error of a mean over
-    images. With `iw_samples` = S the importance-weighted bound with S draws is computed too. Scalars that the
+    images. With `iw_samples` = S the importance-weighted bound with S draws is computed too, of z and of what a
+    likelihood draws. With `nets` (features.py) so are the metrics in their features, of the reconstructions and of
+    `samples`, batches of images `[B, C, H, W]` in [0, 1] that the model drew. Scalars that the
     bottleneck monitors (commitment ...) are averaged; `usage` counts the codes, `[levels, K]`. Where the latent is a
     plane, `posterior` has the `means` `[N, 2]` and `labels` `[N]` of all images, or of `MOST_POINTS` evenly chosen.
     Raises `OptionError` for `iw_samples` of draws that differ, where the prior's log p is itself the estimate of a
@@ -41,34 +54,60 @@ def evaluate(
         raise OptionError("", "iw_samples", iw_samples, problem)
     totals = metrics.Totals()
     with evaluating(model), seeded(seed):
-        for batch, batch_labels in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        for batch, batch_labels in shares.batches(batch_size, images, labels):
             x, y = unit_range(batch.to(model.device)), batch_labels.to(model.device)
             features = model.features(x)
             elbo = model.elbo_of(features, x, y)
-            bounds = {}
-            if iw_samples and model.bottleneck.stochastic:
-                draws = [model.elbo_of(features, x, y).nats.cpu().double() for _ in range(iw_samples)]
-                bounds["iw_bound"] = math.log(iw_samples) - torch.stack(draws).logsumexp(0)  # over [S, B]
-            elif iw_samples:  # all draws are the same
-                bounds["iw_bound"] = -elbo.nats
+            bounds = {"iw_bound": _iw_bound(model, features, elbo, y, iw_samples)} if iw_samples else {}
             latent, shown = elbo.latent, model.likelihood.mean(elbo.params)
             if model.bottleneck.stochastic:
                 latent = model.bottleneck.quantize(features)
                 shown = model.decode_latents(latent.need_z())
+            distances: dict[str, Tensor] = {}
+            for net in nets:
+                distances |= net.distances(shown, x)
+                totals.add_features("images", net.features(x))
+                totals.add_features("reconstructions", net.features(shown))
             examples = metrics.Examples(
-                elbo.log_prior, elbo.log_likelihood, elbo.log_posterior, x, shown, model.shows_images
-            )
+                elbo.log_prior, elbo.log_likelihood, elbo.log_posterior, x, shown, model.shows_images,
+                distances=distances,
+            )  # fmt: skip
             totals.add(metrics.of_examples(examples) | bounds, elbo.latent.stats)
             if model.discrete is None:
                 totals.add_latents(latent.need_z())
+            elif not model.discrete.counted:
+                totals.add_codes(latent.need_codes())
             else:
                 totals.add_usage(model.discrete.usage(latent.need_codes()))
-    results = totals.results(facts_of(model))
+        for drawn in samples:  # the same in all processes, of which each takes a share
+            for (mine,) in shares.batches(len(drawn), drawn):
+                for net in nets:
+                    totals.add_features("samples", net.features(mine))
+    totals = metrics.Totals.of_shares(distributed.gather_objects(totals))
+    results = distributed.on_first(lambda: totals.results(facts_of(model)))
     if model.discrete is None and model.bottleneck.code_dim == 2:
         count = min(len(images), MOST_POINTS)
         kept = torch.arange(count) * len(images) // count
         results["posterior"] = {"means": torch.cat(totals.latents)[kept].float(), "labels": labels.cpu()[kept].long()}
     return results
+
+
+def _iw_bound(model: Autoencoder, features: Tensor, elbo: Elbo, labels: Tensor, samples: int) -> Tensor:
+    """The importance-weighted bound on -log p(x) with S draws, `[B]` nats (1509.00519, eq. 8).
+
+    A draw consists of z and the noise of a likelihood that is itself a bound. Where z is a point, only the noise
+    differs; where there is none either, the bound is the -ELBO.
+    """
+
+    def draw() -> Tensor:
+        if model.bottleneck.stochastic:
+            return model.elbo_of(features, elbo.x, labels).nats
+        return model.likelihood.log_prob(elbo.params, elbo.x) - elbo.log_posterior + elbo.log_prior
+
+    if not (model.bottleneck.stochastic or model.likelihood.stochastic):
+        return -elbo.nats
+    draws = [draw().cpu().double() for _ in range(samples)]
+    return math.log(samples) - torch.stack(draws).logsumexp(0)  # over [S, B]
 
 
 @torch.no_grad()
@@ -81,10 +120,11 @@ def evaluate_prior(
     """
     totals = metrics.Totals()
     with evaluating(model.prior), seeded(seed):
-        for batch, batch_labels in zip(codes.split(batch_size), labels.split(batch_size), strict=True):
+        for batch, batch_labels in shares.batches(batch_size, codes, labels):
             log_prior = log_prior_of_codes(model, batch.to(model.device), batch_labels.to(model.device), conditional)
             totals.add(metrics.of_examples(metrics.Examples(log_prior)))
-    return totals.results(facts_of(model))
+    totals = metrics.Totals.of_shares(distributed.gather_objects(totals))
+    return distributed.on_first(lambda: totals.results(facts_of(model)))
 
 
 def log_prior_of_codes(model: Autoencoder, codes: Tensor, labels: Tensor, conditional: bool) -> Tensor:
@@ -108,4 +148,5 @@ def seeded(seed: int) -> Iterator[None]:
     """Random draws that depend on the seed only; the generators get their states back."""
     with torch.random.fork_rng():
         torch.manual_seed(stream(seed, "evaluation"))
+        shares.seed(stream(seed, "evaluation"))
         yield

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vqvae import autoencoder, checkpoint, cli, data, distributed, interrupts, metrics, objectives, plots, report
+from vqvae.assessment import Asked, assess, assess_end
 from vqvae.autoencoder import Autoencoder, build_autoencoder, unit_range
 from vqvae.config import (
     FIELDS,
@@ -33,16 +34,16 @@ from vqvae.data.batches import augmentation, pixel_variance
 from vqvae.devices import choose_compile, choose_device, choose_precision
 from vqvae.errors import OptionError, UserError, naming, near_misses, printable
 from vqvae.evaluation import evaluate
+from vqvae.features import load_nets
 from vqvae.files import make_folder, remove_parts, write_json
 from vqvae.presets import PRESETS
-from vqvae.progress import columns
 from vqvae.randomness import generator, stream
 from vqvae.registry import brief, build
-from vqvae.runs import BEST, LAST, Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
-from vqvae.schedules import Schedule
+from vqvae.runs import LAST, Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
+from vqvae.schedules import parse_rate
 from vqvae.stage_one import AutoencoderTraining
 from vqvae.stage_two import PriorTraining, extract_codes
-from vqvae.training import KEPT, AfterEpoch, Plan, Stage, fit, scheduled
+from vqvae.training import AfterEpoch, Plan, Stage, fit, scheduled
 
 SLOTS = {"dataset": data.SLOT, **autoencoder.SLOTS, "objective": objectives.SLOT}
 LISTINGS = {
@@ -136,7 +137,7 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
             raise
         if results is not None:
             try:
-                results = distributed.on_first(lambda: evaluate_end(run, dataset, stage, plan.device))
+                results = assess_end(run, dataset, stage.module.headline, plan.device)
             except KeyboardInterrupt as stopped:
                 stopped.args = (f"the run is complete; {how_to_evaluate(folder)}",)
                 raise
@@ -281,7 +282,9 @@ def how_it_starts(given: Mapping[str, Any], resume: str | None, lock: Lock) -> S
                 problem = "was stopped before its first checkpoint; start it again, with the flags it had and"
                 name = shlex.quote(Path(os.path.abspath(folder)).name)
                 raise OptionError("", "resume", resume, f"{problem} --name {name}")
-            return Resumed(folder, checkpoint.read(path))
+            content = checkpoint.read(path)
+            checkpoint.verify(content, str(path))
+            return Resumed(folder, content)
     if "checkpoint" not in given and "init_from" in given:
         with naming("init_from", given["init_from"]):
             content = checkpoint.read_model(given["init_from"])
@@ -300,21 +303,27 @@ def how_it_starts(given: Mapping[str, Any], resume: str | None, lock: Lock) -> S
 def plan_of(config: Config) -> Plan:
     """How long, how fast and on what a run trains."""
     device = choose_device(config.device)
+    lr, plateau = parse_rate(config.lr)
     return Plan(
         epochs=config.epochs,
         batch_size=config.batch_size,
-        lr=Schedule.parse(config.lr, "lr"),
+        lr=lr,
         weight_decay=config.weight_decay,
         seed=config.seed,
         device=device,
         precision=choose_precision(config.precision, device),
         log_every=config.log_every,
-        save_every=interval(config.checkpoint_every) or (None, 300.0),
+        checkpoint_every=interval(config.checkpoint_every) or (None, 300.0),
         max_steps=config.max_steps,
         max_minutes=config.max_minutes,
         patience=config.patience,
         held_out=config.held_out,
+        accumulate=config.accumulate,
         on_nan=config.on_nan,
+        plateau=plateau,
+        clip=config.clip,
+        ema_weights=config.ema_weights,
+        save_every=config.save_every,
     )
 
 
@@ -399,9 +408,8 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
         raise OptionError("", "prior", config.prior.name, problem)
     # next to the autoencoder, so that every prior trained on its codes finds them; but no checkpoint names a place
     folder = start.folder if isinstance(start, Resumed) else checkpoint.locate(path).parent
-    with distributed.first_goes_first():  # the others read what the first stores
-        codes = extract_codes(model, dataset.train.images, folder / "codes-train.npz")
-        held_out = extract_codes(model, dataset.held_out.images, folder / f"codes-{plan.held_out}.npz")
+    codes = extract_codes(model, dataset.train.images, folder / "codes-train.npz")
+    held_out = extract_codes(model, dataset.held_out.images, folder / f"codes-{plan.held_out}.npz")
     module = PriorTraining(model, conditional=config.conditional)
     compiled = choose_compile(config.compile, plan.device, plan.total_steps(len(codes)))
     if compiled:
@@ -463,6 +471,7 @@ def summary(
     shape = "x".join(map(str, dataset.train.images.shape[1:]))
     parameters = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
     processes = f" over {distributed.world()} processes" if distributed.world() > 1 else ""
+    processes += f" in {config.accumulate} shares each" if config.accumulate > 1 else ""
     chosen = {slot: str(brief(SLOTS[slot], getattr(config, slot))) for slot in autoencoder.SLOTS}
     total, per_epoch = plan.total_steps(len(stage.examples)), plan.steps_per_epoch(len(stage.examples))
     return "\n".join([
@@ -490,7 +499,8 @@ def describe_latent(model: Autoencoder) -> str:
         return f"{model.bottleneck.code_dim} dimensions"
     codes = model.discrete
     h, w = codes.grid
-    return f"{h}x{w} codes of {codes.num_codes:,}: {codes.tokens:,} tokens, {codes.bits:,.0f} bits"
+    uncounted = "" if codes.counted else "; their use is counted in evaluation only"
+    return f"{h}x{w} codes of {codes.num_codes:,}: {codes.tokens:,} tokens, {codes.bits:,.0f} bits{uncounted}"
 
 
 FEW_UPDATES, ENOUGH_UPDATES = 200, 2000
@@ -539,62 +549,17 @@ def _listed(names: Sequence[str], width: int = 60) -> str:
     return text if len(text) <= width else f"{text[: width - 5].rpartition(', ')[0] or text[: width - 5]}, ..."
 
 
-def evaluate_end(run: Run | NullRun, dataset: Dataset, stage: Stage, device: torch.device) -> dict[str, float]:
-    """Evaluate on the test split, once, the models that a run leaves at its end: checkpoint.pt and best.pt.
+def evaluate_checkpoint(
+    given: dict[str, Any],
+    asked: Asked,
+    output: str | None,
+    *,
+    words: Sequence[str] = (),
+    weights: Sequence[str] = (),
+) -> int:
+    """Print the metrics of a checkpoint on the test split, and store them as JSON in `output`, or next to it.
 
-    Prints and logs their metrics, and stores those of checkpoint.pt in evaluation.json; returns these.
-    """
-    names = [name for name in (LAST, BEST) if (run.folder / name).exists()]
-    contents = {name: checkpoint.read(run.folder / name) for name in names}
-    if contents[LAST]["step"] == contents.get(BEST, contents[LAST])["step"]:
-        contents.pop(BEST, None)
-    tables = {}
-    for name, content in reversed(contents.items()):  # in the order of their steps
-        tables[name] = evaluate_on_test(run.folder / name, content, dataset, device)
-        values = {f"held_out_{key}": value for key, value in tables[name].items() if key not in ABOUT}
-        run.log("test", content["step"], content["epoch"], values, held_out="test")
-        shown = columns(stage.module.headline, tables[name], "test")
-        print(f"test   {name}: {metrics.line(tuple(shown), tables[name])}")
-    write_json(run.folder / metrics.EVALUATION, metrics.for_json(tables[LAST]))
-    return {key: value for key, value in tables[LAST].items() if key not in ABOUT}
-
-
-ABOUT = (
-    "run", "data", "note", "split", "chosen_on", "likelihood", "prior", "images", "step", "seed", "iw_samples",
-)  # fmt: skip
-
-
-def evaluate_on_test(
-    path: Path, content: dict[str, Any], dataset: Dataset, device: torch.device, iw_samples: int = 0
-) -> dict[str, Any]:
-    """The metrics of a checkpoint on the test split, after the entries of `ABOUT`, which say what they are of."""
-    config = Config.from_dict(content["config"])
-    model = checkpoint.restore(content, str(path)).to(device)
-    results = evaluate(model, *dataset.test, iw_samples=iw_samples, seed=config.seed)
-    for tensors in KEPT:
-        results.pop(tensors, None)
-    if dataset.entropy is not None:
-        results |= {"data_entropy": dataset.entropy, "gap": results["neg_elbo"] - dataset.entropy}
-    chosen = path.name == BEST or config.patience is not None
-    about = (
-        content["run"],
-        dataset.name,
-        dataset.note,
-        "test",
-        config.held_out if chosen else "nothing: the last step",
-        config.likelihood.name,
-        config.prior.name,
-        len(dataset.test.images),
-        content["step"],
-        config.seed,
-        iw_samples,
-    )
-    return dict(zip(ABOUT, about, strict=True)) | results
-
-
-def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | None) -> int:
-    """Print the held-out metrics of a checkpoint, and store them as JSON in `output`, or next to it if possible.
-
+    `words` asks for metrics in the features of nets whose `weights` are files. Several processes share the images.
     Returns the exit code.
     """
     named = given.pop("checkpoint")
@@ -602,15 +567,26 @@ def evaluate_checkpoint(given: dict[str, Any], iw_samples: int, output: str | No
     with naming("checkpoint", named):
         content = checkpoint.read(path)
     config = configure(given, Resumed(path.parent, content), SLOTS)
-    dataset = load_data(replace(config, validation=TEST))  # nothing is chosen any more
+    device = choose_device(config.device)
+    asked = asked._replace(nets=load_nets(words, weights, device))
+    distributed.start(device)
+    try:
+        return _evaluate(content, path, config, asked, output)
+    finally:
+        distributed.stop()
+
+
+def _evaluate(content: dict[str, Any], path: Path, config: Config, asked: Asked, output: str | None) -> int:
+    with distributed.first_goes_first():
+        dataset = load_data(replace(config, validation=TEST))  # nothing is chosen any more
     compare_classes(content["data"]["classes"], dataset.classes, config)
-    table = evaluate_on_test(path, content, dataset, choose_device(config.device), iw_samples)
+    table = assess(path, content, dataset, choose_device(config.device), asked)
     width = max(map(len, table))
     for key, value in table.items():
         print(f"{key:{width}}  {value:,.6g}" if isinstance(value, float) else f"{key:{width}}  {value}")
     out = path.with_name(metrics.EVALUATION) if output is None else Path(output)
     try:
-        write_json(out, metrics.for_json(table))
+        distributed.on_first(lambda: write_json(out, metrics.for_json(table)))
         print(f"stored in {out}")
     except UserError as problem:
         if output is not None:

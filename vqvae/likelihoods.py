@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqvae import shares
 from vqvae.contracts import Likelihood
 from vqvae.errors import OptionError
 from vqvae.registry import Passes, Range, checked
@@ -106,6 +107,7 @@ class LogitGaussian(Likelihood):
     """
 
     discrete = True
+    stochastic = True
     params_per_channel = 1
 
     @checked
@@ -117,7 +119,7 @@ class LogitGaussian(Likelihood):
         return self._logit(x, 0.5)[0]
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
-        y, log_jacobian = self._logit(x, torch.rand_like(x))
+        y, log_jacobian = self._logit(x, shares.draw(torch.rand, x.shape, device=x.device, dtype=x.dtype))
         return (-0.5 * ((y - params).square() + math.log(2 * math.pi)) + log_jacobian).flatten(1).sum(1)
 
     def mean(self, params: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ This module imports no torch, because `--help` prints its table.
 B batch, N examples, C channels, H W pixels, D latent dimension, K codes.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class Examples(NamedTuple):
     images: "Tensor | None" = None  # [B, C, H, W] in [0, 1]
     shown: "Tensor | None" = None  # [B, C, H, W], the model's images of them
     are_images: bool = True  # False for points of the plane
+    relaxed: bool = False  # whether z lies between codes, as some bottlenecks draw it in training
+    distances: "Mapping[str, Tensor]" = {}  # [B] each, those of nets that compare images
 
 
 class Facts(NamedTuple):
@@ -40,13 +43,22 @@ class Facts(NamedTuple):
     codes_per_image: int
 
 
+class Features(NamedTuple):
+    """Features `[N, F]` of a net, for the images of a split, their reconstructions, and samples of the model."""
+
+    images: "Tensor"
+    reconstructions: "Tensor"
+    samples: "Tensor | None" = None
+
+
 class Split(NamedTuple):
     """What is known of a whole split, or in training of the steps so far."""
 
     means: Mapping[str, float]  # per-example metrics, averaged
     facts: Facts
-    usage: "Tensor | None" = None  # [levels, K], how often each code was used
+    usage: "Tensor | None" = None  # [levels, K], how often each code was used; of K above 2^20, [1, those used]
     latents: "Tensor | None" = None  # [N, D], posterior means
+    features: Mapping[str, Features] = {}  # by the word that asks for metrics in them
 
 
 class Metric(NamedTuple):
@@ -62,15 +74,26 @@ class Metric(NamedTuple):
     curve: str = ""  # label of its curve; "" draws none
     logarithmic: bool = False
     constant: bool = False  # the same after every epoch: no chart
+    asked: str = ""  # the word that asks for it; "" is computed in every evaluation
+    heading: str = ""  # of its column in a table of runs; "" has none
+    largest_first: bool = False  # when runs are sorted by it
 
 
 # per example
 
 
-def _neg_elbo(e: Examples) -> "Tensor | None":
+def _terms(e: Examples) -> "Tensor | None":
     if e.log_likelihood is None or e.log_posterior is None:
         return None
     return -(e.log_likelihood - e.log_posterior + e.log_prior)
+
+
+def _neg_elbo(e: Examples) -> "Tensor | None":
+    return None if e.relaxed else _terms(e)
+
+
+def _relaxed_nats(e: Examples) -> "Tensor | None":
+    return _terms(e) if e.relaxed else None
 
 
 def _reconstruction_nats(e: Examples) -> "Tensor | None":
@@ -108,11 +131,19 @@ def _ssim(e: Examples) -> "Tensor | None":
     return ssim(e.shown, e.images)
 
 
+def _lpips(e: Examples) -> "Tensor | None":
+    return e.distances.get("lpips")
+
+
 # whole set
 
 
 def _nmse(s: Split) -> float | None:
     return s.means["mse"] / s.facts.data_variance if "mse" in s.means else None
+
+
+def _psnr_of_mse(s: Split) -> float | None:
+    return -10 * math.log10(max(s.means["mse"], 1e-10)) if {"mse", "psnr"} <= set(s.means) else None
 
 
 def _bits_per_dim(s: Split) -> float | None:
@@ -151,7 +182,7 @@ def _active_codes(s: Split) -> int | None:
 
 
 def _codebook_size(s: Split) -> int | None:
-    return None if s.usage is None else s.usage.numel()
+    return None if s.usage is None or s.facts.num_codes is None else len(s.usage) * s.facts.num_codes
 
 
 def _codes_per_image(s: Split) -> int | None:
@@ -175,10 +206,30 @@ def perplexity(usage: "Tensor") -> "Tensor":
     return torch.special.entr(share).sum(dim=-1).exp().mean()
 
 
+def _in_features(
+    word: str, name: str, heading: str, distance: str, what: str, note: str, **more: Any
+) -> tuple[Metric, Metric]:
+    """A metric of reconstructions (r...) and of samples (g...) in the features of a net: a function of features.py."""
+
+    def row(letter: str, which: str) -> Metric:
+        def value(s: Split) -> float | None:
+            found = getattr(s.features[word], which) if word in s.features else None
+            if found is None:
+                return None
+            from vqvae import features
+
+            return getattr(features, distance)(found, s.features[word].images)
+
+        explanation = f"{what} of {which}; {note}"
+        return Metric(letter + name, explanation, whole_set=value, asked=word, heading=letter + heading, **more)
+
+    return row("r", "reconstructions"), row("g", "samples")
+
+
 TABLE = (
     Metric(
         "mse", "mean squared error of images in [0, 1]",
-        per_example=_mse, monitored=True, label="MSE", form="{:.5f}",
+        per_example=_mse, monitored=True, label="MSE", form="{:.5f}", heading="MSE",
     ),
     Metric(
         "nmse", "MSE / variance of the training data, as Sonnet prints it",
@@ -186,11 +237,32 @@ TABLE = (
     ),
     Metric(
         "psnr", "peak signal-to-noise ratio in dB, averaged over images; higher is better",
-        per_example=_psnr, label="PSNR", form="{:.2f}", curve="PSNR, dB",
+        per_example=_psnr, label="PSNR", form="{:.2f}", curve="PSNR, dB", heading="PSNR", largest_first=True,
     ),
+    Metric("psnr_of_mse", "peak signal-to-noise ratio in dB of the mean MSE; at most psnr", whole_set=_psnr_of_mse),
     Metric(
         "ssim", "structural similarity, averaged over images of 11x11 or more; at most 1, higher is better",
-        per_example=_ssim,
+        per_example=_ssim, form="{:.4f}", heading="SSIM", largest_first=True,
+    ),
+    Metric(
+        "lpips", "learned perceptual distance (1801.03924) of images and reconstructions",
+        per_example=_lpips, asked="lpips", form="{:.4f}", heading="LPIPS",
+    ),
+    *_in_features(
+        "fid", "fid", "FID", "frechet", "Fréchet Inception distance (1706.08500)",
+        "compares at equal numbers of images only", form="{:.2f}",
+    ),
+    *_in_features(
+        "kid", "kid", "KID", "kernel_distance", "kernel Inception distance (1801.01401)",
+        "not biased by the number of images", form="{:.5f}",
+    ),
+    *_in_features(
+        "is", "is", "IS", "inception_score", "Inception score (1606.03498)", "higher is better", form="{:.2f}",
+        largest_first=True,
+    ),
+    *_in_features(
+        "lite0", "fd_lite0", "FD-Lite0", "frechet", "Fréchet distance in features of EfficientNet-Lite0",
+        "not FID: compares only with itself, at equal numbers of images", form="{:.2f}",
     ),
     Metric(
         "neg_elbo", "-ELBO = -log p(x|z) + log q(z|x) - log p(z) in nats per image, one draw of z; lower is better; "
@@ -198,7 +270,12 @@ TABLE = (
         per_example=_neg_elbo, monitored=True, label="-ELBO", form="{:.1f}", curve="-ELBO, nats per image",
     ),
     Metric(
-        "bits_per_dim", "-ELBO in bits per pixel and channel, where the likelihood is a probability of 8-bit pixels",
+        "relaxed_nats", "the terms of -ELBO in training where z lies between codes: no bound on -log p(x)",
+        per_example=_relaxed_nats, monitored=True,
+    ),
+    Metric(
+        "bits_per_dim", "-ELBO in bits per pixel and channel: of pixels and codes together, where the likelihood is a "
+        "probability of 8-bit pixels (code_bits_per_dim: of the codes only)",
         whole_set=_bits_per_dim, label="bits/dim", form="{:.3f}", curve="bits/dim",
     ),
     Metric(
@@ -218,6 +295,7 @@ TABLE = (
         "perplexity", "exp of the entropy of code usage over the whole split: how many codes, used equally often, "
         "would be as varied; at most K, and near 1 the codebook has collapsed (batch_perplexity: of one batch)",
         whole_set=_perplexity, monitored=True, label="perplexity", form="{:,.0f}", curve="perplexity of code usage",
+        heading="perplexity", largest_first=True,
     ),
     Metric(
         "active_codes", "codes used at least once on the split",
@@ -235,8 +313,11 @@ TABLE = (
         whole_set=_bits_per_code, monitored=True, label="bits/code", form="{:.4f}", curve="bits per code",
     ),
     Metric("uniform_bits_per_code", "log2 K", whole_set=_uniform_bits_per_code, constant=True),
-    Metric("code_bits_per_dim", "the prior's cost of an image's codes, per pixel and channel",
-           whole_set=_code_bits_per_dim),
+    Metric(
+        "code_bits_per_dim", "the prior's cost of an image's codes only, in bits per pixel and channel; no bound on "
+        "the cost of the pixels, which is bits_per_dim",
+        whole_set=_code_bits_per_dim,
+    ),
     Metric(
         "code_perplexity", "exp of the prior's nats per code",
         whole_set=_code_perplexity, monitored=True, label="code perplexity", form="{:,.1f}",
@@ -244,8 +325,23 @@ TABLE = (
     Metric(
         "iw_bound", "importance-weighted bound on -log p(x) with S draws (1509.00519, eq. 8), if asked for",
     ),
+    Metric(
+        "probe_accuracy", "share of held-out images whose label a linear probe on their latents gives", asked="probe",
+        form="{:.3f}", heading="probe", largest_first=True,
+    ),
+    Metric("probe_control", "the same, with the latents of images dealt out at random: chance", asked="probe",
+           form="{:.3f}"),
+    Metric("probe_chance", "share of the largest class", asked="probe", form="{:.3f}"),
+    Metric(
+        "label_bits", "mutual information of a code and the label of its image, in bits; averaged over levels",
+        asked="probe", form="{:.4f}", heading="label bits", largest_first=True,
+    ),
+    Metric("label_bits_control", "the same, with the codes of images dealt out at random: the estimate's bias",
+           asked="probe", form="{:.4f}"),
 )  # fmt: skip
 METRICS = {metric.name: metric for metric in TABLE}
+PROBE = "probe"  # asks for metrics that also need the training images
+WORDS = tuple(dict.fromkeys(metric.asked for metric in TABLE if metric.asked not in ("", PROBE)))
 
 
 def of_examples(examples: Examples, *, monitored: bool = False) -> dict[str, "Tensor"]:
@@ -271,6 +367,29 @@ class Totals:
         self.count = 0
         self.usage: Tensor | None = None
         self.latents: list[Tensor] = []
+        self.features: dict[str, dict[str, list[Tensor]]] = {}
+        self.codes: list[Tensor] = []
+
+    @classmethod
+    def of_shares(cls, shares: Sequence["Totals"]) -> "Totals":
+        """Those of a split of which several processes had a share of each batch, in the order of its examples."""
+        if len(shares) == 1:
+            return shares[0]
+        whole, first = cls(), shares[0]  # the first has rows of every batch
+        for name in first.rows:
+            whole.rows[name] = _interleaved([share.rows.get(name, []) for share in shares])
+        for word, sets in first.features.items():
+            whole.features[word] = {
+                which: _interleaved([share.features.get(word, {}).get(which, []) for share in shares]) for which in sets
+            }
+        whole.sums = {name: sum(share.sums.get(name, 0.0) for share in shares) for name in first.sums}
+        whole.count = sum(share.count for share in shares)
+        whole.latents = _interleaved([share.latents for share in shares])
+        whole.codes = _interleaved([share.codes for share in shares])
+        for share in shares:
+            if share.usage is not None:
+                whole.add_usage(share.usage)
+        return whole
 
     def add(self, values: Mapping[str, "Tensor"], stats: Mapping[str, "Tensor"] | None = None) -> None:
         """Add a batch's per-example values, each `[B]`, and its scalars, which are weighted by B."""
@@ -285,9 +404,18 @@ class Totals:
         counts = counts.cpu().double()
         self.usage = counts if self.usage is None else self.usage + counts
 
+    def add_codes(self, codes: "Tensor") -> None:
+        """Add codes `[B, ...]` of a single level that are too many to count each."""
+        self.codes.append(codes.flatten().cpu().int())
+
     def add_latents(self, means: "Tensor") -> None:
         """Add posterior means `[B, D, ...]`."""
         self.latents.append(means.flatten(1).cpu().double())
+
+    def add_features(self, which: str, features: Mapping[str, "Tensor"]) -> None:
+        """Add features `[B, F]`, by the word that asks for metrics in them; `which` is a field of `Features`."""
+        for word, values in features.items():
+            self.features.setdefault(word, {}).setdefault(which, []).append(values.cpu())
 
     def results(self, facts: Facts) -> dict[str, Any]:
         """Every mean, its standard error as `<name>_se`, whole-set metrics, and `usage` `[levels, K]` as int64.
@@ -303,10 +431,20 @@ class Totals:
             if len(values) > 1:
                 results[f"{name}_se"] = float(values.std() / math.sqrt(len(values)))
         latents = torch.cat(self.latents) if self.latents else None
-        results |= of_split(Split(results, facts, self.usage, latents))
+        features = {
+            word: Features(**{which: torch.cat(parts) for which, parts in sets.items()})
+            for word, sets in self.features.items()
+        }
+        usage = torch.cat(self.codes).unique(return_counts=True)[1].double()[None] if self.codes else self.usage
+        results |= of_split(Split(results, facts, usage, latents, features))
         if self.usage is not None:
             results["usage"] = self.usage.long()
         return results
+
+
+def _interleaved(lists: "list[list[Tensor]]") -> "list[Tensor]":
+    """The first entries of all lists, then their second ones, and so on."""
+    return [entry for entries in itertools.zip_longest(*lists) for entry in entries if entry is not None]
 
 
 def has_chart(name: str) -> bool:
@@ -327,13 +465,18 @@ def line(names: tuple[str, ...], numbers: Mapping[str, float]) -> str:
 
 
 def explanations() -> str:
-    """The metrics that the terminal shows, for `--help`."""
+    """The metrics that the terminal shows or that are asked for, for `--help`."""
+    shown = {m.name: m.explanation for m in TABLE if m.label or m.asked}
+    return "\n".join(explained(shown))
+
+
+def explained(rows: Mapping[str, str]) -> list[str]:
+    """Names and explanations as lines of a help text."""
     import textwrap
 
-    shown = [m for m in TABLE if m.label]
-    width = max(len(m.name) for m in shown) + 4
-    wrapped = (
-        textwrap.wrap(m.explanation, 118, initial_indent=f"  {m.name:{width - 2}}", subsequent_indent=" " * width)
-        for m in shown
-    )
-    return "\n".join(text for block in wrapped for text in block)
+    width = max(map(len, rows)) + 4
+    return [
+        line
+        for name, text in rows.items()
+        for line in textwrap.wrap(text, 118, initial_indent=f"  {name:{width - 2}}", subsequent_indent=" " * width)
+    ]

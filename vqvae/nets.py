@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae import vqgan
+from vqvae.batch_norm import BatchNorm
 from vqvae.errors import OptionError
 from vqvae.registry import Passes, Range, Size, checked
 
@@ -61,7 +62,7 @@ class ResidualLayer(nn.Module):
 
     def __init__(self, channels: int, hidden: int, *, batch_norm: bool = False):
         super().__init__()
-        norm: Callable[[int], nn.Module] = nn.BatchNorm2d if batch_norm else nn.Identity
+        norm: Callable[[int], nn.Module] = BatchNorm if batch_norm else nn.Identity
         self.residual = nn.Sequential(
             norm(channels),
             nn.ReLU(),
@@ -161,7 +162,7 @@ class Henrhoi:
         n = self.channels
         return nn.Sequential(
             nn.Conv2d(self.image_channels, n, 4, stride=2, padding=1, bias=False),  # [B, n, H/2, W/2]
-            nn.BatchNorm2d(n),
+            BatchNorm(n),
             nn.ReLU(),
             nn.Conv2d(n, n, 4, stride=2, padding=1),  # [B, n, h, w]
             *self._residual_layers(),
@@ -172,10 +173,10 @@ class Henrhoi:
         return nn.Sequential(
             nn.Conv2d(code_dim, n, 1) if code_dim != n else nn.Identity(),
             *self._residual_layers(),
-            nn.BatchNorm2d(n),
+            BatchNorm(n),
             nn.ReLU(),
             nn.ConvTranspose2d(n, n, 4, stride=2, padding=1, bias=False),  # [B, n, H/2, W/2]
-            nn.BatchNorm2d(n),
+            BatchNorm(n),
             nn.ReLU(),
             nn.ConvTranspose2d(n, out_channels, 4, stride=2, padding=1),  # [B, C, H, W]
         )

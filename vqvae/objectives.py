@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from torch import Tensor
 
+from vqvae import shares
 from vqvae.contracts import Latent, Objective
 from vqvae.errors import OptionError
 from vqvae.optimizer import decay_groups
@@ -44,7 +45,7 @@ class ElboObjective(Objective):
         rate = self.rate(elbo, model)
         if rate.requires_grad:  # a fixed prior over a deterministic code costs a constant: nothing to descend
             free = self.options.free_bits
-            rate = rate.clamp(min=free * math.log(2)) if free else rate
+            rate = shares.mean_over(rate, len(elbo.log_prior)).clamp(min=free * math.log(2)) if free else rate
             nats = nats + self.kl_weight(step, self.total_steps) * rate
         return nats / (model.dimensions if self.options.reduction == "mean" else 1) + elbo.latent.loss
 

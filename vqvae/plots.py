@@ -148,17 +148,22 @@ def code_visualization(
     # images and maps get one size, where small images are enlarged by an integer
     side = side * max(1, round(208 / side)) if side <= LARGEST_TILE else longest * max(1, LARGEST_TILE // longest)
     side = max(side, longest)
+    # the part of a square that all images and maps fill, which is less for rectangles
+    shapes = [images.shape[-2:], *(codes.shape[1:] for codes in maps.values())]
+    tall, wide = (max(math.ceil(side * shape[axis] / max(shape)) for shape in shapes) for axis in (0, 1))
+    wide = max(wide, 100)  # room for the headers
     headers = ("image", *maps, "reconstruction")
     per_row = 2 if len(images) > 1 and len(maps) == 1 else 1
-    panel = len(headers) * (side + 8) + 16
+    panel = len(headers) * (wide + 8) + 16
     rows = -(-len(images) // per_row)
-    sheet = _Sheet(per_row * panel, 24 + rows * (side + 10), title)
+    sheet = _Sheet(per_row * panel, 24 + rows * (tall + 10), title)
     for i, (image, reconstruction) in enumerate(zip(pixels(images), pixels(reconstructions), strict=True)):
-        top = 22 + i // per_row * (side + 10)
-        lefts = [8 + i % per_row * panel + j * (side + 8) for j in range(len(headers))]
+        top = 22 + i // per_row * (tall + 10)
+        lefts = [8 + i % per_row * panel + j * (wide + 8) for j in range(len(headers))]
         if i < per_row:
             for left, header in zip(lefts, headers, strict=True):
-                sheet.text((left + side // 2, 10), header, MUTED)
+                sheet.text((left + wide // 2, 10), header, MUTED)
+        top, lefts = top - (side - tall) // 2, [left - (side - wide) // 2 for left in lefts]
         sheet.paste(image, lefts[0], top, side)
         sheet.paste(reconstruction, lefts[-1], top, side)
         for left, name in zip(lefts[1:-1], maps, strict=True):

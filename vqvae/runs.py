@@ -298,8 +298,11 @@ class Run:
             self.board.flush()
         checkpoint.write(self.folder / LAST, self.facts | state)
 
-    def save_best(self) -> None:
-        """Make best.pt a copy of checkpoint.pt."""
+    def save_best(self, state: dict[str, Any] | None = None) -> None:
+        """Make best.pt a copy of checkpoint.pt, or write the state of an earlier step there."""
+        if state is not None:
+            checkpoint.write(self.folder / BEST, self.facts | state)
+            return
         with whole_file(self.folder / BEST) as file, open(self.folder / LAST, "rb") as last:
             shutil.copyfileobj(last, file)
 
@@ -384,7 +387,7 @@ class NullRun(Run):
     def save(self, state: dict[str, Any]) -> None:
         pass
 
-    def save_best(self) -> None:
+    def save_best(self, state: dict[str, Any] | None = None) -> None:
         pass
 
     def repair_best(self, resumed: dict[str, Any]) -> bool:

@@ -69,6 +69,34 @@ class Schedule(NamedTuple):
         return [value for piece in self.pieces for value in (piece.start, piece.end)]
 
 
+class Plateau(NamedTuple):
+    """A rate that is multiplied by `factor` after more than `patience` epochs without a better held-out metric.
+
+    The epochs are counted since the best one or since the last reduction, as by ReduceLROnPlateau of PyTorch.
+    """
+
+    factor: float
+    patience: int
+
+
+def parse_rate(text: str, option: str = "lr") -> tuple[Schedule, Plateau | None]:
+    """Read a schedule or `plateau:start:factor:patience`; raises `OptionError` for the option that it is the value of.
+
+    With a plateau, the schedule is constant.
+    """
+    if not text.startswith("plateau:"):
+        return Schedule.parse(text, option), None
+    try:
+        start, factor, patience = text.removeprefix("plateau:").split(":")
+        plateau = Plateau(float(factor), int(patience))
+    except ValueError:
+        plateau = None
+    if plateau is None or not (0 < plateau.factor < 1 and 0 <= plateau.patience <= MOST_STEPS):
+        problem = "must be plateau:rate:factor:patience, with a factor between 0 and 1, such as plateau:1e-3:0.5:3"
+        raise OptionError("", option, text, problem)
+    return Schedule.parse(start, option), plateau
+
+
 @dataclasses.dataclass(frozen=True)
 class ScheduleText:
     """The rule of an option whose text is a schedule; its values must be above `above`, or at least `low`."""
@@ -76,9 +104,12 @@ class ScheduleText:
     low: float = -math.inf
     above: float = -math.inf
 
+    def read(self, text: str) -> Schedule:
+        return Schedule.parse(text)
+
     def problem(self, text: str) -> str | None:
         try:
-            values = Schedule.parse(text).values()
+            values = self.read(text).values()
         except OptionError as problem:
             return problem.problem
         throughout = "" if len(set(values)) == 1 else " at every step"
@@ -90,6 +121,13 @@ class ScheduleText:
         bounds = {"at least": self.low, "above": self.above}
         finite = [f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound)]
         return f"({', '.join(['a number or a schedule', *finite])})"
+
+
+class RateText(ScheduleText):
+    """The rule of a learning rate, which may also fall where a held-out metric no longer gets better."""
+
+    def read(self, text: str) -> Schedule:
+        return parse_rate(text)[0]
 
 
 def _piece(text: str) -> Piece:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqvae import metrics
+from vqvae import distributed, metrics, shares
 from vqvae.autoencoder import Autoencoder, unit_range
+from vqvae.batch_norm import statistics_kept
 from vqvae.contracts import Objective, TrainOutput
 from vqvae.evaluation import facts_of
 
@@ -38,15 +39,21 @@ class AutoencoderTraining(nn.Module):
         with torch.no_grad():
             shown = model.likelihood.mean(elbo.params)
             examples = metrics.Examples(
-                elbo.log_prior, elbo.log_likelihood, elbo.log_posterior, elbo.x, shown, model.shows_images
-            )
+                elbo.log_prior, elbo.log_likelihood, elbo.log_posterior, elbo.x, shown, model.shows_images,
+                relaxed=self.training and model.bottleneck.relaxed,
+            )  # fmt: skip
             monitored = {name: value.mean() for name, value in metrics.of_examples(examples, monitored=True).items()}
             nats = monitored["reconstruction_nats"] - model.likelihood.log_normalizer
             monitored |= {"loss": loss, "reconstruction": nats / model.dimensions, **elbo.latent.stats}
-            if model.discrete is not None:
-                usage = model.discrete.usage(elbo.latent.need_codes())
-                monitored |= {"batch_perplexity": metrics.perplexity(usage), "usage": usage}
+            if model.discrete is not None and model.discrete.counted:
+                monitored["usage"] = model.discrete.usage(elbo.latent.need_codes())
         return TrainOutput(loss, {name: value.detach() for name, value in monitored.items()})
+
+    def of_batch(self, monitored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The metrics of a batch, with the perplexity of its code usage."""
+        if "usage" not in monitored:
+            return monitored
+        return monitored | {"batch_perplexity": metrics.perplexity(monitored["usage"])}
 
     def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
         """Metrics averaged over steps, as plain numbers to print; the usage vector becomes perplexity and a count."""
@@ -64,8 +71,16 @@ class AutoencoderTraining(nn.Module):
         if not wanted or self.fitted:
             return
         h, w = model.bottleneck.grid
-        images = batches(-(-wanted // (h * w)))
-        model.bottleneck.initialize(torch.cat([model.features(unit_range(tile)) for tile in images.split(128)]))
+        tiles = batches(-(-wanted // (h * w))).split(128)
+        # In training mode: with batch norm's first running statistics, features would have another scale than later.
+        with statistics_kept(model):
+            features = torch.cat([self._features(tile) for tile in tiles])
+        model.bottleneck.initialize(distributed.share(features))
+
+    def _features(self, images: Tensor) -> Tensor:
+        """The features `[B, channels, h, w]` of images, which processes share."""
+        with shares.sharing(len(images)) as batch:
+            return distributed.gather_rows(self.model.features(unit_range(images[batch.rows])))
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         return self.objective.parameter_groups(self.model, weight_decay)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vqvae import metrics
+from vqvae import distributed, metrics
 from vqvae.archives import read_arrays
-from vqvae.autoencoder import Autoencoder
+from vqvae.autoencoder import Autoencoder, evaluating, unit_range
 from vqvae.checkpoint import weights_checksum
 from vqvae.contracts import Discrete, TrainOutput
 from vqvae.data.base import fingerprint
-from vqvae.evaluation import evaluate_prior, facts_of, log_prior_of_codes
+from vqvae.evaluation import evaluate_prior, facts_of, log_prior_of_codes, seeded
 from vqvae.files import open_file, whole_file
 from vqvae.optimizer import decay_groups
 
@@ -51,6 +51,10 @@ class PriorTraining(nn.Module):
         loss = nats / codes[0].numel()
         return TrainOutput(loss, {"loss": loss.detach(), "prior_nats": nats.detach()})
 
+    def of_batch(self, monitored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The metrics of a batch; none is a function of sums over it."""
+        return monitored
+
     def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
         """Metrics averaged over steps, as plain numbers."""
         numbers = {name: float(value) for name, value in means.items()}
@@ -74,19 +78,39 @@ class PriorTraining(nn.Module):
 def extract_codes(model: Autoencoder, images: Tensor, cache: Path, *, batch_size: int = 256) -> Tensor:
     """The codes `[N, h, w]` (int32) of images `[N, C, H, W]`, computed once and cached.
 
-    A cache that is damaged, or was made with other weights or from other images, is replaced.
+    Where the posterior is a distribution, each image has one draw from it: -ELBO scores the prior on draws, and the
+    most likely codes are less varied. A cache that is damaged, or was made with other weights or from other images, is
+    replaced. Several processes share the images, and the first one writes the cache.
     """
     bottleneck = model.bottleneck
     if not isinstance(bottleneck, Discrete):
         raise ValueError("extract_codes needs discrete codes; this model's latent is continuous")
-    source = f"{weights_checksum(model)} {fingerprint(images)}"
+    source = f"{weights_checksum(model)} {fingerprint(images)}{' draws' if bottleneck.stochastic else ''}"
+    cached = None
     with contextlib.suppress(Exception):  # a damaged archive raises anything
-        return _cached(cache, source, (len(images), *bottleneck.grid), bottleneck.num_codes)
-    tiles = tqdm(images.split(batch_size), desc="codes", unit="batch", disable=None, leave=False)
-    codes = torch.cat([model.encode(tile).to("cpu", torch.int32) for tile in tiles])
+        cached = _cached(cache, source, (len(images), *bottleneck.grid), bottleneck.num_codes)
+    (missing,) = distributed.any_of(cached is None)
+    if cached is not None and not missing:
+        return cached
+    quiet = True if distributed.rank() else None  # None: unless the output is no terminal
+    shared = not bottleneck.stochastic  # the draws of all images must be those of one process
+    tiles = (distributed.share(images) if shared else images).split(batch_size)
+    with torch.no_grad(), evaluating(model), seeded(0):
+        tiles = tqdm(tiles, desc="codes", unit="batch", disable=quiet, leave=False)
+        found = [_codes(model, tile).to("cpu", torch.int32) for tile in tiles if len(tile)]
+    codes = torch.cat([torch.empty(0, *bottleneck.grid, dtype=torch.int32), *found])
+    codes = distributed.gather_rows(codes) if shared else codes
     smallest = np.min_scalar_type(bottleneck.num_codes - 1)
-    store_codes(cache, codes.numpy().astype(smallest), source)
+    distributed.on_first(lambda: store_codes(cache, codes.numpy().astype(smallest), source))
     return codes
+
+
+def _codes(model: Autoencoder, images: Tensor) -> Tensor:
+    """Codes `[B, h, w]` of images `[B, C, H, W]`: drawn where the posterior is a distribution."""
+    if not model.bottleneck.stochastic:
+        return model.encode(images)
+    x = unit_range(images.to(model.device))
+    return model.bottleneck(model.features(x), 0).need_codes()
 
 
 def store_codes(cache: Path, codes: np.ndarray, source: str) -> None:

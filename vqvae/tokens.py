@@ -3,25 +3,30 @@
 N images, B batch, C channels, H W pixels; `grid` is the bottleneck's code grid, (h, w).
 """
 
+import contextlib
+import copy
+import glob
+import hashlib
 import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vqvae import checkpoint, data
-from vqvae.archives import read_arrays, size_of
+from vqvae import checkpoint, data, distributed
+from vqvae.archives import array_names, read_arrays, size_of
 from vqvae.autoencoder import Autoencoder
 from vqvae.checkpoint import weights_checksum
 from vqvae.contracts import Discrete
+from vqvae.data.base import fingerprint
 from vqvae.data.decoding import Resize, read_image
 from vqvae.data.listing import list_images
 from vqvae.devices import choose_device
@@ -50,6 +55,12 @@ class Source(Protocol):
     def columns(self) -> dict[str, np.ndarray]:
         """Arrays to store next to the codes, complete after the last batch: `files`, and `labels` where known."""
 
+    def identity(self) -> str:
+        """A checksum of what the examples are."""
+
+    def share(self, number: int, count: int) -> "Source":
+        """The source of one of `count` shares of the examples, in order."""
+
 
 class ImageFolder:
     """The images below a folder, in batches `[B, C, H, W]` uint8; at most two batches are in memory.
@@ -65,7 +76,7 @@ class ImageFolder:
         self.folder, self.batch_size = folder, batch_size
         self.channels, self.size, self.resize = model.image_shape[0], Size(model.image_shape[1:]), resize
         files, self.unlisted = list_images(folder, "input")
-        self.files = files[:limit]
+        self.files, self.whole = files[:limit], True
         self.names: list[str] = []
 
     def __len__(self) -> int:
@@ -81,11 +92,22 @@ class ImageFolder:
                 now, ahead = ahead, [(path, pool.submit(self._read, path)) for path in part]
                 if images := self._readable(now):
                     yield torch.from_numpy(np.stack(images))
-        if not self.names:
+        if self.whole and not self.names:
             raise OptionError("", "input", self.folder, f"none of its {len(self)} images can be read")
 
     def columns(self) -> dict[str, np.ndarray]:
-        return {"files": np.array(self.names, dtype=str)}
+        return {"files": np.array(self.names, dtype=str), "source": np.array(self.identity())}
+
+    def identity(self) -> str:
+        """A checksum of the files' paths, sizes and times, and of how they are read."""
+        about = [(path.relative_to(self.folder).as_posix(), _stamp(path)) for path in self.files]
+        return hashlib.sha256(repr((about, self.size, self.resize)).encode()).hexdigest()
+
+    def share(self, number: int, count: int) -> "ImageFolder":
+        part = copy.copy(self)
+        part.files, part.names, part.whole = _share(self.files, number, count), [], False
+        part.unlisted = self.unlisted if number == 0 else {}
+        return part
 
     def _read(self, path: Path) -> np.ndarray:
         return read_image(path, self.size, self.channels, self.resize)
@@ -135,7 +157,33 @@ class DatasetSplit:
         return iter(self.images.split(self.batch_size))
 
     def columns(self) -> dict[str, np.ndarray]:
-        return {"files": np.array([], dtype=str), "labels": self.labels.numpy()}
+        files = np.array([], dtype=str)
+        return {"files": files, "labels": self.labels.numpy(), "source": np.array(self.identity())}
+
+    def identity(self) -> str:
+        """A checksum of the images and labels."""
+        return fingerprint(self.images, self.labels)
+
+    def share(self, number: int, count: int) -> "DatasetSplit":
+        part = copy.copy(self)
+        part.images, part.labels = (rows.tensor_split(count)[number] for rows in (self.images, self.labels))
+        return part
+
+
+def _share(files: list[Path], number: int, count: int) -> list[Path]:
+    """One of `count` shares of a list, in order."""
+    size, longer = divmod(len(files), count)
+    start = number * size + min(number, longer)
+    return files[start : start + size + (number < longer)]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of a file; zeros for one that cannot be read."""
+    try:
+        about = path.stat()
+    except OSError:
+        return 0, 0
+    return about.st_size, about.st_mtime_ns
 
 
 def _skip(name: str, reason: str) -> None:
@@ -172,12 +220,57 @@ def need_images(model: Autoencoder, option: str, value: object) -> None:
         raise OptionError("", option, value, f"{problem}; encode a data set, or use vqvae.load in Python")
 
 
+class Encoded(NamedTuple):
+    """What `encode_shards` did."""
+
+    paths: list[Path]  # the files
+    images: int  # encoded in this call or before
+    kept: int  # files that were finished before
+
+
 def encode_file(path: Path, model: Autoencoder, source: Source) -> np.ndarray:
     """Encode all examples of a source, write `path`, and return the codes `[N, *grid]`."""
     with whole_file(path) as file:
         codes = encode(model, source, len(source))
         write(file, model, codes, source.columns())
     return codes
+
+
+def encode_shards(
+    path: Path, model: Autoencoder, source: Source, shards: int | None = None, *, resume: bool = False
+) -> Encoded:
+    """Encode a source to one file, or to shards (see `shard_paths`), which processes share.
+
+    By default there is one shard for each process, and one process writes `path` itself. With `resume`, files of the
+    same model and the same examples are kept.
+    """
+    shards = shards or (distributed.world() if distributed.world() > 1 else None)
+    paths, checksum = shard_paths(path, shards), weights_checksum(model)
+    images, kept = 0, 0
+    for number in range(distributed.rank(), len(paths), distributed.world()):
+        part = source if shards is None else source.share(number, len(paths))
+        finished = _finished(paths[number], checksum, part.identity()) if resume else None
+        kept += finished is not None
+        images += len(encode_file(paths[number], model, part)) if finished is None else finished
+    found = distributed.gather_objects((images, kept))
+    return Encoded(paths, sum(images for images, _ in found), sum(kept for _, kept in found))
+
+
+def shard_paths(path: Path, shards: int | None) -> list[Path]:
+    """`codes-00000-of-00008.npz` ... for `codes.npz` in 8 shards; the path itself without shards."""
+    if shards is None:
+        return [path]
+    return [path.with_name(f"{path.stem}-{number:05}-of-{shards:05}{path.suffix}") for number in range(shards)]
+
+
+def _finished(path: Path, checksum: str, identity: str) -> int | None:
+    """The number of images in a file of codes of this model and these examples; None if it is not there."""
+    with contextlib.suppress(Exception):  # damaged archives raise anything
+        with open_file(path) as file:
+            content = read_arrays(file, ("codes", "model", "source"))
+        if (str(content["model"]), str(content["source"])) == (checksum, identity):
+            return len(content["codes"])
+    return None
 
 
 def encode(model: Autoencoder, batches: Iterable[Tensor], at_most: int) -> np.ndarray:
@@ -188,7 +281,8 @@ def encode(model: Autoencoder, batches: Iterable[Tensor], at_most: int) -> np.nd
     bottleneck = discrete(model)
     codes = np.empty((at_most, *bottleneck.grid), np.uint16 if bottleneck.num_codes <= 1 << 16 else np.int32)
     count = 0
-    with tqdm(total=at_most, desc="encoding", unit="image", disable=None) as bar:
+    quiet = True if distributed.rank() else None  # None: unless the output is no terminal
+    with tqdm(total=at_most, desc="encoding", unit="image", disable=quiet) as bar:
         for images in batches:
             codes[count : count + len(images)] = model.encode(images).cpu().numpy()
             count += len(images)
@@ -210,48 +304,135 @@ def write(file: BinaryIO, model: Autoencoder, codes: np.ndarray, columns: Mappin
     np.savez_compressed(file, **arrays)
 
 
-def read(path: Path, model: Autoencoder) -> tuple[np.ndarray, list[str]]:
-    """The codes `[N, *grid]` in a file, and the file name of each decoded image.
+class Codes(NamedTuple):
+    """What `vqvae encode` wrote."""
 
-    The file is not trusted. Raises `UserError` if it is damaged, contains anything but arrays, comes from another
-    model, or names an image outside the output folder.
+    codes: np.ndarray  # [N, *grid] integers, from 0 to num_codes - 1
+    files: list[str]  # [N] the images' paths; empty for a data set
+    labels: np.ndarray | None  # [N] labels of a data set, -1 where unknown
+    num_codes: int
+    image_shape: tuple[int, ...]  # [C, H, W]
+    model: str  # checksum
+
+
+def load_codes(files: str | Path | Sequence[str | Path]) -> Codes:
+    """The codes in a file that `vqvae encode` wrote, or in all shards of one, in their order.
+
+    `files` is a path, a pattern such as `codes-*.npz`, or a list of paths; `codes.npz` stands for its shards where
+    there is no such file. The files are not trusted. Raises `UserError` if one is missing or damaged, or if they do
+    not belong together.
     """
+    paths = find_files(files)
+    return _joined(paths, [_content(path) for path in paths])
+
+
+def read(files: str | Path | Sequence[str | Path], model: Autoencoder) -> tuple[np.ndarray, list[str]]:
+    """The codes `[N, *grid]` in a file or its shards, and the file name of each decoded image.
+
+    `files` are those of `load_codes`, and are not trusted. Raises `UserError` if one is damaged, contains anything but
+    arrays, comes from another model, or names an image outside the output folder.
+    """
+    bottleneck, checksum, paths = discrete(model), weights_checksum(model), find_files(files)
+    contents = [_content(path) for path in paths]
+    for path, content in zip(paths, contents, strict=True):
+        if str(content["model"]) != checksum:
+            raise UserError(
+                f"{path}: encoded by model {str(content['model'])[:40]!r}, and this is model {checksum}; "
+                "use the checkpoint that encoded it"
+            )
+        for name, expected in [
+            ("num_codes", bottleneck.num_codes),
+            ("grid", list(bottleneck.grid)),
+            ("image_shape", list(model.image_shape)),
+        ]:
+            found = content[name].tolist()
+            if found != expected:
+                problem = f"its {name} is {repr(found)[:40]}, and the model's is {expected}; encode again"
+                raise UserError(f"{path}: {problem}")
+    whole = _joined(paths, contents)
+    return whole.codes, image_names(paths[0], np.array(whole.files, dtype=str), len(whole.codes))
+
+
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.npz$")
+
+
+def find_files(files: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that a path, a pattern or a list of paths names; shards in their order. See `load_codes`."""
+    if isinstance(files, str | Path):
+        path = Path(files)
+        if path.exists():
+            return [path]
+        shards = path.parent.glob(f"{glob.escape(path.stem)}-*-of-*{path.suffix}")
+        paths = sorted([p for p in shards if SHARD.search(p.name)] or map(Path, glob.glob(str(path)))) or [path]
+    else:
+        paths = sorted(map(Path, files))
+    found = [(path, match) for path in paths if (match := SHARD.search(path.name))]
+    if not found:
+        return paths
+    counts = {int(match[2]) for _, match in found}
+    if len(counts) > 1 or len(found) < len(paths):
+        other = next((path for path, match in found if int(match[2]) != int(found[0][1][2])), paths[0])
+        raise UserError(f"{found[0][0]}: does not belong to {other}; name the shards of one encoding")
+    missing = set(range(*counts)) - {int(match[1]) for _, match in found}
+    if missing or len(found) > max(counts):
+        first = SHARD.sub(f"-{min(missing, default=0):05}-of-{max(counts):05}.npz", str(found[0][0]))
+        raise UserError(f"{first}: this shard is {'missing' if missing else 'given twice'}; encode again with resume")
+    return paths
+
+
+def _content(path: Path) -> dict[str, np.ndarray]:
+    """The arrays in a file of codes, each within its bounds. Raises `UserError` if the file is damaged."""
     try:
         with open_file(path) as file:
-            content, most = read_arrays(file, FIELDS), max(ALWAYS_DECODED, size_of(file))
+            labels = ("labels",) if "labels" in array_names(file) else ()
+            content, most = read_arrays(file, (*FIELDS, *labels)), max(ALWAYS_DECODED, size_of(file))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `vqvae encode` writes one") from None
     except Exception as problem:  # damaged archives raise anything
         reason = one_line(problem, 120)
         refusal = f"truncated, or not a file that `vqvae encode` wrote ({reason}); encode again"
         raise UserError(f"{path}: {refusal}") from None
-    bottleneck, checksum = discrete(model), weights_checksum(model)
     for name in ("model", "num_codes", "grid", "image_shape"):
         if content[name].size > 8:
             raise UserError(f"{path}: its {name} has {content[name].size:,} values; encode again")
-    if str(content["model"]) != checksum:
-        raise UserError(
-            f"{path}: encoded by model {str(content['model'])[:40]!r}, and this is model {checksum}; "
-            "use the checkpoint that encoded it"
-        )
-    codes, grid, num_codes = content["codes"], tuple(bottleneck.grid), bottleneck.num_codes
-    for name, expected in [
-        ("num_codes", num_codes),
-        ("grid", list(grid)),
-        ("image_shape", list(model.image_shape)),
-    ]:
-        found = content[name].tolist()
-        if found != expected:
-            raise UserError(f"{path}: its {name} is {repr(found)[:40]}, and the model's is {expected}; encode again")
-    if codes.dtype.kind not in "iu" or codes.shape[1:] != grid or not len(codes):
-        wanted = f"integers [N, {', '.join(map(str, grid))}]"
-        raise UserError(f"{path}: codes must be {wanted}, not {codes.dtype} {list(codes.shape)}; encode again")
-    if len(codes) > most:
+    codes = content["codes"]
+    if len(codes) > most if codes.ndim else False:
         raise UserError(f"{path}: {len(codes):,} images are far more than a file of this size contains; encode again")
-    if codes.min() < 0 or codes.max() >= num_codes:
-        found = f"{codes.min()} to {codes.max()}"
-        raise UserError(f"{path}: codes must be from 0 to {num_codes - 1}, not {found}; encode again")
-    return codes, image_names(path, content["files"], len(codes))
+    return content
+
+
+def _joined(paths: list[Path], contents: list[dict[str, np.ndarray]]) -> Codes:
+    """Files of codes as one. Raises `UserError` if codes are out of range, or files do not belong together."""
+    first = contents[0]
+    for path, content in zip(paths, contents, strict=True):
+        for name in ("model", "num_codes", "grid", "image_shape"):
+            if content[name].tolist() != first[name].tolist():
+                raise UserError(f"{path}: its {name} is not that of {paths[0]}; encode both again")
+        codes, grid = content["codes"], tuple(first["grid"].reshape(-1).tolist())
+        if codes.dtype.kind not in "iu" or codes.shape[1:] != grid or not (len(codes) or len(paths) > 1):
+            wanted = f"integers [N, {', '.join(map(str, grid))}]"
+            raise UserError(f"{path}: codes must be {wanted}, not {codes.dtype} {list(codes.shape)}; encode again")
+        if len(codes) and (codes.min() < 0 or codes.max() >= first["num_codes"]):
+            found = f"{codes.min()} to {codes.max()}"
+            raise UserError(f"{path}: codes must be from 0 to {int(first['num_codes']) - 1}, not {found}; encode again")
+        files, labels = content["files"], content.get("labels")
+        if files.size and (files.dtype.kind != "U" or files.shape != (len(codes),)):
+            raise UserError(_names_problem(path, len(codes)))
+        if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (len(codes),)):
+            raise UserError(f"{path}: labels must be {len(codes)} integers; encode again")
+    labeled = [content["labels"] for content in contents if "labels" in content]
+    return Codes(
+        np.concatenate([content["codes"] for content in contents]),
+        [name for content in contents for name in content["files"].tolist()],
+        np.concatenate(labeled) if len(labeled) == len(contents) else None,
+        int(first["num_codes"]),
+        tuple(first["image_shape"].reshape(-1).tolist()),
+        str(first["model"]),
+    )
+
+
+def _names_problem(path: Path, count: int) -> str:
+    return f"{path}: files must be {count} different names, one for each row of codes, or empty"
 
 
 def image_names(path: Path, files: np.ndarray, count: int) -> list[str]:
@@ -262,7 +443,7 @@ def image_names(path: Path, files: np.ndarray, count: int) -> list[str]:
     if not files.size:
         return [f"{i:06}.png" for i in range(count)]
     if files.dtype.kind != "U" or files.shape != (count,) or len(set(files.tolist())) < count:
-        raise UserError(f"{path}: files must be {count} different names, one for each row of codes, or empty")
+        raise UserError(_names_problem(path, count))
     for name in files.tolist():
         # Path follows the rules of this system: drives and backslashes count on Windows only
         if not Path(name).name or Path(name).anchor or ".." in Path(name).parts or "\0" in name:

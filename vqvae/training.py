@@ -2,10 +2,11 @@
 
 Everything random is a function of (seed, epoch) or (seed, step), so a run that is killed and resumed from its last
 checkpoint takes the same steps as one that never stopped. With several processes (distributed.py) each takes its share
-of every batch, whose size does not depend on their number, and draws its own noise.
+of every batch, whose size does not depend on their number, and the steps are the same up to rounding (shares.py).
 """
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, autocast, nn
 
-from vqvae import distributed
+from vqvae import distributed, shares
+from vqvae.averaging import AveragedWeights
+from vqvae.batch_norm import BatchNorm
 from vqvae.contracts import TrainOutput
 from vqvae.data.batches import batch_indices
 from vqvae.devices import keep_memory, widest_float
@@ -22,11 +25,12 @@ from vqvae.errors import OptionError, UserError
 from vqvae.interrupts import Interrupt
 from vqvae.optimizer import adamw
 from vqvae.progress import Progress
-from vqvae.randomness import seed_globally
+from vqvae.randomness import seed_globally, stream
 from vqvae.runs import NullRun, Run
-from vqvae.schedules import Schedule
+from vqvae.schedules import Plateau, Schedule
 
 MOST_SKIPPED = 10  # updates in a row, with on_nan=skip
+ALWAYS_SAVED = 20  # epochs
 KEPT = ("usage", "posterior")  # tensors among the held-out metrics, which plots show
 
 
@@ -41,12 +45,17 @@ class Plan(NamedTuple):
     device: torch.device
     precision: Literal["fp32", "bf16"]
     log_every: int  # steps
-    save_every: tuple[int | None, float | None]  # steps, seconds
+    checkpoint_every: tuple[int | None, float | None]  # steps, seconds; within epochs
+    save_every: float = 0.0  # seconds between epochs that are drawn and saved, after the first `ALWAYS_SAVED`
     max_steps: int | None = None
     max_minutes: float | None = None  # of this process, evaluation included
     patience: int | None = None  # epochs without a better held-out metric before stopping
+    plateau: Plateau | None = None  # when to reduce the rate that `lr` gives
+    clip: float | None = None  # largest norm of the gradient
+    ema_weights: float = 0.0  # decay of averaged weights; 0: none
     held_out: str = "validation"  # the split that `Stage.evaluate` evaluates
     augment: Callable[[Tensor], Tensor] | None = None  # applied to every training batch
+    accumulate: int = 1  # shares of a batch that each process computes one after another
     on_nan: Literal["stop", "skip"] = "stop"  # what to do where the loss or the gradient is not finite
 
     def steps_per_epoch(self, examples: int) -> int:
@@ -62,8 +71,9 @@ class Plan(NamedTuple):
             raise OptionError(
                 "", "batch_size", self.batch_size, f"larger than the {examples} training examples; use a smaller one"
             )
-        if self.batch_size < distributed.world():
-            problem = f"smaller than the {distributed.world()} processes that share it; use a larger one"
+        shared = distributed.world() * self.accumulate
+        if self.batch_size < shared:
+            problem = f"smaller than the {shared} shares of {distributed.world()} processes; use a larger one"
             raise OptionError("", "batch_size", self.batch_size, problem)
 
 
@@ -113,8 +123,12 @@ class Health:
 
 
 def seed_step(seed: int, step: int, device: str = "cpu") -> None:
-    """Make the noise of a step a function of (seed, step), different in every process."""
-    seed_globally(seed, "noise", step, process=distributed.rank(), device=device)
+    """Make the noise of a step a function of (seed, step).
+
+    Noise that a share of the batch draws by itself, such as dropout's, differs between the shares.
+    """
+    shares.seed(stream(seed, "noise", step))
+    seed_globally(seed, "noise", step, process=shares.number(), device=device)
 
 
 class Stage(NamedTuple):
@@ -149,6 +163,10 @@ def fit(
     files are open. `after_epoch(epoch, step, usage)` draws.
     """
     plan.check(len(stage.examples))
+    stage.module.train()
+    if plan.accumulate > 1 and any(isinstance(m, BatchNorm) and m.training for m in stage.module.modules()):
+        problem = "must be 1 with batch norm, which needs the whole batch at once; use other nets, or several processes"
+        raise OptionError("", "accumulate", plan.accumulate, problem)
     loop = Loop(stage.module, *_resident(stage.examples, stage.labels, plan.device), plan, run, resume or {})
     if resume and loop.step >= loop.total:
         distributed.on_first(lambda: run.repair_best(resume))  # it may have been killed just before its end
@@ -158,20 +176,25 @@ def fit(
         loop.best, loop.best_step, loop.best_epoch = math.inf, None, loop.epoch
     on_start()
     results = None
-    stage.module.train()
     if loop.step == 0:
+        shares.seed(stream(plan.seed, "start"))
         seed_globally(plan.seed, "start", process=distributed.rank(), device=plan.device.type)
         order = loop.order(batch_size=1, epoch=0).flatten()
         with loop.progress.working("start"):
-            stage.module.initialize(lambda n: take(loop.examples, distributed.share(order[:n]), plan.device))
+            stage.module.initialize(lambda n: take(loop.examples, order[:n], plan.device))
     with Interrupt() as interrupt, contextlib.closing(loop.progress):
         while loop.step < loop.total:
             if loop.train_epoch(interrupt):
-                with loop.progress.working("evaluation"):
-                    results = loop.close_epoch(distributed.on_first(stage.evaluate), after_epoch)
-            if any(distributed.any_of(interrupt.wanted)) and loop.step < loop.total:
+                with loop.progress.working("evaluation"), loop.averaged.in_use():
+                    results = loop.close_epoch(stage.evaluate(), after_epoch)
+            interrupted = any(distributed.any_of(interrupt.wanted)) and loop.step < loop.total
+            ends = bool(plan.patience) and loop.epoch - loop.best_epoch >= plan.patience
+            if (interrupted or ends) and loop.saved_step < loop.step:
+                with loop.averaged.in_use():
+                    loop.publish(after_epoch)
+            if interrupted:
                 return None
-            if plan.patience and loop.epoch - loop.best_epoch >= plan.patience:
+            if ends:
                 loop.progress.write(f"no better epoch for {plan.patience} epochs")
                 break
         loop.progress.finish(loop.best_epoch if loop.best_step else None, stage.module.monitor)
@@ -190,7 +213,9 @@ class Loop:
         self.optimizer = adamw(module.parameter_groups(plan.weight_decay), plan.device)
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
+        self.averaged = AveragedWeights(module, plan.ema_weights, state.get("trained"))
         self.step, self.epoch = state.get("step", 0), state.get("epoch", 0)  # epoch: those evaluated so far
+        self.reductions, self.reduced_epoch = state.get("reductions", 0), state.get("reduced_epoch", 0)
         self.best, self.best_epoch = state.get("best", math.inf), state.get("best_epoch", 0)
         self.kept = {name: state.get(name) for name in KEPT}
         self.epoch_means, self.window = Means(state.get("epoch_means")), Means(state.get("window"))
@@ -200,6 +225,8 @@ class Loop:
         self.deadline = time.perf_counter() + 60 * plan.max_minutes if plan.max_minutes else math.inf
         self.speed = 0.0  # images/s since the epoch began
         self.health, self.skipped, self.saved_step = Health(), 0, self.step
+        self.published = time.perf_counter()
+        self.unsaved_best: dict[str, Any] | None = None  # the state of the best epoch
         quiet = distributed.rank() > 0
         self.progress = Progress(self.total, self.step, module.headline, split=plan.held_out, quiet=quiet)
 
@@ -220,7 +247,7 @@ class Loop:
                 self.log_window()
             if self.step == self.total:
                 break
-            steps, seconds = plan.save_every
+            steps, seconds = plan.checkpoint_every
             due = self.step % steps == 0 if steps else seconds is not None and now - saved > seconds
             if (due or wanted) and self.step % self.per_epoch:
                 self.save()
@@ -232,39 +259,49 @@ class Loop:
         self.speed = (self.step - first) * plan.batch_size / (time.perf_counter() - started)
         return True
 
+    def rate(self, step: int) -> float:
+        """The learning rate at a step of this epoch."""
+        factor = self.plan.plateau.factor if self.plan.plateau else 1.0
+        return self.plan.lr(step, self.total) * factor**self.reductions
+
     def order(self, batch_size: int, epoch: int) -> Tensor:
         """The epoch's batches `[steps, batch_size]`, copied once to the examples' device."""
         return batch_indices(len(self.examples), batch_size, seed=self.plan.seed, epoch=epoch).to(self.examples.device)
 
     def train_step(self, index: Tensor) -> None:
         """One update on the examples of an index. Does not synchronize with a GPU, except with on_nan=skip."""
-        plan, device = self.plan, self.plan.device
+        plan = self.plan
         for group in self.optimizer.param_groups:
-            group["lr"] = plan.lr(self.step, self.total) * group["lr_scale"]
-        seed_step(plan.seed, self.step, device.type)
-        mine = distributed.share(index)
-        batch, labels = take(self.examples, mine, device), take(self.labels, mine, device)
-        batch = plan.augment(batch) if plan.augment else batch
+            group["lr"] = self.rate(self.step) * group["lr_scale"]
         skips = plan.on_nan == "skip"
         before = [buffer.clone() for buffer in self.module.buffers()] if skips else []
-        with autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
-            loss, monitored = TrainOutput(*self.module(batch, labels, self.step))
-        loss.backward()
-        monitored = {**monitored, "loss": loss.detach()}
-        monitored = distributed.average(self.module.parameters(), monitored, len(mine) / len(index))
+        monitored = shares.descend(lambda rows: self.forward(index[rows]), len(index), plan.accumulate)
+        monitored = self.module.of_batch(distributed.sum_step(self.module.parameters(), monitored))
         norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        if plan.clip:
+            nn.utils.clip_grads_with_norm_(self.module.parameters(), plan.clip, norm)
         if skips and not (monitored["loss"].isfinite() and norm.isfinite()):
             self._skip(before)
         else:
             self.skipped = 0
             self.health.watch(monitored["loss"], norm, self.step)
             self.optimizer.step()
+            self.averaged.update(self.step)
             monitored["grad_norm"] = norm
             self.epoch_means.add(monitored)
             self.window.add(monitored)
         self.optimizer.zero_grad()
         self.step += 1
         self.progress.step(self.step)
+
+    def forward(self, index: Tensor) -> TrainOutput:
+        """The loss and the metrics of the examples of an index, a batch or a share of one."""
+        plan, device = self.plan, self.plan.device
+        seed_step(plan.seed, self.step, device.type)
+        batch, labels = take(self.examples, index, device), take(self.labels, index, device)
+        batch = plan.augment(batch) if plan.augment else batch
+        with autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
+            return TrainOutput(*self.module(batch, labels, self.step))
 
     def _skip(self, buffers: list[Tensor]) -> None:
         """Undo what the forward pass did to the buffers (EMA codebooks, batch norm) and take no update."""
@@ -296,7 +333,7 @@ class Loop:
                 raise UserError(f"{problem}; {self._kept()}")
             means = self.module.summary(self.window.values())
             settings = {
-                "lr": self.plan.lr(self.step - 1, self.total),
+                "lr": self.rate(self.step - 1),
                 **scheduled(self.module, self.step - 1, self.total),
             }
             self.run.log("train", self.step, self.epoch, means, settings)
@@ -304,7 +341,10 @@ class Loop:
             self.window = Means()
 
     def close_epoch(self, results: dict[str, Any], after_epoch: AfterEpoch) -> dict[str, float]:
-        """Log the epoch's training and held-out metrics, draw, and save; returns the held-out metrics."""
+        """Log the epoch's training and held-out metrics, draw and save if it is time; returns the held-out metrics.
+
+        Averaged weights must be in use.
+        """
         self.log_window()
         self.need_finite()
         self.epoch = math.ceil(self.step / self.per_epoch)
@@ -315,23 +355,43 @@ class Loop:
         numbers |= {f"held_out_{name}": value for name, value in results.items()}
         numbers["images_per_s"] = self.speed
         self.run.log("epoch", self.step, self.epoch, numbers, held_out=self.plan.held_out)
-        after_epoch(self.epoch, self.step, self.kept.get("usage"))
         better = results[self.module.monitor] < self.best
         if better:
             self.best, self.best_epoch, self.best_step = results[self.module.monitor], self.epoch, self.step
-        self._write()
-        if better:
-            self.run.save_best()  # last, so that it is never of steps that a resumed run takes again
+        plan, plateau = self.plan, self.plan.plateau
+        if plateau and self.epoch - max(self.best_epoch, self.reduced_epoch) > plateau.patience:
+            self.reductions, self.reduced_epoch = self.reductions + 1, self.epoch
+            self.progress.write(f"the learning rate falls to {self.rate(self.step):.3g}")
+        rested = time.perf_counter() - self.published > plan.save_every
+        if self.epoch <= ALWAYS_SAVED or rested or self.step == self.total:
+            self.publish(after_epoch, best=better)
+        elif better:
+            self.unsaved_best = copy.deepcopy(self._state())
         self.progress.row(self.epoch, trained, results, self.speed)
         return results
+
+    def publish(self, after_epoch: AfterEpoch, *, best: bool = False) -> None:
+        """Draw and save a closed epoch, which may be the best so far. Averaged weights must be in use."""
+        after_epoch(self.epoch, self.step, self.kept.get("usage"))
+        self._write(best=best)
+        self.published = time.perf_counter()
 
     def save(self) -> None:
         """Write a checkpoint; raises `UserError` instead of writing one that is not finite."""
         self.need_finite()
-        self._write()
+        with self.averaged.in_use():
+            self._write()
 
-    def _write(self) -> None:
-        state = {
+    def _write(self, *, best: bool = False) -> None:
+        """Write checkpoint.pt, and best.pt if it is the best or the best was not saved yet."""
+        self.run.save(self._state())
+        self.saved_step = self.step
+        if best or self.unsaved_best:  # last, so that it is never of steps that a resumed run takes again
+            self.run.save_best(None if best else self.unsaved_best)
+        self.unsaved_best = None
+
+    def _state(self) -> dict[str, Any]:
+        return {
             **self.module.saved_state(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
@@ -339,12 +399,13 @@ class Loop:
             "best": self.best,
             "best_epoch": self.best_epoch,
             "best_step": self.best_step,
+            "reductions": self.reductions,
+            "reduced_epoch": self.reduced_epoch,
+            **({"trained": self.averaged.other} if self.averaged.other else {}),
             **self.kept,
             "epoch_means": self.epoch_means.state(),
             "window": self.window.state(),
         }
-        self.run.save(state)
-        self.saved_step = self.step
 
 
 def _resident(examples: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

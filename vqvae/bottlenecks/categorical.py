@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqvae import shares
 from vqvae.bottlenecks.base import Projection, vectors_of
 from vqvae.bottlenecks.codebook import Codebook, EMAOptions, enough_vectors
 from vqvae.bottlenecks.gradients import straight_through
@@ -71,13 +72,14 @@ class CategoricalPosterior(Discrete):
         super().__init__()
         self.options, self.by_distance = options, options.posterior == "distance"
         self.num_codes, self.code_dim, self.grid = options.num_codes, options.code_dim, grid
-        self.start_vectors = enough_vectors(options.num_codes)
         self.projection: nn.Module
         if self.by_distance:
             self.projection = nn.Identity() if channels == self.code_dim else Projection(channels, self.code_dim)
         else:
             self.projection = Projection(channels, self.num_codes)
             options = replace(options, init="normal", revive=0.0)
+        standardized = self.by_distance and isinstance(self.projection, Projection)
+        self.start_vectors = enough_vectors(options.num_codes) if standardized else options.start_vectors
         learns = "ema" if self.by_distance else "gradient"
         self.codebook = Codebook(options, self.code_dim, learns=learns, forgets_start=False)
         self.flows = nn.ModuleList(
@@ -204,6 +206,7 @@ class Categorical(CategoricalPosterior):
     ):
         super().__init__(channels, grid, options)
         self.average_samples = average_samples
+        self.relaxed = average_samples and options.num_samples > 1
 
     def assign(self, log_p: Tensor, step: int) -> tuple[Tensor, Tensor]:
         samples = self.options.num_samples
@@ -249,10 +252,11 @@ class Gumbel(CategoricalPosterior):
         super().__init__(channels, grid, options)
         self.temperature = Schedule.parse(options.temperature, "temperature")
         self.total_steps, self.exact = total_steps, options.entropy == "exact"
+        self.relaxed = not options.hard or options.iaf_flows > 0
 
     def assign(self, log_p: Tensor, step: int) -> tuple[Tensor, Tensor]:
         # Gumbel noise is -log(-log u). torch's exponential draws, -log u, take four times as long on a CPU.
-        uniform = torch.rand(self.options.num_samples, *log_p.shape, device=log_p.device)
+        uniform = shares.draw(torch.rand, (self.options.num_samples, *log_p.shape), dim=1, device=log_p.device)
         minus_noise = uniform.clamp_(min=torch.finfo(uniform.dtype).tiny).log_().neg_().log_()
         relaxed = ((log_p - minus_noise) / self.temperature(step, self.total_steps)).softmax(-1)  # [S, B, h, w, K]
         relaxed = relaxed.to(log_p.dtype).clamp(1e-6, 1 - 1e-6)
@@ -272,7 +276,7 @@ def _draw(log_p: Tensor, samples: int) -> Tensor:
     torch.multinomial validates its input, which synchronizes with the GPU.
     """
     cumulative = log_p.exp().cumsum(-1)
-    reached = torch.rand(*log_p.shape[:-1], samples, device=log_p.device) * cumulative[..., -1:]
+    reached = shares.draw(torch.rand, (*log_p.shape[:-1], samples), device=log_p.device) * cumulative[..., -1:]
     codes = torch.searchsorted(cumulative, reached, right=True)
     return codes.clamp(max=log_p.shape[-1] - 1).movedim(-1, 0)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae import distributed
+from vqvae import distributed, shares
 from vqvae.bottlenecks.base import CodeOptions, Projection
 from vqvae.bottlenecks.nearest import nearest_code
 from vqvae.contracts import count_codes
@@ -36,6 +36,11 @@ class EMAOptions(CodeOptions):
     def decay_at(self, step: int) -> float:
         """The decay in a training step."""
         return self.decay
+
+    @property
+    def start_vectors(self) -> int:
+        """How many vectors the start needs: none, unless k-means fits the codes to them."""
+        return enough_vectors(self.num_codes) if self.init == "kmeans" else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +156,11 @@ class Codebook(nn.Module):
         Without `sums` the optimizer trains the vectors. f `[N, D]` are the vectors onto which dead codes may move.
         """
         n = n.to(self.counts)  # of a model in float64
-        n, sums = distributed.sum_over(n), None if sums is None else distributed.sum_over(sums)
+        revived = shares.pick(f, len(self.counts)) if self.options.revive else f[:0]
+        of_batch = shares.collect(n, f[:0] if sums is None else sums, revived)
+        if of_batch is None:  # the batch has more shares, the last of which updates
+            return
+        n, sums, revived = of_batch[0], None if sums is None else of_batch[1], of_batch[2]
         decay = self.options.decay_at(step)
         if not self.forgets_start:
             first = (self.debias == 0).float()
@@ -171,16 +180,15 @@ class Codebook(nn.Module):
             # a code without vectors so far keeps its value: its mean is 0
             self.vectors.copy_(torch.where((self.counts > 0).unsqueeze(1), means, self.vectors))
         if self.options.revive:
-            self._revive(f, decay)
+            self._revive(revived, decay)
 
-    def _revive(self, f: Tensor, decay: float) -> None:
+    def _revive(self, replacement: Tensor, decay: float) -> None:
+        """Move dead codes onto `replacement`, random vectors of the batch `[K, D]`."""
         average = self.counts.sum() / len(self.counts)
         # Counts are judged only after enough batches (23 with a decay of 0.99), and only if the batches that they
         # remember, 1 / (1 - decay), use every second code on average.
         judged = (self.debias > 0.2) & (average > (1 - decay) / 2)
         dead = (self.counts < self.options.revive * average) & judged  # [K]
-        replacement = f[torch.randint(len(f), (len(self.counts),), device=f.device)]  # [K, D]
-        replacement = distributed.broadcast(replacement)
         self.vectors.copy_(torch.where(dead.unsqueeze(1), replacement, self.vectors))
         # Without a new mean and count the next update would undo the move. With a small count the code adapts to its
         # first vectors quickly, and is soon dead again if it gets none.

@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from vqvae import shares
 from vqvae.contracts import Continuous, Latent
 from vqvae.errors import OptionError
 from vqvae.registry import Count, checked
@@ -44,7 +45,7 @@ class Gaussian(Continuous):
 
     def forward(self, features: Tensor, step: int) -> Latent:
         mean, log_std = self.posterior(features)
-        return self._latent(mean, log_std, torch.randn_like(mean))
+        return self._latent(mean, log_std, shares.draw(torch.randn, mean.shape, device=mean.device, dtype=mean.dtype))
 
     def _latent(self, mean: Tensor, log_std: Tensor, noise: Tensor) -> Latent:
         z = mean + log_std.exp() * noise

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqvae import shares
 from vqvae.bottlenecks.base import FixedCodes, Projection, entropy, vectors_of
 from vqvae.bottlenecks.gradients import straight_through
 from vqvae.contracts import Latent
@@ -51,14 +52,14 @@ class LFQ(FixedCodes):
 
         Given f the bits are independent, with p(+1|f) = sigmoid(4 f / temperature). So the first entropy is a sum
         over bits. For the second, p(c|f) = p(high bits|f) p(low bits|f), so the mean over n is one matrix product
-        `[2^(D/2), N] @ [N, 2^(D/2)]`.
+        `[2^(D/2), N] @ [N, 2^(D/2)]`. It is over the vectors of the whole batch, which processes may share.
         """
         logits = 4 * f / self.temperature
         size = logits.abs()
         certain = (F.softplus(-size) + size * torch.sigmoid(-size)).sum(1).mean()
         middle = f.shape[1] // 2
         mean = _joint(logits[:, :middle]).T @ _joint(logits[:, middle:]) / len(f)
-        return certain, entropy(mean.flatten())
+        return certain, entropy(shares.mean_over(mean.flatten(), len(f)))
 
     def quantize(self, features: Tensor) -> Latent:
         return self._signs(features, entropy_weight=0.0)

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae import distributed
+from vqvae import shares
 from vqvae.bottlenecks.base import Projection, vectors_of
-from vqvae.bottlenecks.codebook import Codebook, CodebookOptions, enough_vectors
+from vqvae.bottlenecks.codebook import Codebook, CodebookOptions
 from vqvae.bottlenecks.gradients import straight_through
 from vqvae.bottlenecks.vq import VQ, VQOptions
 from vqvae.contracts import Discrete, Latent
@@ -50,7 +50,7 @@ class MultiCodebook(Discrete):
         super().__init__()
         self.options, self.levels = options, levels
         self.num_codes, self.code_dim = options.num_codes, options.code_dim
-        self.start_vectors = enough_vectors(options.num_codes)
+        self.start_vectors = options.start_vectors
         self.grid = (grid[0], grid[1] * levels)
         self.projection = Projection(channels, self.code_dim)
         books = nn.ModuleList(Codebook(options, dim, learns=options.codebook) for _ in range(levels))
@@ -152,9 +152,11 @@ class ResidualVQ(MultiCodebook):
     def draw_depth(self) -> int:
         if not self.options.dropout:
             return self.levels
-        few = torch.randint(1, self.levels + 1, ())
-        # processes that updated different levels would wait for each other's sums forever
-        return int(distributed.broadcast(torch.where(torch.rand(()) < self.options.dropout, few, self.levels)))
+        # alike, because processes that updated different levels would wait for each other's sums forever
+        cpu = torch.device("cpu")
+        few = shares.draw_alike(partial(torch.randint, 1, self.levels + 1), (), device=cpu)
+        drops = shares.draw_alike(torch.rand, (), device=cpu) < self.options.dropout
+        return int(few) if drops else self.levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +218,7 @@ class Hierarchy(Discrete):
             raise OptionError("", "bottleneck", "hierarchy", problem)
         hidden, code_dim = options.hidden, options.code_dim
         self.num_codes, self.code_dim = options.num_codes, 2 * code_dim
-        self.start_vectors = enough_vectors(options.num_codes)
+        self.start_vectors = options.start_vectors
         self.fine, self.grid = grid, (h // 2 + 2 * h, w // 2)
         level = VQOptions(**{name: value for name, value in asdict(options).items() if name != "hidden"})
         self.down = nn.Sequential(

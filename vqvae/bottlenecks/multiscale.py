@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.bottlenecks.base import Projection, vectors_of
-from vqvae.bottlenecks.codebook import Codebook, CodebookOptions, enough_vectors
+from vqvae.bottlenecks.codebook import Codebook, CodebookOptions
 from vqvae.bottlenecks.gradients import straight_through
 from vqvae.contracts import Discrete, Latent
 from vqvae.errors import OptionError
@@ -62,7 +62,7 @@ class MultiScale(Discrete):
         self.options, self.sizes = options, sizes[-options.scales :]
         self.scales = self.sizes if len(self.sizes) > 1 else ()
         self.num_codes, self.code_dim = options.num_codes, options.code_dim
-        self.start_vectors = enough_vectors(options.num_codes)
+        self.start_vectors = options.start_vectors
         self.grid = (sum(h * w for h, w in self.sizes), 1) if self.scales else (grid[0], grid[1])
         self.projection = Projection(channels, self.code_dim)
         count = 1 if options.shared else len(self.sizes)
@@ -80,8 +80,8 @@ class MultiScale(Discrete):
         return self.codebooks[0 if self.options.shared else scale]
 
     def per_book(self, scales: list[Tensor]) -> list[Tensor]:
-        """One tensor of rows for each codebook, given those of each scale."""
-        return [torch.cat(scales)] if self.options.shared else scales
+        """The rows `[N, ...]` for each codebook, given those of each scale, `[B, h_s w_s, ...]`; image by image."""
+        return [part.flatten(0, 1) for part in ([torch.cat(scales, dim=1)] if self.options.shared else scales)]
 
     def maps(self, codes: Tensor) -> dict[str, Tensor]:
         if not self.scales:
@@ -110,7 +110,7 @@ class MultiScale(Discrete):
         for size in self.sizes:  # the vectors of all scales, as if every coarser one were coded without error
             given.append(F.adaptive_avg_pool2d(rest, size))
             rest = rest - F.interpolate(given[-1], self.sizes[-1], mode="bicubic") if size != self.sizes[-1] else rest
-        for book, vectors in zip(self.codebooks, self.per_book([vectors_of(part) for part in given]), strict=True):
+        for book, vectors in zip(self.codebooks, self.per_book([part.flatten(2).mT for part in given]), strict=True):
             book.initialize(vectors)
 
     def search(self, f: Tensor) -> Search:
@@ -136,8 +136,8 @@ class MultiScale(Discrete):
         found = self.search(f)
         latent = self._latent(f, found)
         if self.training:
-            vectors = self.per_book([vectors_of(given) for given in found.given])
-            codes = self.per_book([codes.flatten() for codes in found.codes])
+            vectors = self.per_book([given.flatten(2).mT for given in found.given])
+            codes = self.per_book([codes.flatten(1) for codes in found.codes])
             for book, f_s, codes_s in zip(self.codebooks, vectors, codes, strict=True):
                 book.update(f_s, codes_s, step)
         return latent

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae import distributed
+from vqvae import distributed, shares
 from vqvae.bottlenecks.base import CodeOptions, Projection, entropy, vectors_of
 from vqvae.bottlenecks.codebook import Codebook, CodebookOptions, enough_vectors, kmeans_codebook
 from vqvae.bottlenecks.gradients import GRADIENTS, Gradient
@@ -35,7 +35,6 @@ class NearestCode(Discrete):
         super().__init__()
         self.options, self.gradient_estimator = options, GRADIENTS[options.gradient]
         self.num_codes, self.code_dim, self.grid = options.num_codes, options.code_dim, grid
-        self.start_vectors = enough_vectors(options.num_codes)
         self.projection: nn.Module = Projection(channels, self.code_dim) if projection else nn.Identity()
 
     def project(self, features: Tensor) -> Tensor:
@@ -78,11 +77,12 @@ class NearestCode(Discrete):
 
 
 def soft_usage(f: Tensor, codebook: Tensor, temperature: float) -> Tensor:
-    """Mean over vectors f `[N, D]` of softmax_k(-||f_n - e_k||^2 / temperature), `[K]`."""
+    """Mean over the whole batch's vectors f `[N, D]` of softmax_k(-||f_n - e_k||^2 / temperature), `[K]`."""
     center = codebook.detach().mean(dim=0)  # as in nearest_code
     f, codebook = f - center, codebook - center
     # without ||f_n||^2, which is the same for every k
-    return ((2 * f @ codebook.T - codebook.square().sum(dim=1)) / temperature).softmax(dim=1).mean(dim=0)
+    usage = ((2 * f @ codebook.T - codebook.square().sum(dim=1)) / temperature).softmax(dim=1).mean(dim=0)
+    return shares.mean_over(usage, len(f))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +121,7 @@ class VQ(NearestCode):
         super().__init__(channels, grid, options, projection)
         self.weight, self.diversity, self.temperature = options.weight, options.diversity, options.temperature
         self.learns_by_gradient = options.codebook == "gradient"
+        self.start_vectors = options.start_vectors
         self.codebook = Codebook(options, self.code_dim, learns=options.codebook, unit_norm=self.unit_norm)
 
     @torch.no_grad()
@@ -184,6 +185,7 @@ class SimVQ(NearestCode):
 
     def __init__(self, *, channels: int, grid: tuple[int, int], options: SimVQOptions = SimVQOptions()):
         super().__init__(channels, grid, options)
+        self.start_vectors = enough_vectors(options.num_codes)
         self.register_buffer("frozen", torch.randn(self.num_codes, self.code_dim) / self.code_dim**0.5)
         self.mapping = nn.Linear(self.code_dim, self.code_dim, bias=False)
 

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 from vqvae import cli, compare
 from vqvae.commands import path
+from vqvae.metrics import explained
 
-WIDTH = max(len(column.name) for column in compare.COLUMNS)
 EXAMPLES = f"""
 examples
   vqvae compare logs/vqvae-mnist logs/vqvae-mnist-2
@@ -16,10 +16,11 @@ examples
   vqvae compare logs/a logs/b/best.pt --format markdown --output table.md
 
 columns
-{chr(10).join(f"  {column.name:{WIDTH}}  {column.explanation}" for column in compare.COLUMNS)}
+{chr(10).join(explained({column.name: column.explanation for column in compare.COLUMNS}))}
 
-Metrics come from the evaluation.json beside the checkpoint if it is of the checkpoint's step (`vqvae train --evaluate`
-writes it). Otherwise they are those of the last epoch in metrics.jsonl, and the run is marked with *.
+Metrics come from the evaluation.json beside the checkpoint if it is of the checkpoint's weights (`vqvae train
+--evaluate` writes it). Otherwise they are those of the last epoch in metrics.jsonl, and the run is marked with *.
+Columns that no run has a value for may be left out.
 
 Runs that cannot be read are named and left out. A warning tells if the runs' data differ, so that their metrics do not
 compare.
@@ -36,7 +37,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--format", metavar=f"{{{','.join(forms)}}}", type=form, default="text", help="of the table (default: text)")
     names = tuple(column.name for column in compare.COLUMNS)
     column = cli.value("sort", Literal[names])
-    help = "sort by a column: psnr, ssim and perplexity from the largest, others from the smallest (default: as named)"
+    help = "sort by a column, the best or smallest first (default: as named)"
     add("--sort", metavar="COLUMN", type=column, help=help)
     add("--output", metavar="FILE", type=path("output", "file"), help="write the table to this file")
     return parser.parse_args(argv)

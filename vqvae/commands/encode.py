@@ -14,10 +14,15 @@ examples
   vqvae encode --checkpoint logs/vqvae-cifar10 --dataset cifar10 --split test --output codes.npz
   vqvae encode --checkpoint logs/vqvae-photos --dataset photos crops=500 --limit 100 --output codes.npz
   vqvae encode --checkpoint logs/vqvae-folder --input ~/Pictures --output codes.npz --batch-size 256
+  vqvae encode --checkpoint logs/vqvae-folder --input ~/Pictures --output codes.npz --shards 8 --resume
+  torchrun --nproc-per-node 8 -m vqvae encode --checkpoint logs/vqvae-folder --input ~/Pictures --output codes.npz
 
 A folder may be larger than memory, because images are read a batch at a time. Each image gets the model's size, in the
 way of its training (see --resize), and is converted to gray for a gray model. Links to folders are followed, hidden
 files are not read. Unreadable files are named and skipped.
+
+Several processes (torchrun) write a shard each, codes-00000-of-00008.npz ..., which decode and vqvae.tokens.load_codes
+read as one. --shards sets another number, for one process too. --resume keeps finished shards.
 
 codes.npz contains
   codes        [N, *grid] uint16, or int32 for codebooks of more than 65,536 codes
@@ -27,6 +32,7 @@ codes.npz contains
   files        [N] paths relative to the folder; empty for a data set
   labels       [N] labels of a data set, -1 where unknown; absent for a folder
   model        checksum of the model, which decode compares
+  source       checksum of the images, which --resume compares
 """
 
 
@@ -45,6 +51,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--limit", metavar="N", type=cli.value("limit", int, Range(1)), help="encode only the first N images")
     output = path("output", "file")
     add("--output", metavar="FILE", required=True, type=output, help="the file to write, such as codes.npz")
+    shards = cli.value("shards", int, Range(1, 99_999))
+    add("--shards", metavar="N", type=shards, help="files to write (default: one for each process)")
+    add("--resume", action="store_true", help="keep files of the same model and images that are finished")
     add_batch_size(parser)
     add_device(parser)
     return parser.parse_args(argv)
@@ -65,7 +74,19 @@ def main(argv: list[str]) -> int:
         if options.input and getattr(options, name) is not None:
             raise OptionError("", name, getattr(options, name), "needs --dataset; a folder of --input has none")
 
-    from vqvae import checkpoint, data, tokens
+    from vqvae import distributed
+    from vqvae.devices import choose_device
+
+    distributed.start(choose_device(options.device))
+    try:
+        return encode(options, output)
+    finally:
+        distributed.stop()
+
+
+def encode(options: argparse.Namespace, output: Path) -> int:
+    """Encode what the options describe, or this process's shards of it."""
+    from vqvae import checkpoint, data, distributed, tokens
 
     typed = Choice.parse("dataset", options.dataset) if options.dataset else Choice("folder", {})
     if options.resize and options.resize != typed.options.setdefault("resize", options.resize):
@@ -85,17 +106,21 @@ def main(argv: list[str]) -> int:
         resize = choice.options["resize"]
         source = tokens.ImageFolder(Path(options.input), model, options.batch_size, options.limit, resize)
     else:
-        source = tokens.DatasetSplit(
-            choice,
-            model,
-            options.batch_size,
-            split=options.split or "train",
-            data_dir=Path(options.data_dir or "data"),
-            limit=options.limit,
-        )
+        with distributed.first_goes_first():
+            source = tokens.DatasetSplit(
+                choice,
+                model,
+                options.batch_size,
+                split=options.split or "train",
+                data_dir=Path(options.data_dir or "data"),
+                limit=options.limit,
+            )
     with naming("output", options.output):
-        codes = tokens.encode_file(output, model, source)
-    grid, size = "x".join(map(str, codes.shape[1:])), tokens.discrete(model).num_codes
-    skipped = f"; {len(source) - len(codes):,} unreadable, skipped" if len(codes) < len(source) else ""
-    print(f"{output}: {len(codes):,} image{'s' * (len(codes) != 1)}, {grid} codes each, codebook of {size:,}{skipped}")
+        done = tokens.encode_shards(output, model, source, options.shards, resume=options.resume)
+    bottleneck, count = tokens.discrete(model), done.images
+    grid, size = "x".join(map(str, bottleneck.grid)), bottleneck.num_codes
+    skipped = f"; {len(source) - count:,} unreadable, skipped" if count < len(source) else ""
+    kept = f"; {done.kept} of {len(done.paths)} files were finished" if done.kept else ""
+    where = done.paths[0] if len(done.paths) == 1 else f"{done.paths[0]} ... {done.paths[-1].name}"
+    print(f"{where}: {count:,} image{'s' * (count != 1)}, {grid} codes each, codebook of {size:,}{skipped}{kept}")
     return 0

@@ -59,14 +59,13 @@ def main(argv: list[str]) -> int:
     options = parse(argv)
 
     from vqvae import checkpoint, files
-    from vqvae.card import read_evaluation
     from vqvae.export import FORMATS, export
     from vqvae.metrics import EVALUATION
 
     with naming("checkpoint", options.checkpoint):
         content = checkpoint.read_model(options.checkpoint)
         model = checkpoint.restore(content, options.checkpoint)
-        evaluation = read_evaluation(checkpoint.locate(options.checkpoint).with_name(EVALUATION))
+        evaluation = checkpoint.read_evaluation(checkpoint.locate(options.checkpoint).with_name(EVALUATION), content)
     FORMATS[options.format].check(content)
     with naming("output", options.output):
         folder = files.claim_empty(Path(options.output))

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from vqvae import cli, metrics, presets
 from vqvae.commands import path
@@ -23,6 +23,7 @@ examples
   python train.py --resume logs/vqvae-cifar10 --epochs 80
   python train.py --prior pixelcnn --checkpoint logs/vqvae-cifar10/checkpoint.pt
   python train.py --evaluate --checkpoint logs/vqvae-cifar10/checkpoint.pt
+  python train.py --evaluate --checkpoint logs/vqvae-cifar10 --probe --metrics fid kid --weights inception.pth
   torchrun --nproc-per-node 2 train.py --dataset cifar10   the same batches, shared by two GPUs or processes
   python train.py --list bottlenecks                    members, options, defaults and sources
 
@@ -34,7 +35,8 @@ logs/<run>/checkpoint.pt`. Ctrl-C saves and prints the command that resumes.
 """
 
 
-EVALUATE_USES = ("checkpoint", "data_dir", "device", "iw_samples", "output")
+OF_EVALUATE = ("iw_samples", "output", "probe", "metrics", "weights", "samples")
+EVALUATE_USES = ("checkpoint", "data_dir", "device", *OF_EVALUATE)
 
 
 def main(argv: list[str]) -> int:
@@ -51,11 +53,19 @@ def main(argv: list[str]) -> int:
     draws = cli.value("iw_samples", int, Range(1, 1_000_000))
     help = "draws for --evaluate's importance-weighted bound (default: 100)"
     add("--iw-samples", metavar="S", type=draws, help=help)
+    add("--probe", action="store_true", help="add to --evaluate what the latents tell of labels: a linear probe")
+    named = cli.value("metrics", Literal[metrics.WORDS])
+    help = f"add metrics of --evaluate that nets compute: {', '.join(metrics.WORDS)}; pip install 'vqvae[metrics]'"
+    add("--metrics", metavar="NAME", nargs="+", type=named, help=help)
+    help = "files of weights for --metrics: torch-fidelity's Inception-v3, torchvision's AlexNet or VGG-16 for lpips"
+    add("--weights", metavar="FILE", nargs="+", type=path("weights"), help=help)
+    help = "images that --metrics draws from the prior, for gfid, gkid, gis, gfd_lite0 (default: 0, none)"
+    add("--samples", metavar="N", type=cli.value("samples", int, Range(1, 1_000_000)), help=help)
     help = "file for --evaluate's metrics (default: evaluation.json beside the checkpoint)"
     add("--output", metavar="FILE", type=path("output", "file"), help=help)
     options = vars(parser.parse_args(argv))  # only what was typed
     own: dict[str, Any] = {
-        key: options.pop(key) for key in ("resume", "list", "evaluate", "iw_samples", "output") if key in options
+        key: options.pop(key) for key in ("resume", "list", "evaluate", *OF_EVALUATE) if key in options
     }
     given: dict[str, Any] = {**own, **typed(options)}
     if "list" in given:
@@ -75,10 +85,22 @@ def main(argv: list[str]) -> int:
         used = ", ".join(f"--{key.replace('_', '-')}" for key in EVALUATE_USES)
         _refuse(given, EVALUATE_USES, f"has no effect, because --evaluate does not train; it uses only {used}")
 
+        words = tuple(dict.fromkeys(given.pop("metrics", ())))
+        if not set(words) - {"lpips"}:
+            _refuse(given, given.keys() - {"samples"}, "has no effect without --metrics fid, kid, is or lite0")
+        if not words:
+            _refuse(given, given.keys() - {"weights"}, "has no effect without --metrics")
+
         from vqvae import experiment
 
-        return experiment.evaluate_checkpoint(given, given.pop("iw_samples", 100), given.pop("output", None))
-    _refuse(given, given.keys() - {"iw_samples", "output"}, "has no effect without --evaluate")
+        asked = experiment.Asked(
+            iw_samples=given.pop("iw_samples", 100),
+            samples=given.pop("samples", 0),
+            probed=given.pop("probe", False),
+        )
+        output, weights = given.pop("output", None), given.pop("weights", ())
+        return experiment.evaluate_checkpoint(given, asked, output, words=words, weights=weights)
+    _refuse(given, given.keys() - set(OF_EVALUATE), "has no effect without --evaluate")
 
     from vqvae import experiment
 
@@ -89,4 +111,5 @@ def _refuse(given: Mapping[str, Any], used: Collection[str], problem: str) -> No
     """Raise `OptionError` for what was typed and is not used."""
     for key, value in given.items():
         if key not in used:
-            raise OptionError("", key, value, f"{problem}; leave it out")
+            shown = " ".join(value) if isinstance(value, list) else None if value is True else value
+            raise OptionError("", key, shown, f"{problem}; leave it out")

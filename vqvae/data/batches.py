@@ -4,10 +4,12 @@ N images, B batch, C channels, H W pixels.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from vqvae import shares
 from vqvae.errors import OptionError
 from vqvae.randomness import generator
 
@@ -28,12 +30,13 @@ BORDER = 4  # pixels
 def crop_flip(images: Tensor) -> Tensor:
     """Pad images `[B, C, H, W]` of any type by 4 reflected pixels, crop HxW at random, and flip half of them.
 
-    Draws from the global generator of the images' device. The padded images are never stored.
+    Draws from the global generator of the images' device. Processes that share a batch take the
+    draws of one. The padded images are never stored.
     """
     count, _, height, width = images.shape
     device = images.device
-    offsets = torch.randint(2 * BORDER + 1, (2, count, 1), device=device) - BORDER
-    flipped = torch.randint(2, (count, 1), device=device).bool()
+    offsets = shares.draw(partial(torch.randint, 2 * BORDER + 1), (2, count, 1), dim=1, device=device) - BORDER
+    flipped = shares.draw(partial(torch.randint, 2), (count, 1), device=device).bool()
     rows = _reflect(offsets[0] + torch.arange(height, device=device), height)  # [B, H], the source of each row
     columns = _reflect(offsets[1] + torch.arange(width, device=device), width)  # [B, W]
     columns = torch.where(flipped, columns.flip(1), columns)

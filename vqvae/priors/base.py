@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vqvae import shares
 from vqvae.contracts import check_codes, kind_of
 from vqvae.errors import OptionError
 from vqvae.registry import Option, Range
@@ -77,7 +78,8 @@ class CodePrior(BasePrior):
         """The labels `[B]` of a training step, some of them dropped; in evaluation all are kept."""
         if labels is None or not (self.training and self.label_drop):
             return labels
-        return labels.masked_fill(torch.rand(len(labels), device=labels.device) < self.label_drop, self.num_classes)
+        dropped = shares.draw(torch.rand, labels.shape, device=labels.device) < self.label_drop
+        return labels.masked_fill(dropped, self.num_classes)
 
     def with_and_without(self, labels: Tensor | None) -> Tensor | None:
         """The labels `[n]`, then as many that are dropped, `[2n]`: what `guided` needs the logits of."""

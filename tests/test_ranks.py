@@ -1,0 +1,81 @@
+"""One, two and three processes that share batches compute the same, for every family. Three real processes start once.
+
+benchmarks/ranks.py has the cases; it compares longer runs.
+"""
+
+import pytest
+import torch
+
+from benchmarks import ranks
+from vqvae.bottlenecks import BOTTLENECKS
+from vqvae.errors import OptionError
+from vqvae.priors import PRIORS
+
+# Where rounding decides between codes, runs differ from then on in fp32: the others must agree for longer.
+SMOOTH = ("fsq", "lfq, batch norm", "gaussian", "free bits", "transformer, stage two")
+LONG = [ranks.Job(name, "float32", 50) for name in SMOOTH]
+JOBS = [ranks.Job(name, "float64", 8) for name in ranks.CASES] + LONG
+
+
+@pytest.fixture(scope="module")
+def found():
+    return ranks.results(JOBS)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", ranks.CASES)
+def test_processes_take_the_steps_of_one(found, name, count):
+    one, some = (found[n, 0][name, "float64"] for n in (1, count))
+    assert len(one["steps"]) == 8
+    assert ranks.difference(one["steps"][:5], some["steps"][:5]) < 1e-6
+    assert ranks.difference(one["steps"], some["steps"]) < 1e-5  # the likelihood is computed in fp32
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", ranks.CASES)
+def test_processes_share_the_held_out_split_and_get_the_metrics_of_one(found, name, count):
+    one = found[1, 0][name, "float64"]
+    for rank in range(count):
+        some = found[count, rank][name, "float64"]
+        assert ranks.difference([one["before"]], [some["before"]]) < 1e-6
+        assert ranks.difference([one["after"]], [some["after"]]) < 1e-5
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: f"{job.name}, {job.kind}")
+def test_processes_have_the_same_bits_at_every_save(found, job, count):
+    assert ranks.alike(found, count, (job.name, job.kind))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", SMOOTH)
+def test_losses_agree_for_50_steps_in_fp32(found, name, count):
+    one, some = (ranks.only(["loss"], found[n, 0][name, "float32"]["steps"]) for n in (1, count))
+    assert ranks.difference(one, some) < 1e-5
+
+
+def test_a_run_of_any_number_of_processes_is_resumed_with_any_other(found):
+    whole, resumed = found[1, 0][ranks.RESUMED, "float64"], found[1, 0]["resumed", "float64"]
+    assert resumed["state"]["step"] == 8
+    assert ranks.difference(whole["steps"][6:], resumed["steps"]) < 1e-5
+    for key, value in whole["state"]["module"].items():
+        assert torch.allclose(value, resumed["state"]["module"][key], rtol=1e-5, atol=1e-7), key
+
+
+@pytest.mark.parametrize("name", [name for name in ranks.CASES if "batch norm" not in name])
+def test_shares_that_one_process_computes_one_after_another_are_one_batch(name):
+    whole, shares = (
+        ranks.train(ranks.CASES[name]._replace(accumulate=count), 3, torch.float64)["steps"] for count in (1, 3)
+    )
+    assert ranks.difference(whole, shares) < 1e-6
+
+
+def test_batch_norm_cannot_be_computed_in_shares_one_after_another():
+    with pytest.raises(OptionError, match="accumulate=2: must be 1 with batch norm"):
+        ranks.train(ranks.CASES["vq, batch norm"]._replace(accumulate=2), 3, torch.float32)
+
+
+def test_the_cases_have_every_bottleneck_and_every_prior_over_codes():
+    assert {case.bottleneck.split()[0] for case in ranks.CASES.values()} == set(BOTTLENECKS)
+    trained = {case.prior.split()[0] for case in ranks.CASES.values() if case.stage == 2}
+    assert trained == set(PRIORS) - {"uniform", "normal", "made-flow"}

@@ -1,0 +1,124 @@
+"""Metrics of saved models on the test split: at the end of a run, and when `--evaluate` asks for them."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqvae import __version__, checkpoint, distributed, metrics
+from vqvae.autoencoder import Autoencoder
+from vqvae.config import Config
+from vqvae.data import Dataset
+from vqvae.errors import OptionError
+from vqvae.evaluation import evaluate
+from vqvae.features import Net
+from vqvae.files import write_json
+from vqvae.probe import probe
+from vqvae.progress import columns
+from vqvae.randomness import generator
+from vqvae.runs import BEST, LAST, NullRun, Run
+from vqvae.training import KEPT
+
+ABOUT = (
+    *checkpoint.IDENTITY, "data", "note", "split", "chosen_on", "protocol", "likelihood", "prior", "images", "seed",
+    "iw_samples",
+)  # fmt: skip
+
+
+class Asked(NamedTuple):
+    """What is computed beyond the usual metrics."""
+
+    iw_samples: int = 0
+    nets: Sequence[Net] = ()  # metrics in their features, of the reconstructions
+    samples: int = 0  # and of so many draws of the prior
+    probed: bool = False  # what the latents tell of labels
+
+
+def assess(
+    path: Path, content: dict[str, Any], dataset: Dataset, device: torch.device, asked: Asked = Asked()
+) -> dict[str, Any]:
+    """The metrics of a checkpoint's model on the test split, after the entries of `ABOUT`, which say what they are of.
+
+    Raises `OptionError` for what the data or the model do not have: labels to probe, images to compare.
+    """
+    if asked.probed and not dataset.classes:
+        raise OptionError("", "probe", None, f"the data set {dataset.name} has no labels; leave it out")
+    config, test = Config.from_dict(content["config"]), dataset.test
+    model = checkpoint.restore(content, str(path)).to(device)
+    if asked.nets and not model.shows_images:
+        problem = f"compares images, and the data set {dataset.name} has points; leave it out"
+        raise OptionError("", "metrics", None, problem)
+    draws = drawn(model, asked.samples, test.labels if config.conditional else None, config.seed)
+    results = evaluate(model, *test, iw_samples=asked.iw_samples, seed=config.seed, nets=asked.nets, samples=draws)
+    protocols = [protocol_of(config, dataset, model), *(net.protocol for net in asked.nets)]
+    if asked.samples:
+        protocols.append(f"{asked.samples:,} samples at temperature 1")
+    if asked.probed:
+        numbers, how = probe(model, dataset.train, test, seed=config.seed)
+        results |= numbers
+        protocols.append(how)
+    for tensors in KEPT:
+        results.pop(tensors, None)
+    if dataset.entropy is not None:
+        results |= {"data_entropy": dataset.entropy, "gap": results["neg_elbo"] - dataset.entropy}
+    chosen = path.name == BEST or config.patience is not None
+    about = checkpoint.identity_of(content) | {
+        "data": dataset.name,
+        "note": dataset.note,
+        "split": "test",
+        "chosen_on": config.held_out if chosen else "nothing: the last step",
+        "protocol": "; ".join(protocols),
+        "likelihood": config.likelihood.name,
+        "prior": config.prior.name,
+        "images": len(test.images),
+        "seed": config.seed,
+        "iw_samples": asked.iw_samples,
+    }
+    return about | results
+
+
+def assess_end(run: Run | NullRun, dataset: Dataset, headline: Sequence[str], device: torch.device) -> dict[str, float]:
+    """Evaluate on the test split, once, the models that a run leaves at its end: checkpoint.pt and best.pt.
+
+    Prints and logs their metrics, and stores those of checkpoint.pt in evaluation.json; returns these. Several
+    processes share the images.
+    """
+
+    def saved() -> dict[str, dict[str, Any]]:
+        names = [name for name in (LAST, BEST) if (run.folder / name).exists()]
+        return {name: checkpoint.read(run.folder / name) for name in names}
+
+    contents = distributed.on_first(saved)  # the other processes may not see the first one's files
+    if contents[LAST]["step"] == contents.get(BEST, contents[LAST])["step"]:
+        contents.pop(BEST, None)
+    tables = {}
+    for name, content in reversed(contents.items()):  # in the order of their steps
+        tables[name] = assess(run.folder / name, content, dataset, device)
+        values = {f"held_out_{key}": value for key, value in tables[name].items() if key not in ABOUT}
+        run.log("test", content["step"], content["epoch"], values, held_out="test")
+        shown = columns(tuple(headline), tables[name], "test")
+        print(f"test   {name}: {metrics.line(tuple(shown), tables[name])}")
+    distributed.on_first(lambda: write_json(run.folder / metrics.EVALUATION, metrics.for_json(tables[LAST])))
+    return {key: value for key, value in tables[LAST].items() if key not in ABOUT}
+
+
+def protocol_of(config: Config, dataset: Dataset, model: Autoencoder) -> str:
+    """The images that a model is evaluated on, and the programs, in words."""
+    size = "x".join(map(str, model.image_shape))
+    if "resize" in config.dataset.options:
+        scaled = f"scaled by Lanczos ({config.dataset.options['resize']})"
+    else:
+        scaled = "not scaled" if config.image_size is None else "scaled (bilinear, antialiased)"
+    images = f"{len(dataset.test.images):,} images of the test split of {dataset.name}, {size}, {scaled}"
+    return f"{images}; vqvae {__version__}, torch {torch.__version__}"
+
+
+def drawn(model: Autoencoder, count: int, labels: Tensor | None, seed: int, batch_size: int = 256) -> Iterator[Tensor]:
+    """Batches of `count` images `[B, C, H, W]` that the model draws, of the labels `[N]` in turn, if there are any."""
+    draws = generator(seed, "samples", device=model.device)
+    for first in range(0, count, batch_size):
+        index = torch.arange(first, min(first + batch_size, count))
+        options = {} if labels is None else {"labels": labels[index % len(labels)]}
+        yield model.sample(len(index), generator=draws, **options)
