@@ -173,7 +173,11 @@ train --checkpoint-every -1 | --checkpoint-every -1: must be steps such as 500
 train --seed -1 | --seed -1: must be from 0 to 9223372036854775807
 train --seed 9223372036854775808 | --seed 9223372036854775808: must be from 0 to
 train --batch-size 1000000000000000000 | --batch-size 1000000000000000000: must be at most 2147483647
-train --batch-size 5000 | --batch-size 5000: larger than the 1500 training examples
+train --batch-size 5000 | --batch-size 5000: larger than the 1350 training examples
+train --validation 0 | --validation 0: must be a share above 0 and below 1, or test
+train --validation tset | --validation tset: must be a share above 0 and below 1, or test
+train --validation nan | --validation nan: must be a share above 0 and below 1, or test
+train --limit 1 | --validation 0.1: leaves no training image of 1; use test
 train --image-size 1000000000 | --image-size 1000000000: must be from 1 to 4096
 train --image-size 30 | --image-size 30: does not divide by 4; try 28 or 32
 train --limit 1e30 | --limit 1e30: must be at most 2147483647
@@ -360,7 +364,7 @@ train --prior pixelcnn --checkpoint logs/run --dataset digits | --dataset digits
 train --prior pixelcnn --checkpoint logs/run --image-size 16 | --image-size 16: {CHOSEN}
 train --prior pixelcnn --checkpoint logs/run --preset sonnet-mnist | --preset sonnet-mnist: {CHOSEN}
 train --prior pixelcnn --checkpoint logs/run --augment crop-flip | --augment crop-flip: a prior trains on codes
-train --prior pixelcnn --checkpoint logs/run --batch-size 70 | --batch-size 70: larger than the 60 training examples
+train --prior pixelcnn --checkpoint logs/run --batch-size 70 | --batch-size 70: larger than the 54 training examples
 train --prior uniform --checkpoint logs/run --batch-size 20 | --prior uniform: has no parameters to train
 train --prior made-flow --checkpoint logs/run --batch-size 20 | --prior made-flow: needs latent_dim
 train --resume logs/run --lr 1 | --lr 1: a resumed run keeps its settings; only these may change: --data-dir
@@ -369,7 +373,7 @@ train --resume logs/run --name other | --name other: a resumed run keeps its set
 train --resume logs/run --checkpoint logs/run | --checkpoint logs/run: a resumed run keeps its settings
 train --resume logs/run --data-dir in | --data-dir in: the data set digits reads no files
 train --resume logs/run --epochs 0 | --epochs 0: must be at least 1
-train --resume logs/run | --resume logs/run: has taken all of its 3 steps
+train --resume logs/run | --resume logs/run: has taken all of its 2 steps
 visualize --checkpoint logs/run --class 0 | --class 0: the model's prior is not conditioned on classes; leave it out
 visualize --checkpoint logs/run --top-k 17 | --top-k 17: must be from 0 to 16
 visualize --checkpoint logs/run --guidance 2.5 | --guidance 2.5: needs a prior of classes that was trained

@@ -10,7 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers import run_train
-from vqvae import checkpoint, cli, experiment
+from vqvae import assessment, checkpoint, cli, experiment
 from vqvae.commands import train
 from vqvae.compare import read_run
 from vqvae.config import Config, validation_share
@@ -121,7 +121,8 @@ def test_the_validation_split_is_watched_and_the_test_split_evaluated_once_at_th
         return evaluate(model, images, labels, **options) | {"neg_elbo": float(len(seen))}  # the first is the best
 
     evaluate = experiment.evaluate
-    monkeypatch.setattr(experiment, "evaluate", counting)
+    for module in (experiment, assessment):
+        monkeypatch.setattr(module, "evaluate", counting)
     assert run_train(*SPLIT, "run", "--epochs", "3") == 0
     assert seen == [10, 10, 10, 50, 50]  # best.pt and checkpoint.pt
     out = capsys.readouterr().out
