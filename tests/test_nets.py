@@ -225,3 +225,15 @@ def test_a_rectangle_that_does_not_divide_is_refused_with_ones_that_do(shape, me
 def test_empty_widths_are_refused(name):
     with pytest.raises(OptionError, match="hidden=0: must be at least"):
         NETS[name](image_shape=(3, 32, 32), hidden=0)
+
+
+@pytest.mark.parametrize("downsample", [8, 16])
+def test_added_halvings_and_doublings_keep_the_scale_of_the_signal(downsample):
+    torch.manual_seed(0)
+    for build in (lambda nets: nets.encoder(), lambda nets: nets.decoder(128, 3)):
+        scales = []
+        for stride in (4, downsample):
+            net = build(Sonnet(image_shape=(3, 64, 64), downsample=stride))
+            size = (4, 3, 64, 64) if isinstance(net[0], nn.Conv2d) and net[0].in_channels == 3 else (4, 128, 4, 4)
+            scales.append(net(torch.randn(size)).detach().square().mean().sqrt().item())
+        assert 0.5 < scales[1] / scales[0] < 2  # a quarter or less without

@@ -8,9 +8,10 @@ B batch, C channels, H W pixels, h w code grid, D code dimension.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -57,6 +58,19 @@ def initialize_fan_in(net: nn.Sequential, *, truncate: bool = True) -> nn.Sequen
     return net
 
 
+@torch.no_grad()
+def keep_scale(layers: Iterable[nn.Module]) -> None:
+    """Scale the weights that `initialize_fan_in` drew, so that each convolution and its ReLU keep the second moment.
+
+    A ReLU halves it. Of the taps that Sonnet's fan-in of a transposed convolution counts, an output pixel sees one in
+    stride x stride.
+    """
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            seen = math.prod(layer.stride) if isinstance(layer, nn.ConvTranspose2d) else 1
+            layer.weight.mul_(math.sqrt(2 * seen))
+
+
 class ResidualLayer(nn.Module):
     """h + conv1x1(ReLU(conv3x3(ReLU(h)))), with a batch norm before each ReLU on request (pre-activation)."""
 
@@ -80,7 +94,9 @@ class Sonnet:
     """Nets of the Sonnet example (github.com/google-deepmind/sonnet, nets/vqvae.py and its CIFAR-10 notebook).
 
     Encoder: 4x4 stride 2, 4x4 stride 2, 3x3, then residual layers. The decoder mirrors it. Code grid [H/4, W/4].
-    downsample=8 and 16 add one or two more 4x4 stride 2, with as many channels as the features have.
+    downsample=8 and 16 add one or two more 4x4 stride 2, with as many channels as the features have. These start with
+    larger weights, which keep the scale of the signal: as small as the published ones, they left such nets at the mean
+    image for hundreds of steps.
     """
 
     @checked
@@ -101,31 +117,35 @@ class Sonnet:
         self.more_halvings = {4: 0, 8: 1, 16: 2}[downsample]
 
     def encoder(self) -> nn.Module:
-        n = self.channels
-        return initialize_fan_in(
+        n, more = self.channels, self._more(nn.Conv2d)
+        net = initialize_fan_in(
             nn.Sequential(
                 nn.Conv2d(self.image_channels, n // 2, 4, stride=2, padding=1),  # [B, n/2, H/2, W/2]
                 nn.ReLU(),
                 nn.Conv2d(n // 2, n, 4, stride=2, padding=1),  # [B, n, H/4, W/4]
                 nn.ReLU(),
-                *self._more(nn.Conv2d),  # [B, n, h, w]
+                *more,  # [B, n, h, w]
                 nn.Conv2d(n, n, 3, padding=1),
                 *self._residual_stack(),
             )
         )
+        keep_scale(more)
+        return net
 
     def decoder(self, code_dim: int, out_channels: int) -> nn.Module:
-        n = self.channels
-        return initialize_fan_in(
+        n, more = self.channels, self._more(nn.ConvTranspose2d)
+        net = initialize_fan_in(
             nn.Sequential(
                 nn.Conv2d(code_dim, n, 3, padding=1),
                 *self._residual_stack(),
-                *self._more(nn.ConvTranspose2d),  # [B, n, H/4, W/4]
+                *more,  # [B, n, H/4, W/4]
                 nn.ConvTranspose2d(n, n // 2, 4, stride=2, padding=1),  # [B, n/2, H/2, W/2]
                 nn.ReLU(),
                 nn.ConvTranspose2d(n // 2, out_channels, 4, stride=2, padding=1),  # [B, C, H, W]
             )
         )
+        keep_scale(more)
+        return net
 
     def _more(self, convolution: type[nn.Conv2d] | type[nn.ConvTranspose2d]) -> list[nn.Module]:
         """The halvings, or doublings, beyond the published two."""
