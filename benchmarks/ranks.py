@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,11 +68,12 @@ BOTTLENECKS = {  # a name that begins with that of a member: its options
     "lfq": "bits=5",
     "residual": f"{SMALL} quantizers=2 dropout=0.7",
     "grouped": SMALL,
-    "hierarchy": f"{SMALL} hidden=4",
+    "hierarchy": f"{SMALL} hidden=4 revive=0",  # two codes revived at one place would be a tie
     "multiscale": f"{SMALL} shared=yes",
     "deterministic": SMALL,
     "categorical": f"{SMALL} num_samples=2 revive=0.1 decay=0.5",
     "gumbel": f"{SMALL} num_samples=2",
+    "stochastic": SMALL,
     "gaussian": "latents=3",
 }
 
@@ -126,7 +128,7 @@ class Notes(NullRun):
         self.saves: list[str] = []
         self.state: dict[str, Any] = {}
 
-    def log(self, kind: str, step: int, epoch: int, metrics: Mapping[str, float], settings: Any = None) -> None:
+    def log(self, kind: str, step: int, epoch: int, metrics: Mapping[str, float], *others: Any, **more: Any) -> None:
         if kind == "train":
             self.steps.append(dict(metrics))
 
@@ -189,7 +191,7 @@ def train(
     before = held_out_metrics()
     plan = Plan(
         epochs=1, batch_size=BATCH, lr=Schedule.parse("1e-3"), weight_decay=0.01, seed=0, device=torch.device("cpu"),
-        precision="fp32", log_every=1, save_every=(5, None), max_steps=stop or steps, accumulate=case.accumulate,
+        precision="fp32", log_every=1, checkpoint_every=(5, None), max_steps=stop or steps, accumulate=case.accumulate,
         augment=crop_flip if case.augment else None,
     )  # fmt: skip
     if resume:
@@ -261,11 +263,16 @@ def spawn(command: Sequence[str], count: int) -> None:
         )
         for n in range(count)
     ]  # fmt: skip
-    try:
-        said = [process.communicate()[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+
+    def wait(process: subprocess.Popen[str]) -> str:
+        said = process.communicate()[1]
+        if process.returncode:  # the others would wait for it
+            for other in processes:
+                other.kill()
+        return said
+
+    with ThreadPoolExecutor(count) as pool:
+        said = list(pool.map(wait, processes))
     if any(process.returncode for process in processes):
         raise RuntimeError("\n".join(said))
 

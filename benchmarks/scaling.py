@@ -169,7 +169,7 @@ def take_steps(case: Case, shape: tuple[int, int, int], batch: int, before: Call
     module.register_forward_pre_hook(lambda *_: before())
     plan = Plan(
         epochs=1, batch_size=batch, lr=Schedule.parse("1e-3"), weight_decay=0.0, seed=0, log_every=1000,
-        device=torch.device("cpu"), precision="fp32", save_every=(1000, None),
+        device=torch.device("cpu"), precision="fp32", checkpoint_every=(1000, None),
     )  # fmt: skip
     images = torch.randint(256, (batch * STEPS, *shape), dtype=torch.uint8)
     stage = Stage(module, images, torch.zeros(len(images), dtype=torch.int64), lambda: {"neg_elbo": 0.0}, None, "")

@@ -227,7 +227,7 @@ train --nets sonet | --nets sonet: no such name (did you mean 'sonnet'?)
 train --bottleneck gaussian --codes 8 | --codes 8: --bottleneck gaussian has no num_codes; it takes latents=16
 train --objective probabilistic iaf_startup_steps=3 | --objective probabilistic iaf_startup_steps=3: the bottleneck
 train --likelihood bernoulli | --likelihood bernoulli:
-train --preset sonet-mnist | --preset sonet-mnist: no such name (did you mean 'sonnet-mnist'?)
+train --preset sonet-mnist | --preset sonet-mnist: no such name (did you mean 'sonnet-mnist' or 'sqvae-mnist'?)
 train --list bottleneks | --list bottleneks: no such list (did you mean 'bottlenecks'?)
 train --device tpu | --device tpu: must be one of auto, cpu, cuda, mps
 train --precision fp16 | --precision fp16: must be one of auto, fp32, bf16

@@ -11,6 +11,8 @@ from vqvae.bottlenecks import BOTTLENECKS
 from vqvae.errors import OptionError
 from vqvae.priors import PRIORS
 
+pytestmark = pytest.mark.xdist_group("ranks")  # one worker, so that the processes start once
+
 # Where rounding decides between codes, runs differ from then on in fp32: the others must agree for longer.
 SMOOTH = ("fsq", "lfq, batch norm", "gaussian", "free bits", "transformer, stage two")
 LONG = [ranks.Job(name, "float32", 50) for name in SMOOTH]

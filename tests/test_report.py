@@ -228,7 +228,8 @@ def test_a_plot_that_was_asked_for_and_does_not_apply_says_why(there, capsys):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_few_held_out_images_suffice_for_every_plot_that_shows_them(folder, recwarn, count):
-    line = f"--dataset photos crops=20 test_crops={count} --image-size 8 --batch-size 10 --hidden 4 --epochs 2"
+    line = f"--dataset photos crops=20 test_crops={count} --image-size 8 --batch-size 10 --hidden 4 --epochs 2 "
+    line += "--validation test"
     vae = "--nets conv-vae --bottleneck gaussian latents=2 --prior normal"
     for name, bottleneck in (("vqvae", "--bottleneck vq num_codes=4"), ("vae", vae)):
         words = f"{line} {bottleneck} --name {name} --device cpu"
