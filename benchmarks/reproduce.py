@@ -55,6 +55,15 @@ ROWS = {
         "24.94 dB, perplexity 377 (2405.14222)",
         f"195,000 steps there; {JPEG}",
     ),
+    "sqvae-mnist-512": Row(
+        "--preset sqvae-mnist --codes 512", 1, "36.25 dB, perplexity 302 (2302.05917)", "8x8 codes there, 7x7 here"
+    ),
+    "sqvae-mnist-512-vq": Row(
+        "--preset sqvae-mnist-vq --codes 512", 1, "33.37 dB, perplexity 47 (2302.05917)", "8x8 codes there, 7x7 here"
+    ),
+    "sqvae-cifar10": Row("--preset sqvae-cifar10", 1, "26.11 dB, perplexity 435 (2302.05917)", JPEG),
+    "sqvae-cifar10-vq": Row("--preset sqvae-cifar10-vq", 1, "23.14 dB, perplexity 70 (2302.05917)", JPEG),
+    "raq-cifar10": Row("--preset raq-cifar10", 1, "24.94 ± 0.01 dB, perplexity 377 (2405.14222)", JPEG),
     **{
         f"probabilistic-{name}": Row(f"--preset probabilistic-{name}", 1, TEN, "pixels binarized at 0.5")
         for name in ("1", "2.1", "2.2", "2.3", "2.4", "2.5", "3", "4.1", "4.2.1", "4.2.2")
