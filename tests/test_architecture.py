@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "probe": {"autoencoder", "data", "errors"},
     "assessment": {
         "__init__", "autoencoder", "checkpoint", "config", "data", "distributed", "errors", "evaluation", "features",
-        "files", "metrics", "probe", "progress", "randomness", "runs", "training",
+        "files", "metrics", "probe", "progress", "randomness", "runs", "schedules", "training",
     },
     "stage_one": {"autoencoder", "batch_norm", "contracts", "distributed", "evaluation", "metrics", "shares"},
     "stage_two": {

@@ -19,6 +19,7 @@ from vqvae.probe import probe
 from vqvae.progress import columns
 from vqvae.randomness import generator
 from vqvae.runs import BEST, LAST, NullRun, Run
+from vqvae.schedules import parse_rate
 from vqvae.training import KEPT
 
 ABOUT = (
@@ -63,7 +64,7 @@ def assess(
         results.pop(tensors, None)
     if dataset.entropy is not None:
         results |= {"data_entropy": dataset.entropy, "gap": results["neg_elbo"] - dataset.entropy}
-    chosen = path.name == BEST or config.patience is not None
+    chosen = path.name == BEST or config.patience is not None or parse_rate(config.lr)[1] is not None
     about = checkpoint.identity_of(content) | {
         "data": dataset.name,
         "note": dataset.note,
