@@ -279,9 +279,10 @@ def spawn(command: Sequence[str], count: int) -> None:
 
 RESUMED = "vq revive"
 Found = dict[tuple[str, str], dict[str, Any]]
+Results = dict[tuple[int, int], Found]  # by (number of processes, rank)
 
 
-def results(jobs: Sequence[Job]) -> dict[tuple[int, int], Found]:
+def results(jobs: Sequence[Job]) -> Results:
     """What each process found, for (number of processes, rank); also of a resumed run, as `resumed`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
