@@ -22,11 +22,6 @@ from vqvae.runs import BEST, LAST, NullRun, Run
 from vqvae.schedules import parse_rate
 from vqvae.training import KEPT
 
-ABOUT = (
-    *checkpoint.IDENTITY, "data", "note", "split", "chosen_on", "protocol", "likelihood", "prior", "images", "seed",
-    "iw_samples",
-)  # fmt: skip
-
 
 class Asked(NamedTuple):
     """What is computed beyond the usual metrics."""
@@ -39,8 +34,8 @@ class Asked(NamedTuple):
 
 def assess(
     path: Path, content: dict[str, Any], dataset: Dataset, device: torch.device, asked: Asked = Asked()
-) -> dict[str, Any]:
-    """The metrics of a checkpoint's model on the test split, after the entries of `ABOUT`, which say what they are of.
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """What the metrics of a checkpoint's model on the test split are of, and these metrics.
 
     Raises `OptionError` for what the data or the model do not have: labels to probe, images to compare.
     """
@@ -77,7 +72,7 @@ def assess(
         "seed": config.seed,
         "iw_samples": asked.iw_samples,
     }
-    return about | results
+    return about, results
 
 
 def assess_end(run: Run | NullRun, dataset: Dataset, headline: Sequence[str], device: torch.device) -> dict[str, float]:
@@ -94,15 +89,14 @@ def assess_end(run: Run | NullRun, dataset: Dataset, headline: Sequence[str], de
     contents = distributed.on_first(saved)  # the other processes may not see the first one's files
     if contents[LAST]["step"] == contents.get(BEST, contents[LAST])["step"]:
         contents.pop(BEST, None)
-    tables = {}
-    for name, content in reversed(contents.items()):  # in the order of their steps
-        tables[name] = assess(run.folder / name, content, dataset, device)
-        values = {f"held_out_{key}": value for key, value in tables[name].items() if key not in ABOUT}
+    for name, content in reversed(contents.items()):  # in the order of their steps, checkpoint.pt last
+        about, results = assess(run.folder / name, content, dataset, device)
+        values = {f"held_out_{key}": value for key, value in results.items()}
         run.log("test", content["step"], content["epoch"], values, held_out="test")
-        shown = columns(tuple(headline), tables[name], "test")
-        print(f"test   {name}: {metrics.line(tuple(shown), tables[name])}")
-    distributed.on_first(lambda: write_json(run.folder / metrics.EVALUATION, metrics.for_json(tables[LAST])))
-    return {key: value for key, value in tables[LAST].items() if key not in ABOUT}
+        shown = columns(tuple(headline), results, "test")
+        print(f"test   {name}: {metrics.line(tuple(shown), results)}")
+    distributed.on_first(lambda: write_json(run.folder / metrics.EVALUATION, metrics.for_json(about | results)))
+    return results
 
 
 def protocol_of(config: Config, dataset: Dataset, model: Autoencoder) -> str:

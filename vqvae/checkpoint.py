@@ -208,12 +208,9 @@ def _checksum(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-IDENTITY = ("run", "step", "weights")
-
-
 def identity_of(content: Mapping[str, Any]) -> dict[str, Any]:
     """What an evaluation stores of the model it is of: the run, the step, and a checksum of all weights."""
-    return dict(zip(IDENTITY, (content["run"], content["step"], _checksum(content["model"])), strict=True))
+    return {"run": content["run"], "step": content["step"], "weights": _checksum(content["model"])}
 
 
 def read_evaluation(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -121,9 +121,8 @@ def read_run(path: str) -> Row:
         {key: about.get(group, {}).get(name) for key, group in (("count", "examples"), ("fingerprint", "fingerprint"))}
         for name in ("train", split)
     )
-    if (
-        found.get("images", evaluated["count"]) != evaluated["count"]
-    ):  # evaluated on other images than those of training
+    count = evaluated["count"]
+    if found.get("images", count) != count:  # evaluated on other images than those of training
         evaluated = {"count": found["images"], "fingerprint": None}
     held_out = {"name": about["name"], "shape": "x".join(map(str, about["shape"])), **evaluated}
     return Row(values, held_out, train, source, step)

@@ -318,6 +318,11 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
+def hides_bars() -> bool | None:
+    """What tqdm's `disable` must be: only the first process has a bar, where the output is a terminal (None)."""
+    return True if rank() else None
+
+
 def gather_objects(value: Result) -> list[Result]:
     """The values of all processes, in order of rank; they are pickled."""
     if world() == 1:

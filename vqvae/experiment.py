@@ -572,16 +572,19 @@ def evaluate_checkpoint(
     asked = asked._replace(nets=load_nets(words, weights, device))
     distributed.start(device)
     try:
-        return _evaluate(content, path, config, asked, output)
+        return _evaluate(content, path, config, device, asked, output)
     finally:
         distributed.stop()
 
 
-def _evaluate(content: dict[str, Any], path: Path, config: Config, asked: Asked, output: str | None) -> int:
+def _evaluate(
+    content: dict[str, Any], path: Path, config: Config, device: torch.device, asked: Asked, output: str | None
+) -> int:
     with distributed.first_goes_first():
         dataset = load_data(replace(config, validation=TEST))  # nothing is chosen any more
     compare_classes(content["data"]["classes"], dataset.classes, config)
-    table = assess(path, content, dataset, choose_device(config.device), asked)
+    about, results = assess(path, content, dataset, device, asked)
+    table = about | results
     width = max(map(len, table))
     for key, value in table.items():
         print(f"{key:{width}}  {value:,.6g}" if isinstance(value, float) else f"{key:{width}}  {value}")

@@ -92,11 +92,10 @@ def extract_codes(model: Autoencoder, images: Tensor, cache: Path, *, batch_size
     (missing,) = distributed.any_of(cached is None)
     if cached is not None and not missing:
         return cached
-    quiet = True if distributed.rank() else None  # None: unless the output is no terminal
     shared = not bottleneck.stochastic  # the draws of all images must be those of one process
     tiles = (distributed.share(images) if shared else images).split(batch_size or at_once(images))
     with torch.no_grad(), evaluating(model), seeded(0):
-        tiles = tqdm(tiles, desc="codes", unit="batch", disable=quiet, leave=False)
+        tiles = tqdm(tiles, desc="codes", unit="batch", disable=distributed.hides_bars(), leave=False)
         found = [_codes(model, tile).to("cpu", torch.int32) for tile in tiles if len(tile)]
     codes = torch.cat([torch.empty(0, *bottleneck.grid, dtype=torch.int32), *found])
     codes = distributed.gather_rows(codes) if shared else codes

@@ -105,7 +105,8 @@ class ImageFolder:
 
     def share(self, number: int, count: int) -> "ImageFolder":
         part = copy.copy(self)
-        part.files, part.names, part.whole = _share(self.files, number, count), [], False
+        mine = torch.arange(len(self.files)).tensor_split(count)[number]
+        part.files, part.names, part.whole = [self.files[i] for i in mine.tolist()], [], False
         part.unlisted = self.unlisted if number == 0 else {}
         return part
 
@@ -168,13 +169,6 @@ class DatasetSplit:
         part = copy.copy(self)
         part.images, part.labels = (rows.tensor_split(count)[number] for rows in (self.images, self.labels))
         return part
-
-
-def _share(files: list[Path], number: int, count: int) -> list[Path]:
-    """One of `count` shares of a list, in order."""
-    size, longer = divmod(len(files), count)
-    start = number * size + min(number, longer)
-    return files[start : start + size + (number < longer)]
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -281,8 +275,7 @@ def encode(model: Autoencoder, batches: Iterable[Tensor], at_most: int) -> np.nd
     bottleneck = discrete(model)
     codes = np.empty((at_most, *bottleneck.grid), np.uint16 if bottleneck.num_codes <= 1 << 16 else np.int32)
     count = 0
-    quiet = True if distributed.rank() else None  # None: unless the output is no terminal
-    with tqdm(total=at_most, desc="encoding", unit="image", disable=quiet) as bar:
+    with tqdm(total=at_most, desc="encoding", unit="image", disable=distributed.hides_bars()) as bar:
         for images in batches:
             codes[count : count + len(images)] = model.encode(images).cpu().numpy()
             count += len(images)

@@ -25,7 +25,7 @@ from vqvae.errors import OptionError, UserError
 from vqvae.interrupts import Interrupt
 from vqvae.optimizer import adamw
 from vqvae.progress import Progress
-from vqvae.randomness import seed_globally, stream
+from vqvae.randomness import Purpose, seed_globally, stream
 from vqvae.runs import NullRun, Run
 from vqvae.schedules import Plateau, Schedule
 
@@ -122,13 +122,13 @@ class Health:
         return None if step == self.GOOD else f"the {quantity} was not finite at step {step}"
 
 
-def seed_step(seed: int, step: int, device: str = "cpu") -> None:
+def seed_step(seed: int, step: int, device: str = "cpu", purpose: Purpose = "noise") -> None:
     """Make the noise of a step a function of (seed, step).
 
     Noise that a share of the batch draws by itself, such as dropout's, differs between the shares.
     """
-    shares.seed(stream(seed, "noise", step))
-    seed_globally(seed, "noise", step, process=shares.number(), device=device)
+    shares.seed(stream(seed, purpose, step))
+    seed_globally(seed, purpose, step, process=shares.number(), device=device)
 
 
 class Stage(NamedTuple):
@@ -168,8 +168,8 @@ def fit(
     if plan.accumulate > 1 and any(isinstance(m, BatchNorm) and m.training for m in stage.module.modules()):
         problem = "must be 1 with batch norm, which needs the whole batch at once; use other nets, or several processes"
         raise OptionError("", "accumulate", plan.accumulate, problem)
-    loop = Loop(stage.module, *_resident(stage.examples, stage.labels, plan.device), plan, run, resume or {})
-    loop.redraw = stage.redraw
+    resident = _resident(stage.examples, stage.labels, plan.device)
+    loop = Loop(stage.module, *resident, plan, run, resume or {}, redraw=stage.redraw)
     if resume and loop.step >= loop.total:
         distributed.on_first(lambda: run.repair_best(resume))  # it may have been killed just before its end
         problem = f"has taken all of its {loop.step} steps; raise epochs or max_steps"
@@ -179,8 +179,7 @@ def fit(
     on_start()
     results = None
     if loop.step == 0:
-        shares.seed(stream(plan.seed, "start"))
-        seed_globally(plan.seed, "start", process=distributed.rank(), device=plan.device.type)
+        seed_step(plan.seed, 0, plan.device.type, "start")
         order = loop.order(batch_size=1, epoch=0).flatten()
         with loop.progress.working("start"):
             stage.module.initialize(lambda n: take(loop.examples, order[:n], plan.device))
@@ -207,11 +206,20 @@ class Loop:
     """A training run between two steps: all that a checkpoint must hold, and the steps themselves."""
 
     def __init__(
-        self, module: Any, examples: Tensor, labels: Tensor, plan: Plan, run: Run | NullRun, state: dict[str, Any]
+        self,
+        module: Any,
+        examples: Tensor,
+        labels: Tensor,
+        plan: Plan,
+        run: Run | NullRun,
+        state: dict[str, Any],
+        *,
+        redraw: Callable[[int], Tensor] | None = None,
     ):
         if plan.device.type == "cpu":
             keep_memory()
         self.module, self.examples, self.labels, self.plan, self.run = module, examples, labels, plan, run
+        self.redraw = redraw
         self.optimizer = adamw(module.parameter_groups(plan.weight_decay), plan.device)
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -220,7 +228,6 @@ class Loop:
         self.reductions, self.reduced_epoch = state.get("reductions", 0), state.get("reduced_epoch", 0)
         self.best, self.best_epoch = state.get("best", math.inf), state.get("best_epoch", 0)
         self.kept = {name: state.get(name) for name in KEPT}
-        self.redraw: Callable[[int], Tensor] | None = None
         self.epoch_means, self.window = Means(state.get("epoch_means")), Means(state.get("window"))
         self.per_epoch, self.total = plan.steps_per_epoch(len(examples)), plan.total_steps(len(examples))
         # checkpoints of an earlier version have no best_step
