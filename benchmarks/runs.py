@@ -15,7 +15,8 @@ from typing import Any
 
 from hardware import commit, describe
 
-from vqvae import __version__, cli, experiment
+from vqvae import __version__, cli, experiment, load
+from vqvae.checkpoint import weights_checksum
 from vqvae.commands import train, visualize
 from vqvae.compare import training_seconds
 from vqvae.config import PATHS, TEST, Fresh, add_flags, configure
@@ -59,6 +60,8 @@ def settings_of(flags: list[str]) -> dict[str, Any]:
     config = configure(vars(parser.parse_args(flags)), Fresh(), experiment.SLOTS)
     settings = {name: value for name, value in config.to_dict().items() if name not in (*PATHS, "name")}
     settings["device"] = choose_device(config.device).type
+    if config.init_from:  # whatever its folder is called
+        settings["init_from"] = weights_checksum(load(config.init_from))
     if config.validation == TEST:
         del settings["validation"]  # rows of runs that hold out no training images keep their hash
     return settings | {"data": experiment.identity(experiment.load_data(config))}

@@ -4,9 +4,10 @@
   python benchmarks/sizes.py --dataset folder --data-dir ~/Pictures --output results/sizes.md
 
 Trains one model for each size of images (64, 128 and 256 pixels) and each stride (4, 8 and 16), each in a process of
-its own, so that its peak memory is its own. --steps and --batch-size are those at 64 pixels; the other sizes see as
-many pixels, in batches of at least 4 images. Finished runs with the same settings, data and version of the package are
-not repeated, and interrupted ones are resumed. The table is printed; --output also writes it after every run.
+its own, so that its peak memory is its own. Models of 128 and 256 pixels train on from that of 64 pixels, whose nets
+fit images of any size (--init-from). --steps and --batch-size are those at 64 pixels; the other sizes see as many
+pixels, in batches of at least 4 images. Finished runs with the same settings, data and version of the package are not
+repeated, and interrupted ones are resumed. The table is printed; --output also writes it after every run.
 """
 
 import argparse
@@ -21,10 +22,11 @@ SMALLEST_BATCH = 4
 ROWS = {f"{size} pixels, stride {stride}": (size, stride) for size in SIZES for stride in STRIDES}
 INTRODUCTION = """# Tokens of real images
 
-{train:,} images to train, {held_out:,} held out. {nets} nets, `vq` with 512 codes, seed 0. All rows see the same number
-of pixels. The runs are short: the table compares costs and strides, and says little of what longer runs reach. Metrics
-are those of the whole held-out split; ± is one standard error over its images. images/s is that of training. GB is the
-peak memory of the process, evaluation included. Hardware: {hardware}.
+{train:,} images to train, {held_out:,} held out. {nets} nets, `vq` with 512 codes, seed 0. The rows of 128 and 256
+pixels train on from the row of 64 pixels with the same stride (`--init-from`), on as many pixels again. The runs are
+short: the table compares costs and strides, and says little of what longer runs reach. Metrics are those of the whole
+held-out split; ± is one standard error over its images. images/s is that of training. GB is the peak memory of the
+process, evaluation included. Hardware: {hardware}.
 """
 COLUMNS = (
     "pixels", "stride", "tokens", "MSE x 1000", "PSNR, dB", "SSIM", "codes in use", "images/s", "GB", "steps x batch"
@@ -54,6 +56,9 @@ def measure(size: int, stride: int, options: argparse.Namespace) -> dict:
     flags = ["--dataset", *options.dataset, "--data-dir", options.data_dir, "--image-size", str(size)]
     flags += ["--nets", *options.nets, f"downsample={stride}", "--precision", options.precision]
     flags += ["--max-steps", str(steps), "--epochs", "10000", "--batch-size", str(batch)]
+    if size > min(SIZES):
+        first = measure(min(SIZES), stride, options)
+        flags += ["--init-from", str(Path(options.logs) / first["run"])]
     folder = Path(options.logs) / f"{options.nets[0]}-{size}-stride-{stride}"
     return row_of(folder, flags, plot_dir=options.plots, plots=True) | {"size": size, "stride": stride}
 

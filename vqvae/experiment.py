@@ -520,7 +520,9 @@ def warn_of_few_updates(config: Config, plan: Plan, examples: int) -> None:
 
 def warn_of_seen_images(first: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Warn if the model that a run starts from may have been trained on the run's validation split."""
-    mine, its = (data.get("fingerprint", {}).get("validation") for data in (about, first))
+    # The split follows from the number of images, whose fingerprints change with their size.
+    of = "fingerprint" if first["shape"] == about["shape"] else "examples"
+    mine, its = (data.get(of, {}).get("validation") for data in (about, first))
     if mine and mine != its and first["name"] == about["name"]:
         problem = "may have been trained on images of the validation split, because it held out others"
         warnings.warn(f"the model of --init-from {problem}; hold out the same with --validation", stacklevel=2)
