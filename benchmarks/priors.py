@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Compare priors over the codes of trained autoencoders at equal training time: bits per code, and quality of samples.
 
-Trains each prior for the same number of minutes with train.py and measures the held-out cost of the codes. On digits, a
-classifier trained on real digits also judges samples. It reports the share of samples for which one class has a
-probability above 0.9, and the perplexity of the predicted classes (10 is balanced). For comparison, the classifier also
-judges held-out digits, their reconstructions, and images of codes drawn uniformly. Prints a Markdown table; --output
-also writes it. Priors that were trained on the same codes with the same settings are not trained again.
+Trains each prior for the same number of minutes with train.py, or with --patience until its validation loss no longer
+falls, and measures the held-out cost of the codes. On digits, a classifier trained on real digits also judges samples.
+It reports the share of samples for which one class has a probability above 0.9, and the perplexity of the predicted
+classes (10 is balanced). For comparison, the classifier also judges held-out digits, their reconstructions, and images
+of codes drawn uniformly. Prints a Markdown table; --output also writes it. Priors that were trained on the same codes
+with the same settings are not trained again.
 
   python benchmarks/priors.py --checkpoint logs/mnist logs/cifar10 --minutes 5 3 --data-dir data
 """
@@ -32,7 +33,7 @@ from vqvae.data import Dataset
 from vqvae.data.batches import batch_indices
 from vqvae.files import write_json
 from vqvae.priors.masked import Masked
-from vqvae.runs import LAST
+from vqvae.runs import BEST, LAST
 from vqvae.stage_two import PriorTraining, extract_codes
 
 PRIORS = {
@@ -59,14 +60,19 @@ def train_prior(name: str, first: Path, minutes: float, source: dict, args: argp
     `source` identifies the autoencoder and its data; the folder's name has a hash of it and of all settings.
     """
     minutes = min(minutes, 0.5) if name == "unigram" else minutes
-    settings = {"prior": PRIORS[name], "minutes": minutes, "lr": args.lr, "batch_size": 64, "seed": args.seed}
+    length = {"patience": args.patience} if args.patience else {"minutes": minutes}
+    settings = {"prior": PRIORS[name], "lr": args.lr, "batch_size": 64, "seed": args.seed} | length
     run = first.parent / f"{first.name}-{name}-{key_of(settings | source)}"
-    if not finished(run):
+    if args.patience and (run / LAST).exists() and not (run / FINISHED).exists():
+        train("--resume", str(run))
+    elif not finished(run):
         train(
             "--prior", *PRIORS[name].split(), "--checkpoint", str(first), "--lr", args.lr, "--batch-size", "64",
-            "--epochs", "10000", "--max-minutes", str(minutes), "--seed", str(args.seed), "--data-dir", args.data_dir,
+            "--epochs", "10000", "--seed", str(args.seed), "--data-dir", args.data_dir,
+            *(["--patience", str(args.patience)] if args.patience else ["--max-minutes", str(minutes)]),
             "--name", run.name, "--log-dir", str(run.parent),
         )  # fmt: skip
+    if not (run / FINISHED).exists():
         write_json(run / FINISHED, settings | source)
     return run
 
@@ -144,7 +150,8 @@ def compare(first: Path, minutes: float, args: argparse.Namespace) -> list[str]:
 
     def row(run: Path, label: str) -> tuple[float, tuple[str, ...]]:
         """Held-out nats per image of a trained prior, and its table row."""
-        trained = load(run)
+        path = run / (BEST if args.patience else LAST)
+        trained = load(path)
         codes = extract_codes(trained, dataset.test.images, first / "codes-test.npz")
         if isinstance(trained.prior, Masked):
             trained.prior.draws = DRAWS
@@ -154,7 +161,7 @@ def compare(first: Path, minutes: float, args: argparse.Namespace) -> list[str]:
         images = trained.sample(SAMPLES, generator=torch.Generator().manual_seed(args.seed))
         print(f"{run.name}: {SAMPLES} samples in {time.perf_counter() - start:.1f} s", file=sys.stderr)
         count = sum(p.numel() for p in trained.prior.parameters())
-        steps = checkpoint.read(run)["step"]
+        steps = checkpoint.read(path)["step"]
         numbers = (f"{cost['bits_per_code']:.3f}", f"{error:.3f}", f"{cost['code_bits_per_dim']:.4f}")
         return cost["prior_nats"], (label, *numbers, f"{count:,}", f"{steps:,}", *judge(classifier, images))
 
@@ -177,11 +184,14 @@ def compare(first: Path, minutes: float, args: argparse.Namespace) -> list[str]:
         rows.append(("*held-out digits*", *empty, *judge(classifier, real.float() / 255)))
         rows.append(("*their reconstructions*", *empty, *judge(classifier, model.reconstruct(real))))
     note = f" ({dataset.note})" if dataset.note else ""
+    length = f"{minutes:g} minutes for each prior (at most 0.5 for the unigram)"
+    if args.patience:
+        length = f"each prior after the epoch of its lowest validation loss, with a patience of {args.patience} epochs"
     return [
         f"## {dataset.name}{note}: {grid[0]}x{grid[1]} codes of {K}",
         "",
         f"Autoencoder `{content['run']}`, step {content['step']:,}; {len(dataset.test.images):,} held-out images; "
-        f"{minutes:g} minutes for each prior (at most 0.5 for the unigram), batch 64, Adam {args.lr}, seed {args.seed}."
+        f"{length}, batch 64, Adam {args.lr}, seed {args.seed}."
         + (f" The classifier is correct on {accuracy:.2%} of held-out digits." if classifier else ""),
         "",
         *table(COLUMNS, rows),
@@ -196,6 +206,8 @@ def main() -> None:
         help="training time of each prior: one number, or one per folder (default: 5)")  # fmt: skip
     add("--more-minutes", type=float, default=0, metavar="MINUTES",
         help="train the best prior of digits for this much longer")  # fmt: skip
+    add("--patience", type=int, metavar="EPOCHS",
+        help="train until the validation loss has not fallen for so many epochs, instead of for minutes")  # fmt: skip
     add("--data-dir", default="data", help="folder of the data's files (default: data)")
     add("--lr", default="1e-3", help="learning rate (default: 1e-3)")
     add("--seed", type=int, default=0, help="seed of training and samples (default: 0)")
@@ -204,7 +216,7 @@ def main() -> None:
     add("--output", help="Markdown file to write, such as results/priors.md (default: only print)")
     args = parser.parse_args()
     lines = [
-        "# Priors over codes at equal training time",
+        "# Priors over codes" + ("" if args.patience else " at equal training time"),
         "",
         f"Written by `benchmarks/priors.py` on {describe()}, commit {commit()}. bits/code is the held-out cost of a "
         f"code; that of uniform is log2 K. *sure of samples* is the share of {SAMPLES} samples for which a classifier, "
