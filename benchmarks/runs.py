@@ -19,10 +19,10 @@ from vqvae import __version__, cli, experiment, load
 from vqvae.checkpoint import weights_checksum
 from vqvae.commands import train, visualize
 from vqvae.compare import training_seconds
-from vqvae.config import PATHS, TEST, Fresh, add_flags, configure
+from vqvae.config import PATHS, TEST, add_flags, configure
 from vqvae.devices import choose_device
 from vqvae.files import write_json, write_text
-from vqvae.runs import LAST, LOG, read_metrics
+from vqvae.runs import LAST, LOG, Lock, read_metrics
 
 
 def command_line(
@@ -57,11 +57,13 @@ def settings_of(flags: list[str]) -> dict[str, Any]:
     """All settings of a run, defaults included, and the checksums of its data, from its flags of train.py."""
     parser = cli.parser("", "")
     add_flags(parser)
-    config = configure(vars(parser.parse_args(flags)), Fresh(), experiment.SLOTS)
+    given = vars(parser.parse_args(flags))
+    config = configure(given, experiment.how_it_starts(given, None, Lock()), experiment.SLOTS)
     settings = {name: value for name, value in config.to_dict().items() if name not in (*PATHS, "name")}
     settings["device"] = choose_device(config.device).type
-    if config.init_from:  # whatever its folder is called
-        settings["init_from"] = weights_checksum(load(config.init_from))
+    for name in ("init_from", "checkpoint"):
+        if path := getattr(config, name):  # whatever its folder is called
+            settings[name] = weights_checksum(load(path))
     if config.validation == TEST:
         del settings["validation"]  # rows of runs that hold out no training images keep their hash
     return settings | {"data": experiment.identity(experiment.load_data(config))}

@@ -131,7 +131,9 @@ def test_reproduce_goes_through_its_queue_and_says_how_far_it_is(benchmark, monk
     reproduce = benchmark("reproduce")
     short = "--dataset digits --limit 50 --batch-size 20 --image-size 16 --hidden 8 --codes 16 --device cpu --epochs"
     row = reproduce.Row(f"{short} 1", 2, "nothing", "none")
-    monkeypatch.setattr(reproduce, "ROWS", {"one": row, "two": row._replace(flags=f"{short} 2", seeds=1)})
+    prior = row._replace(flags="--prior unigram --batch-size 20 --epochs 1", seeds=1, of="two")
+    two = row._replace(flags=f"{short} 2", seeds=1)
+    monkeypatch.setattr(reproduce, "ROWS", {"one": row, "prior": prior, "two": two})
 
     def call(*words: str) -> str:
         monkeypatch.setattr(sys, "argv", ["reproduce.py", *words])
@@ -141,6 +143,7 @@ def test_reproduce_goes_through_its_queue_and_says_how_far_it_is(benchmark, monk
     assert call("--status").splitlines() == [
         "one seed 0: not started",
         "one seed 1: not started",
+        "prior seed 0: not started",
         "two seed 0: not started",
     ]
     assert "published: nothing" in call("--list")
@@ -148,9 +151,15 @@ def test_reproduce_goes_through_its_queue_and_says_how_far_it_is(benchmark, monk
     assert Path("results/out.md").read_text().strip() in printed
     assert "| one | 1 | digits | 2 x 20 |" in printed
     assert "| two | 0 | digits | 4 x 20 |" in printed
+    assert "| prior | 0 | digits | 2 x 20 |" in printed
     (stored,) = Path("logs/reproduce").glob("two-seed0-*/row.json")
     stored.unlink()
-    assert call("--status").splitlines() == ["one seed 0: finished", "one seed 1: finished", "two seed 0: at step 4"]
+    assert call("--status").splitlines() == [
+        "one seed 0: finished",
+        "one seed 1: finished",
+        "prior seed 0: finished",
+        "two seed 0: at step 4",
+    ]
 
 
 @pytest.mark.parametrize("name", ["bottlenecks", "probabilistic", "priors", "speed", "families", "sampling"])
@@ -181,7 +190,7 @@ def test_a_prior_is_trained_again_for_other_minutes_and_other_codes(benchmark, m
             (run / "checkpoint.pt").write_text("a checkpoint")
 
     monkeypatch.setattr(priors, "train", train)
-    args = argparse.Namespace(lr="1e-3", seed=0, data_dir="my data")
+    args = argparse.Namespace(lr="1e-3", seed=0, data_dir="my data", patience=None)
 
     def run(minutes: float = 2, codec: str = "a") -> Path:
         return priors.train_prior("pixelcnn", Path("logs/mnist"), minutes, {"autoencoder": codec}, args)
@@ -199,6 +208,13 @@ def test_a_prior_is_trained_again_for_other_minutes_and_other_codes(benchmark, m
     (first / priors.FINISHED).unlink()
     with pytest.raises(SystemExit, match="was interrupted; delete it"):
         run()
+
+    args.patience = 3
+    patient = run()
+    assert trained[-1][trained[-1].index("--patience") + 1] == "3" and "--max-minutes" not in trained[-1]
+    (patient / priors.FINISHED).unlink()
+    assert run() == patient
+    assert trained[-1] == ("--resume", str(patient))
 
 
 def test_the_report_names_the_machines_of_its_rows(runs):

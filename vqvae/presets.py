@@ -230,6 +230,33 @@ PRESETS = {
         )
         for data in ("cifar10", "svhn")
     },
+    "vqvae-bits": Preset(
+        "1711.00937, section 4.1, CIFAR-10 in bits/dim: 8x8x10 codes of 512, nets of 256 channels, Adam at 2e-4, "
+        "250,000 steps of 128 images. Its authors explain in github.com/google-deepmind/sonnet/issues/131 that each "
+        "position has several codebooks, and that a 256-way softmax predicts each channel",
+        WHOLE
+        | {
+            "dataset": "cifar10",
+            "nets": "sonnet hidden=256 residual_hidden=256",
+            "bottleneck": "grouped groups=10 num_codes=512 code_dim=640 beta=0.25",
+            "likelihood": "softmax256",
+            "lr": "2e-4",
+            "epochs": 641,
+            "max_steps": 250_000,
+        },
+        prior={
+            "prior": "gated-pixelcnn",
+            "lr": "cosine:1e-3:1e-5",
+            "epochs": 20,
+            "batch_size": 64,
+            "validation": "0.1",
+        },
+        differs=(
+            "64 dimensions in each codebook, as in Sonnet's example, because the paper prints none",
+            "our k-means start, spread, warm-up of the decay and revival; the paper prints no start",
+            "a Gated PixelCNN over the codes, because the paper does not name the prior of this figure",
+        ),
+    ),
     "dvq-vqvae": Preset(
         f"{DVQ_SOURCE}: K = 512, D = 64, gradient codebook after k-means, its loss times 10, half of Sonnet's MSE / "
         "variance; stops after 98 epochs, as in its figure, early in its rate's 1.2 million steps",
