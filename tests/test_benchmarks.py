@@ -211,7 +211,8 @@ def test_a_prior_is_trained_again_for_other_minutes_and_other_codes(benchmark, m
 
     args.patience = 3
     patient = run()
-    assert trained[-1][trained[-1].index("--patience") + 1] == "3" and "--max-minutes" not in trained[-1]
+    assert trained[-1][trained[-1].index("--patience") + 1] == "3"
+    assert "--max-minutes" not in trained[-1]
     (patient / priors.FINISHED).unlink()
     assert run() == patient
     assert trained[-1] == ("--resume", str(patient))

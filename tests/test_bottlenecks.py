@@ -92,6 +92,15 @@ def test_the_first_codebook_fills_its_interval(init, limit):
     assert first_codebook("normal", 4000, 6).std().item() == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.parametrize("name", ["vq", "residual", "multiscale"])
+@pytest.mark.parametrize(("init", "sonnets"), [("fan-in", True), ("uniform", False)])
+def test_the_start_of_sonnet_includes_the_projection(name, init, sonnets):
+    projection = make(name, channels=100, init=init).projection
+    weights = 10 * projection.weight
+    assert (abs(weights.std().item() - 0.88) < 0.05) == sonnets  # of a normal, truncated at two deviations
+    assert (weights.abs().max().item() <= 2 and not projection.bias.any()) == sonnets
+
+
 def test_kmeans_finds_separated_clusters_and_works_with_few_vectors():
     centers = torch.eye(5, 15) * 10
     vectors = centers.repeat(40, 1) + 0.01 * torch.randn(200, 15)

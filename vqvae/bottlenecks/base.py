@@ -31,6 +31,12 @@ class Projection(nn.Conv2d):
     def __init__(self, channels: int, code_dim: int):
         super().__init__(channels, code_dim, 1)
 
+    def start_as_sonnet(self) -> None:
+        """Sonnet's first weights: a normal of std 1/sqrt(channels), truncated at two std; biases 0."""
+        std = self.in_channels**-0.5
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        nn.init.zeros_(self.bias)
+
     @torch.no_grad()
     def standardize(self, features: Tensor, spread: float = 1.0) -> None:
         """Shift and rescale the output channels to mean 0 and deviation `spread` over features `[B, channels, h, w]`.

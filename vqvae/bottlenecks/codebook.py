@@ -47,6 +47,11 @@ class EMAOptions(CodeOptions):
 class CodebookOptions(EMAOptions):
     """Options of a codebook that is learned either way."""
 
+    init: Annotated[
+        Literal["kmeans", "uniform", "fan-in", "normal"],
+        "first codebook: k-means++ of the first features, uniform in ±1/K, uniform in ±sqrt(3/D) with the first "
+        "weights of the projection as in Sonnet, or N(0, 1)",
+    ] = "kmeans"
     beta: Annotated[float, Range(0), "weight of the commitment loss"] = 1.0
     warmup: Annotated[
         bool, "start with a decay of 0.1 that rises to `decay`, so that the codes keep up with the first features"
@@ -70,6 +75,11 @@ class CodebookOptions(EMAOptions):
             if not self.revive:  # which counts usage
                 needs |= dict.fromkeys(("decay", "warmup"), "codebook=ema or revive above 0")
         return needs
+
+    def start(self, projection: nn.Module) -> None:
+        """Give the projection Sonnet's first weights, if the codebook has Sonnet's first vectors."""
+        if self.init == "fan-in" and isinstance(projection, Projection):
+            projection.start_as_sonnet()
 
     def prepare(self, projection: nn.Module, features: Tensor) -> None:
         """Standardize the projection's output for features `[B, channels, h, w]`, where k-means is to find the codes.

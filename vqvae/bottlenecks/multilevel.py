@@ -53,6 +53,7 @@ class MultiCodebook(Discrete):
         self.start_vectors = options.start_vectors
         self.grid = (grid[0], grid[1] * levels)
         self.projection = Projection(channels, self.code_dim)
+        options.start(self.projection)
         books = nn.ModuleList(Codebook(options, dim, learns=options.codebook) for _ in range(levels))
         self.codebooks = cast(Sequence[Codebook], books)  # ModuleList has no type parameter
 

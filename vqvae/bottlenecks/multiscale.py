@@ -65,6 +65,7 @@ class MultiScale(Discrete):
         self.start_vectors = options.start_vectors
         self.grid = (sum(h * w for h, w in self.sizes), 1) if self.scales else (grid[0], grid[1])
         self.projection = Projection(channels, self.code_dim)
+        options.start(self.projection)
         count = 1 if options.shared else len(self.sizes)
         books = nn.ModuleList(Codebook(options, self.code_dim, learns=options.codebook) for _ in range(count))
         self.codebooks = cast(Sequence[Codebook], books)  # ModuleList has no type parameter

@@ -122,6 +122,7 @@ class VQ(NearestCode):
         self.weight, self.diversity, self.temperature = options.weight, options.diversity, options.temperature
         self.learns_by_gradient = options.codebook == "gradient"
         self.start_vectors = options.start_vectors
+        options.start(self.projection)
         self.codebook = Codebook(options, self.code_dim, learns=options.codebook, unit_norm=self.unit_norm)
 
     @torch.no_grad()
