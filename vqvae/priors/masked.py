@@ -5,6 +5,7 @@ B batch, h w code grid, L = h w positions, K codes, D width.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -21,6 +22,26 @@ CHOICE_TEMPERATURE = 4.5  # MaskGIT's
 STEPS = 8
 
 
+@dataclass(frozen=True, kw_only=True)
+class MaskedOptions(TransformerOptions):
+    blocks: Annotated[int, Range(0), "residual blocks of two 3x3 convolutions, before the attention"] = 3
+    layers: Annotated[int, Range(0), "layers of attention"] = 1
+
+
+class Block(nn.Module):
+    """A residual block of two 3x3 convolutions, for `[B, D, h, w]`. It starts as the identity."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        last = nn.Conv2d(width, width, 3, padding=1)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+        self.branch = nn.Sequential(nn.GroupNorm(1, width), nn.Conv2d(width, width, 3, padding=1), nn.GELU(), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
 class Masked(CodeTransformer):
     """Masked prior (MaskGIT: 2202.04200; absorbing diffusion: 2107.03006). p(code_i | known codes) for every unknown i.
 
@@ -33,9 +54,9 @@ class Masked(CodeTransformer):
     for m uniform in 1..L and M a uniform set of m positions. Training descends it with one M per example; evaluation
     averages `draws` of them.
 
-    Convolutions over 3x3 positions add the known neighbors to the input, and mix neighbors before every layer, as in
-    conditional positional encodings (2102.10882). A position without a code sees nothing else until attention has
-    learned where its neighbors are: on MNIST's codes, 200 steps reached 3.5 bits per code with them and 4.3 without.
+    Residual blocks of convolutions come before the attention. A position without a code sees nothing until attention
+    has learned where its neighbors are; convolutions know. On MNIST's 7x7 codes of 128, 200 steps of the same time
+    reached 3.1 bits per code with three blocks and one layer, and 4.3 with six layers.
     """
 
     sampling_options = (*CodeTransformer.sampling_options, "steps", "choice_temperature")
@@ -50,15 +71,12 @@ class Masked(CodeTransformer):
         num_classes: int,
         draws: Annotated[int, Range(1, 10_000), "sets of masked codes per image that evaluation averages over"] = 4,
         label_drop: LabelDrop = 0.1,
-        options: TransformerOptions = TransformerOptions(),
+        options: MaskedOptions = MaskedOptions(),
     ):
         super().__init__(num_codes, grid, num_classes, label_drop, options, causal=False)
         self.draws, width = draws, options.width
         self.neighbors = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        mixers = [nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False) for _ in range(options.layers)]
-        for mixer in mixers:
-            nn.init.zeros_(mixer.weight)
-        self.mixers = nn.ModuleList(mixers)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(options.blocks)))
 
     def logits(self, codes: Tensor, known: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits `[B, L, K]` of all positions, given codes `[B, h, w]` (or assignments `[B, K, h, w]`) where `known`.
@@ -71,10 +89,11 @@ class Masked(CodeTransformer):
         """The last layer's output, `[B, L, D]`."""
         known = known.view(-1, *self.grid, 1)
         embedded = look_up(self.embedding, codes)  # [B, h, w, D]
-        x = torch.where(known, embedded, self.start).flatten(1, 2) + self.positions(labels)
-        x = x + convolved(self.neighbors, embedded.where(known, 0))
-        for layer, mixer in zip(self.layers, self.mixers, strict=True):
-            x = layer(x + convolved(mixer, x.unflatten(1, self.grid)))
+        x = torch.where(known, embedded, self.start) + self.positions(labels).unflatten(1, self.grid)  # [B, h, w, D]
+        neighbors = self.neighbors(embedded.where(known, 0).movedim(-1, 1))
+        x = self.blocks(x.movedim(-1, 1) + neighbors).flatten(2).mT  # [B, L, D]
+        for layer in self.layers:
+            x = layer(x)
         return x
 
     def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
@@ -179,11 +198,6 @@ class Masked(CodeTransformer):
         x = x.gather(1, unknown.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         logits = self.output(x)
         return guided(logits, guidance) if guides else logits
-
-
-def convolved(convolution: nn.Module, x: Tensor) -> Tensor:
-    """A convolution of vectors on a grid `[B, h, w, D]`, as positions `[B, L, D]`."""
-    return convolution(x.movedim(-1, 1)).flatten(2).mT
 
 
 def masks(examples: int, length: int, draws: int, device: torch.device) -> list[Tensor]:
