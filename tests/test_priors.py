@@ -11,7 +11,7 @@ import torch
 
 from vqvae.contracts import Latent
 from vqvae.errors import OptionError
-from vqvae.priors import PRIORS
+from vqvae.priors import PRIORS, masked
 from vqvae.priors.autoregressive import AutoregressivePrior
 from vqvae.priors.base import Sampling, draw
 from vqvae.priors.masked import Masked, masks, schedule
@@ -583,6 +583,20 @@ def test_masked_samples_at_temperature_0_and_without_noise_are_the_likeliest():
     drawn = [prior.sample(2, temperature=0, choice_temperature=0) for _ in range(2)]
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0][0], drawn[0][1])
+
+
+@pytest.mark.parametrize("positions", [1, 40])  # one image at a time, and two
+def test_masked_samples_of_a_few_images_at_a_time_are_those_of_all_at_once(positions, monkeypatch):
+    prior = make("masked", num_classes=3)
+
+    def sample() -> torch.Tensor:
+        return prior.sample(
+            5, labels=torch.arange(5) % 3, guidance=2.0, steps=4, generator=torch.Generator().manual_seed(1)
+        )
+
+    together = sample()
+    monkeypatch.setattr(masked, "AT_ONCE", positions)
+    assert torch.equal(sample(), together)
 
 
 @pytest.mark.parametrize(

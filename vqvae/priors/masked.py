@@ -20,6 +20,7 @@ from vqvae.registry import Range, checked
 
 CHOICE_TEMPERATURE = 4.5  # MaskGIT's
 STEPS = 8
+AT_ONCE = 4096  # positions in one pass when sampling, which bounds the memory of their logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +174,8 @@ class Masked(CodeTransformer):
         length, first = codes.shape[1], rows * self.grid[1]
         unknown = torch.arange(first, length, device=device).expand(n, -1)  # [n, positions without a code]
         for left in schedule(length - first, int(steps)):
-            logits = self._of_unknown(codes, unknown, labels, how.guidance)  # [n, U, K]
-            u = logits.shape[1]
-            drawn = draw(logits.flatten(0, 1), uniform(u).flatten(), how).view(n, u)
-            score = logits.log_softmax(-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+            u = unknown.shape[1]
+            drawn, score = self._draw_unknown(codes, unknown, labels, uniform(u), how)
             noise = -(-uniform(u).clamp(min=torch.finfo(torch.float32).tiny).log()).log()
             score = score + choice_temperature * left / (length - first) * noise
             chosen, rest = score.argsort(dim=1, descending=True, stable=True).split([u - left, left], dim=1)
@@ -186,6 +185,22 @@ class Masked(CodeTransformer):
                 progress(length - left, length)
         self.train(training)
         return codes.view(n, *self.grid)
+
+    def _draw_unknown(
+        self, codes: Tensor, unknown: Tensor, labels: Tensor | None, uniform: Tensor, how: Sampling
+    ) -> tuple[Tensor, Tensor]:
+        """A code for each position `unknown` `[n, U]`, given the codes `[n, L]` of all others, and its log p."""
+        drawn, log_p = torch.empty_like(unknown), torch.empty_like(uniform)
+        size = max(1, AT_ONCE // codes.shape[1])
+        for start in range(0, len(codes), size):
+            rows = slice(start, start + size)
+            logits = self._of_unknown(
+                codes[rows], unknown[rows], None if labels is None else labels[rows], how.guidance
+            )  # [rows, U, K]
+            found = draw(logits.flatten(0, 1), uniform[rows].flatten(), how).view_as(unknown[rows])
+            drawn[rows] = found
+            log_p[rows] = logits.log_softmax(-1).gather(-1, found.unsqueeze(-1)).squeeze(-1)
+        return drawn, log_p
 
     def _of_unknown(self, codes: Tensor, unknown: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
         """Logits `[n, U, K]` of the positions `unknown` `[n, U]`, given the codes `[n, L]` of all others."""
