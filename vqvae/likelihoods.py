@@ -298,26 +298,23 @@ class DiscretizedLogistic(Likelihood):
 class LogSoftmaxAt(torch.autograd.Function):
     """`F.cross_entropy` without its copies of the logits, which are large: only the gradient is as large as they are.
 
-    The forward pass keeps nothing but its inputs, and both passes take a few images at a time.
+    The forward pass takes a few images at a time and saves nothing else that is as large as they are.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, index: Tensor) -> Tensor:
         """log softmax(logits)[index] over axis 1, `[B, C, H, W]`, of logits `[B, P, C, H, W]` and an int64 index."""
-        ctx.save_for_backward(logits, index)
-        index = index.unsqueeze(1)
-        return torch.cat([logits[rows].log_softmax(1).gather(1, index[rows]) for rows in _tiles(logits)]).squeeze(1)
+        at = index.unsqueeze(1)
+        log_p = torch.cat([logits[rows].log_softmax(1).gather(1, at[rows]) for rows in _tiles(logits)])
+        ctx.save_for_backward(logits, at, log_p)
+        return log_p.squeeze(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        logits, index = ctx.saved_tensors
-        index, below = index.unsqueeze(1), -gradient.unsqueeze(1)
-        of_logits = torch.empty_like(logits)
-        for rows in _tiles(logits):
-            p = logits[rows].softmax(1)
-            of_logits[rows] = p.scatter_add_(1, index[rows], -torch.ones_like(below[rows])).mul_(below[rows])
-        return of_logits, None
+        logits, at, log_p = ctx.saved_tensors
+        p = (logits - (logits.gather(1, at) - log_p)).exp_()
+        return p.scatter_add_(1, at, -torch.ones_like(log_p)).mul_(-gradient.unsqueeze(1)), None
 
 
 def _tiles(params: Tensor) -> list[slice]:
