@@ -224,14 +224,13 @@ def test_a_cpu_goes_through_the_gpu_benchmark(benchmark, capsys):
     gpu = benchmark("gpu")
     assert gpu.cli.run(gpu.main, "--device cpu --quick --output gpu.json".split()) == 0
     result = json.loads(Path("gpu.json").read_text())
-    rows = [(row["precision"], row["compiled"]) for part in ("training", "compiled training") for row in result[part]]
-    assert {("fp32", "no"), ("tf32", "no"), ("fp32", "yes"), ("tf32", "yes")} <= set(rows)
+    assert [row["compiled"] for part in ("training", "compiled training") for row in result[part]] == ["no", "yes"]
     assert result["search"][0]["same"] == 1
     assert [row["prior"] for row in result["sampling"]] == ["pixelcnn"]
     printed = capsys.readouterr().out
     assert "a check of this script" in printed
     assert gpu.cli.run(gpu.main, "--device cpu --quick --minutes 0".split()) == 0
-    assert "sampling: 1 rows not measured" in capsys.readouterr().out
+    assert "not measured: 1 of sampling" in capsys.readouterr().out
 
 
 def test_the_peers_quantizers_give_the_nearest_codes_and_learn_in_training_only(benchmark):
@@ -265,7 +264,8 @@ def test_a_race_ends_at_its_goal_or_when_it_gives_up(benchmark, monkeypatch, nam
     assert (row["steps"], row["reached"]) == (2, False)
     assert row["error"] > 0.1
     assert min(row["seconds"], row["cpu_seconds"]) > 0
-    assert (run(1e9)["steps"], run(1e9)["reached"]) == (1, True)
+    row = run(1e9)
+    assert (row["steps"], row["reached"]) == (1, True)
 
 
 def test_the_instructions_of_a_cpu_say_if_they_are_emulated(benchmark, monkeypatch):
