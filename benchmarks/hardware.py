@@ -1,5 +1,6 @@
 """The machine and the commit that a benchmark ran on, as text for its table."""
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -9,17 +10,33 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def describe(device: str = "cpu") -> str:
-    """`AMD EPYC, 2 threads, torch 2.15.0`, or the name of the GPU."""
+# variables that hold torch, oneDNN and MKL to fewer instructions than the CPU has
+HELD = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
+
+def describe(device: str = "cpu", *, versions: bool = True) -> str:
+    """`AMD EPYC, 2 threads, torch 2.15.0`, or the name of the GPU; without `versions`, that of no library."""
+    version = f", torch {torch.__version__.split('+')[0]}" if versions else ""
     if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+        return f"{torch.cuda.get_device_name()}{version}"
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = lines[0].split(":", 1)[1].strip() if lines else name
     threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__.split('+')[0]}"
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}{version}"
+
+
+def instructions() -> str:
+    """`AVX2`, `AVX-512 with bf16 and AMX`, or where held to it `AVX2, emulated (ONEDNN_MAX_CPU_ISA=AVX2)`."""
+    widest = torch.backends.cpu.get_cpu_capability().replace("AVX512", "AVX-512")
+    if held := [f"{name}={os.environ[name]}" for name in HELD if name in os.environ]:
+        return f"{widest}, emulated ({' '.join(held)})"
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # earlier versions do not tell
+    units = {"bf16": ("avx512_bf16", "bf16"), "AMX": ("amx_bf16",)}
+    present = [unit for unit, names in units.items() if any(has.get(name) for name in names)]
+    return widest + (f" with {' and '.join(present)}" if present else "")
 
 
 def commit(name: str = "HEAD") -> str:

@@ -2,20 +2,21 @@
 """Time training, the quantizer, the training loop, the input pipeline and the start-up against common alternatives.
 
   python benchmarks/speed.py [--quick] [--device cpu|cuda] [--output results/speed.json]
+  python benchmarks/speed.py --to 0.056 [--data-dir data] [--seeds 0 1 2]     time to quality, see race.py
 
-The peers have the same nets and data, and take turns with our code:
-  plain   the usual PyTorch VQ-VAE: distances with both norms, one-hot matrix products for the codes and for the EMA,
-          NCHW, Adam with PyTorch's defaults
-  vqp     the EMA quantizer of vector-quantize-pytorch, otherwise as plain
-Times are medians of five rounds after a warm-up round. Each contestant has a process of its own, because on a CPU our
-training changes how its process allocates memory (vqvae.devices.keep_memory); peers keep glibc's setting. The ratios
-named `same_allocator` are to peers with our setting. Extra memory is what one pass adds to the peak of a new process.
+The peers of peers.py have the same nets and data, and take turns with our code. Times are medians of five rounds after
+a warm-up round. Each contestant has a process of its own, because on a CPU our training changes how its process
+allocates memory (vqvae.devices.keep_memory); peers keep glibc's setting. The ratios named `same_allocator` are to peers
+with our setting. Extra memory is what one pass adds to the peak of a new process. bf16 is timed where the machine has
+instructions for it.
+
+The output has one entry for each kind of machine, and a run replaces that of its own. An AVX-512 machine can be held to
+AVX2, which its entry says: ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/speed.py
 """
 
-import argparse
 import contextlib
 import io
-import multiprocessing
+import json
 import os
 import re
 import statistics
@@ -24,206 +25,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hardware import ROOT, describe
+from contest import Contestant, compete, fresh_process, interleaved, seconds
+from hardware import ROOT, describe, instructions
+from peers import BATCH, DIM, QUANTIZERS, SHAPE, need_peers, our_step, ours, plan_of, training_step
+from race import race
 from runs import table
-from torch import Tensor, nn
+from torch import Tensor
 
-from vqvae.autoencoder import SLOTS, build_autoencoder, unit_range
-from vqvae.bottlenecks.vq import VQ, VQOptions
+from vqvae import cli
+from vqvae.autoencoder import unit_range
 from vqvae.data.batches import batch_indices
-from vqvae.devices import keep_memory
+from vqvae.devices import computes_bf16, keep_memory
+from vqvae.errors import OptionError, UserError
 from vqvae.files import write_json
-from vqvae.nets import Sonnet
-from vqvae.objectives import ElboObjective
-from vqvae.optimizer import adamw
-from vqvae.registry import Choice
 from vqvae.runs import Run
-from vqvae.schedules import Schedule
-from vqvae.stage_one import AutoencoderTraining
-from vqvae.training import Plan, Stage, fit, take
+from vqvae.training import Stage, fit, take
 
-SHAPE, VARIANCE, BATCH = (3, 32, 32), 0.063, 128  # CIFAR-10's images, the variance of its pixels, images per step
-DIM, ROUNDS, SIDE = 64, 5, 2048  # code dimension, rounds, side of the matrices that measure the peak rate
-
-
-class PlainQuantizer(nn.Module):
-    """The EMA quantizer found in most PyTorch repositories (`[B, D, h, w]`, decay 0.99, commitment 0.25)."""
-
-    def __init__(self, num_codes: int):
-        super().__init__()
-        self.register_buffer("codebook", torch.randn(num_codes, DIM))
-        self.register_buffer("counts", torch.zeros(num_codes))
-        self.register_buffer("totals", self.codebook.clone())
-
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        rows = z.permute(0, 2, 3, 1).contiguous()  # [B, h, w, D]
-        flat = rows.view(-1, DIM)
-        norms = flat.square().sum(dim=1, keepdim=True) + self.codebook.square().sum(dim=1)
-        distances = norms - 2 * flat @ self.codebook.t()
-        one_hot = torch.zeros_like(distances).scatter_(1, distances.argmin(dim=1, keepdim=True), 1)
-        quantized = (one_hot @ self.codebook).view_as(rows)
-        with torch.no_grad():
-            self.counts.mul_(0.99).add_(one_hot.sum(dim=0), alpha=0.01)
-            self.totals.mul_(0.99).add_(one_hot.t() @ flat, alpha=0.01)
-            n = self.counts.sum()
-            smoothed = (self.counts + 1e-5) / (n + len(self.counts) * 1e-5) * n
-            self.codebook.copy_(self.totals / smoothed.unsqueeze(1))
-        loss = 0.25 * F.mse_loss(rows, quantized.detach())
-        quantized = rows + (quantized - rows).detach()
-        return quantized.permute(0, 3, 1, 2).contiguous(), loss
-
-
-class PeerQuantizer(nn.Module):
-    """The quantizer of vector-quantize-pytorch with the same settings."""
-
-    def __init__(self, num_codes: int):
-        super().__init__()
-        from vector_quantize_pytorch import VectorQuantize
-
-        self.inner = VectorQuantize(
-            DIM, num_codes, decay=0.99, commitment_weight=0.25, accept_image_fmap=True, rotation_trick=False
-        )
-
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        quantized, _, loss = self.inner(z)
-        return quantized, loss.sum()
-
-
-class Peer(nn.Module):
-    """Our nets with a peer's quantizer and Sonnet's loss: images `[B, C, H, W]` (uint8) to a scalar."""
-
-    def __init__(self, quantizer: nn.Module):
-        super().__init__()
-        nets = Sonnet(image_shape=SHAPE)
-        self.encoder = nn.Sequential(nets.encoder(), nn.Conv2d(nets.channels, DIM, 1))
-        self.quantizer, self.decoder = quantizer, nets.decoder(DIM, SHAPE[0])
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = images.float() / 255 - 0.5
-        quantized, loss = self.quantizer(self.encoder(x))
-        return F.mse_loss(self.decoder(quantized), x) / VARIANCE + loss
-
-
-def ours(device: torch.device) -> AutoencoderTraining:
-    """train.py's default model for CIFAR-10, without the k-means start."""
-    words = {"nets": "sonnet", "bottleneck": "vq init=normal", "prior": "uniform", "likelihood": "mse"}
-    choices = {slot: Choice.parse(slot, words[slot].split()) for slot in SLOTS}
-    model = build_autoencoder(choices, image_shape=SHAPE, data_variance=VARIANCE)
-    return AutoencoderTraining(model, ElboObjective(total_steps=1)).to(device)
-
-
-def our_quantizer(num_codes: int) -> VQ:
-    options = VQOptions(num_codes=num_codes, code_dim=DIM, init="normal")
-    return VQ(channels=DIM, grid=(8, 8), options=options, projection=False)
-
-
-QUANTIZERS: dict[str, Callable[[int], nn.Module]] = {
-    "ours": our_quantizer,
-    "plain": PlainQuantizer,
-    "vqp": PeerQuantizer,
-}
-
-
-def fresh_process(prepare: Callable[..., None] | None = None, arguments: tuple = ()) -> ProcessPoolExecutor:
-    """A new process that shares no state with this one and first calls `prepare(*arguments)`."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare, arguments)
-
-
-class Contestant:
-    """A process of its own that runs `build(*arguments)()`, `runs` times a turn.
-
-    With `our_allocator` the process first calls keep_memory, as our training does.
-    """
-
-    work: Callable[[], object]  # exists only in that process
-
-    def __init__(
-        self, build: Callable[..., Callable[[], object]], *arguments, runs: int = 1, our_allocator: bool = False
-    ):
-        self.runs = runs
-        self.process = fresh_process(Contestant._prepare, (our_allocator, build, *arguments))
-
-    @staticmethod
-    def _prepare(our_allocator: bool, build: Callable[..., Callable[[], object]], *arguments) -> None:
-        if our_allocator:
-            keep_memory()
-        torch.manual_seed(0)
-        Contestant.work = staticmethod(build(*arguments))
-
-    @staticmethod
-    def _turn(runs: int) -> float:
-        return seconds(lambda: [Contestant.work() for _ in range(runs)]) / runs
-
-    def turn(self) -> float:
-        """Mean seconds per run."""
-        return self.process.submit(Contestant._turn, self.runs).result()
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """The duration of `work()`, including what it starts on a GPU."""
-    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    wait()
-    start = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - start
-
-
-def interleaved(turns: dict[str, Callable[[], float]]) -> dict[str, float]:
-    """Median seconds of each. All take turns, after a warm-up turn each."""
-    times = [{name: turn() for name, turn in turns.items()} for _ in range(ROUNDS + 1)]
-    return {name: statistics.median(row[name] for row in times[1:]) for name in turns}
-
-
-def compete(contestants: dict[str, Contestant]) -> dict[str, float]:
-    """Median seconds of a run of each contestant; ends their processes."""
-    with contextlib.ExitStack() as stack:
-        for contestant in contestants.values():
-            stack.enter_context(contestant.process)
-        return interleaved({name: contestant.turn for name, contestant in contestants.items()})
-
-
-def plan_of(device: torch.device, **settings) -> Plan:
-    rest = {"weight_decay": 0.0, "seed": 0, "precision": "fp32", "log_every": 50, "checkpoint_every": (50, None)}
-    return Plan(epochs=1, batch_size=BATCH, lr=Schedule.parse("3e-4"), device=device, **(rest | settings))
-
-
-def our_step(module: AutoencoderTraining, images: Tensor, plan: Plan) -> Callable[[], None]:
-    adam = adamw(module.parameter_groups(plan.weight_decay), plan.device)
-
-    def step() -> None:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
-            loss = module(images, None, 0).loss
-        loss.backward()
-        adam.step()
-        adam.zero_grad()
-
-    return step
-
-
-def peer_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
-    adam = torch.optim.Adam(model.parameters(), lr=3e-4)
-
-    def step() -> None:
-        adam.zero_grad()
-        model(images).backward()
-        adam.step()
-
-    return step
-
-
-def training_step(name: str, device: torch.device) -> Callable[[], None]:
-    """A training step of `plain`, of `vqp`, or of our model in the precision `name`."""
-    images = torch.randint(256, (BATCH, *SHAPE), dtype=torch.uint8, device=device)
-    if name in QUANTIZERS:
-        return peer_step(Peer(QUANTIZERS[name](512)).to(device), images)
-    return our_step(ours(device), images, plan_of(device, precision=name))
+SIDE = 2048  # of the matrices that measure the peak rate
 
 
 def product(kind: str, dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
@@ -237,37 +61,40 @@ def peak(kind: str, dtype: torch.dtype, device: torch.device) -> Contestant:
     return Contestant(product, kind, dtype, device, runs=5, our_allocator=True)
 
 
+def precisions(device: torch.device) -> dict[str, torch.dtype]:
+    """The precisions that a device has instructions for."""
+    return {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if device.type == "cuda" or computes_bf16() else {})
+
+
 def training(device: torch.device, steps: int) -> dict:
     """Training speed in images/s, compared with the peers and with the rate of matrix products."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        training_step("fp32", device)()
+        training_step("ours", device)()
     flops = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "convolution" in str(op)) / BATCH
-    peers, precisions = ("plain", "vqp"), {"fp32": torch.float32, "bf16": torch.bfloat16}
+    peers, types = ("plain", "vqp"), precisions(device)
 
-    def contestant(name: str, our_allocator: bool) -> Contestant:
-        return Contestant(training_step, name, device, runs=steps, our_allocator=our_allocator)
+    def contestant(*arguments: str, our_allocator: bool) -> Contestant:
+        return Contestant(training_step, arguments[0], device, *arguments[1:], runs=steps, our_allocator=our_allocator)
 
-    contestants = {name: contestant(name, our_allocator=name in precisions) for name in (*precisions, *peers)}
+    contestants = {precision: contestant("ours", precision, our_allocator=True) for precision in types}
+    contestants |= {name: contestant(name, our_allocator=False) for name in peers}
     contestants |= {f"{name}, same allocator": contestant(name, our_allocator=True) for name in peers}
-    for precision, dtype in precisions.items():
+    for precision, dtype in types.items():
         contestants |= {f"{kind} {precision}": peak(kind, dtype, device) for kind in ("mm", "convolution")}
     took = compete(contestants)
     speed = {name: BATCH / took[name] for name in took}
-    result = {"mflop_per_image": flops / 1e6} | {f"{name}_images_per_s": speed[name] for name in peers}
-    for precision in precisions:
-        rate = speed[precision] * flops
-        peaks = {kind: 2 * SIDE**3 / took[f"{kind} {precision}"] for kind in ("mm", "convolution")}
+    result: dict[str, Any] = {"mflop_per_image": flops / 1e6}
+    result |= {f"{name}_images_per_s": speed[name] for name in peers}
+    for precision in types:
+        gflops = {kind: 2 * SIDE**3 / took[f"{kind} {precision}"] / 1e9 for kind in ("mm", "convolution")}
         result[precision] = {"images_per_s": speed[precision]}
         for name in peers:
             result[precision][f"ratio_{name}"] = speed[precision] / speed[name]
             result[precision][f"ratio_{name}_same_allocator"] = speed[precision] / speed[f"{name}, same allocator"]
-        result[precision] |= {
-            "gemm_fraction": rate / peaks["mm"],
-            "fastest_gemm_fraction": rate / max(peaks.values()),
-            "gemm_gflops": peaks["mm"] / 1e9,
-        }
+        result[precision] |= {f"{kind}_gflops": rate for kind, rate in gflops.items()}
+        result[precision]["fastest_gemm_fraction"] = speed[precision] * flops / 1e9 / max(gflops.values())
     return result
 
 
@@ -311,8 +138,10 @@ def quantizer(num_codes: int, vectors: int, device: torch.device) -> dict:
         name: Contestant(quantizer_pass, name, num_codes, vectors, device, our_allocator=name == "ours")
         for name in QUANTIZERS
     }
-    took = compete(passes | {"mm": peak("mm", torch.float32, device)})
-    floor = took["mm"] * vectors * num_codes * DIM / SIDE**3  # time of the product of vectors and codes at this rate
+    products = {kind: peak(kind, torch.float32, device) for kind in ("mm", "convolution")}
+    took = compete(passes | products)
+    fastest = min(took[kind] for kind in products)
+    floor = fastest * vectors * num_codes * DIM / SIDE**3  # time of the product of vectors and codes at this rate
     memory = dict.fromkeys(QUANTIZERS)
     if device.type == "cuda" or Path("/proc/self/clear_refs").exists():
         for name in memory:
@@ -443,29 +272,50 @@ def show(rows: dict[str, dict], *columns: str) -> None:
     sys.stdout.flush()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def write_entry(path: Path, kind: str, entry: dict) -> None:
+    """Write the entry of a kind of machine, and keep those of the others."""
+    others: Any = {}
+    if path.exists():
+        with contextlib.suppress(ValueError):
+            others = json.loads(path.read_text())
+        if not (isinstance(others, dict) and all(isinstance(other, dict) for other in others.values()) and others):
+            raise OptionError("", "output", str(path), "is not a file of this benchmark; name another one")
+    write_json(path, {**others, kind: entry})
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.parser(__doc__, "")
     parser.add_argument("--quick", action="store_true", help="shorter turns, and a quarter of the vectors")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
     parser.add_argument("--output", help="JSON file to write, such as results/speed.json (default: only print)")
-    args = parser.parse_args()
-    try:
-        import vector_quantize_pytorch  # noqa: F401
-    except ImportError:
-        sys.exit("error: a peer is not installed: pip install vector-quantize-pytorch")
+    parser.add_argument("--to", type=float, metavar="ERROR", help="train until the MSE / variance is this instead")
+    parser.add_argument("--data-dir", default="data", help="folder of CIFAR-10, for --to (default: data)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of --to (default: 0)")
+    parser.add_argument("--most", type=int, default=10_000, help="steps after which --to gives up (default: 10,000)")
+    args = parser.parse_args(argv)
+    need_peers()
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: --device cuda: not available on this machine; use cpu")
+        raise OptionError("", "device", "cuda", "not available on this machine; use cpu")
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        raise UserError(f"--output {args.output}: its folder does not exist; make it first")
     device, quick = torch.device(args.device), args.quick
+    kind = describe(device.type, versions=False) + (f", {instructions()}" if device.type == "cpu" else "")
+    hardware = {"hardware": f"{kind}, torch {torch.__version__}"}
+    print(hardware["hardware"])
+    if args.to is not None:
+        rows = race(args.to, args.data_dir, args.seeds, tuple(precisions(device)), device, most=args.most)
+        if args.output:
+            write_entry(Path(args.output), f"{kind}, time to {args.to}", hardware | {"rows": rows})
+        return 0
     if device.type == "cpu":
         keep_memory()
     torch.manual_seed(0)
     vectors = 16_384 if quick else 65_536
 
-    result = {"hardware": describe(device.type), "quick": quick, "vectors": vectors}
-    print(result["hardware"])
+    result = {**hardware, "quick": quick, "vectors": vectors}
     result["train"] = training(device, 1 if quick else 6)
     show({"train, peers": result["train"]}, "plain_images_per_s", "vqp_images_per_s")
-    show({f"train, {precision}": result["train"][precision] for precision in ("fp32", "bf16")})
+    show({f"train, {precision}": result["train"][precision] for precision in precisions(device)})
     result["quantizer"] = {str(k): quantizer(k, vectors, device) for k in (512, 8192)}
     show({f"quantizer, K = {k}": row for k, row in result["quantizer"].items()})
     result["loop"] = loop(device, 10 if quick else 50)
@@ -475,8 +325,9 @@ def main() -> None:
     result |= startup(device)
     show({"start": result}, "startup_s", "startup_imports_s", "help_s")
     if args.output:
-        write_json(Path(args.output), result)
+        write_entry(Path(args.output), kind, result)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(main))

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from tests.helpers import ROOT
+from vqvae.data import Dataset, Images
+from vqvae.errors import OptionError
 
 FLAGS = "--dataset digits --limit 60 --image-size 16 --bottleneck vq --hidden 8 --batch-size 20 --max-steps 4".split()
 
@@ -162,7 +164,7 @@ def test_reproduce_goes_through_its_queue_and_says_how_far_it_is(benchmark, monk
     ]
 
 
-@pytest.mark.parametrize("name", ["bottlenecks", "probabilistic", "priors", "speed", "families", "sampling"])
+@pytest.mark.parametrize("name", ["bottlenecks", "probabilistic", "priors", "speed", "families", "sampling", "gpu"])
 def test_no_benchmark_writes_published_results_by_default(name):
     assert 'default="results' not in (ROOT / "benchmarks" / f"{name}.py").read_text()
     command = next(line for line in (ROOT / "docs/results.md").read_text().split("```") if f"/{name}.py" in line)
@@ -222,3 +224,86 @@ def test_the_report_names_the_machines_of_its_rows(runs):
     rows = [{"hardware": "b"}, {"hardware": "a"}, {"hardware": "b"}]
     assert runs.hardware_of(rows) == "a; b"
     assert runs.hardware_of([{"hardware": runs.describe("cpu")}]).endswith(torch.__version__.split("+")[0])
+
+
+# speed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_benchmark_says_that_there_is_no_gpu(benchmark, capsys):
+    gpu = benchmark("gpu")
+    assert gpu.cli.run(gpu.main, []) == 2
+    assert capsys.readouterr().err.startswith("error: no GPU was found, so nothing was measured")
+
+
+def test_a_cpu_goes_through_the_gpu_benchmark(benchmark, capsys):
+    pytest.importorskip("vector_quantize_pytorch")
+    gpu = benchmark("gpu")
+    assert gpu.cli.run(gpu.main, "--device cpu --quick --output gpu.json".split()) == 0
+    result = json.loads(Path("gpu.json").read_text())
+    assert [row["compiled"] for part in ("training", "compiled training") for row in result[part]] == ["no", "yes"]
+    assert result["search"][0]["same"] == 1
+    assert [row["prior"] for row in result["sampling"]] == ["pixelcnn"]
+    printed = capsys.readouterr().out
+    assert "a check of this script" in printed
+    assert gpu.cli.run(gpu.main, "--device cpu --quick --minutes 0".split()) == 0
+    assert "not measured: 1 of sampling" in capsys.readouterr().out
+
+
+def test_the_peers_quantizers_give_the_nearest_codes_and_learn_in_training_only(benchmark):
+    pytest.importorskip("vector_quantize_pytorch")
+    peers = benchmark("peers")
+    z = torch.randn(2, peers.DIM, 4, 4)
+    for name in ("plain", "vqp"):
+        quantizer = peers.QUANTIZERS[name](8).eval()
+        first = quantizer(z)[0]
+        assert torch.equal(first, quantizer(z)[0])
+        quantizer.train()(z)
+        assert not torch.equal(first, quantizer.eval()(z)[0])
+    table = peers.PlainQuantizer(8)
+    rows = z.movedim(1, -1).flatten(0, 2).double()
+    nearest = torch.cdist(rows, table.codebook.double()).argmin(1)
+    assert torch.allclose(table.eval()(z)[0].movedim(1, -1).flatten(0, 2), table.codebook[nearest], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ours", "plain"])
+def test_a_race_ends_at_its_goal_or_when_it_gives_up(benchmark, monkeypatch, name):
+    race = benchmark("race")
+    pixels = torch.randint(256, (60, 3, 32, 32), dtype=torch.uint8)
+    noise = Dataset("noise", *(Images(pixels, torch.zeros(60, dtype=torch.int64)) for _ in range(2)))
+    monkeypatch.setattr(race.experiment, "load_data", lambda config: noise)
+    monkeypatch.setattr(race, "EVERY", 1)
+
+    def run(goal: float) -> dict:
+        return race.run(name, "fp32", goal, "data", 0, torch.device("cpu"), 2)
+
+    row = run(1e-9)
+    assert (row["steps"], row["reached"]) == (2, False)
+    assert row["error"] > 0.1
+    assert min(row["seconds"], row["cpu_seconds"]) > 0
+    row = run(1e9)
+    assert (row["steps"], row["reached"]) == (1, True)
+
+
+def test_the_instructions_of_a_cpu_say_if_they_are_emulated(benchmark, monkeypatch):
+    hardware = benchmark("hardware")
+    for name in hardware.HELD:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": True}, raising=False)
+    assert hardware.instructions() == "AVX-512 with bf16 and AMX"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert hardware.instructions() == "AVX-512, emulated (ONEDNN_MAX_CPU_ISA=AVX2)"
+
+
+def test_the_speeds_of_a_machine_replace_no_others(benchmark):
+    speed, path = benchmark("speed"), Path("speed.json")
+    speed.write_entry(path, "a CPU", {"ms": 1})
+    speed.write_entry(path, "another", {"ms": 2})
+    speed.write_entry(path, "a CPU", {"ms": 3})
+    assert json.loads(path.read_text()) == {"a CPU": {"ms": 3}, "another": {"ms": 2}}
+    path.write_text('{"hardware": "a CPU"}')
+    with pytest.raises(OptionError, match="is not a file of this benchmark"):
+        speed.write_entry(path, "a CPU", {})
+    published = json.loads((ROOT / "results/speed.json").read_text())
+    assert all({"hardware", "train", "quantizer"} <= set(entry) for entry in published.values())

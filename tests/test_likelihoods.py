@@ -1,10 +1,13 @@
 """Likelihoods against torch.distributions, numerical integration and sums over all levels."""
 
+import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from vqvae import likelihoods
 from vqvae.contracts import Likelihood
 from vqvae.errors import OptionError
 from vqvae.likelihoods import LIKELIHOODS, LogitGaussian, LogitLaplace
@@ -28,6 +31,14 @@ def pixels(name: str, n: int = 5) -> torch.Tensor:
 def params(name: str, n: int = 5, shape: tuple = SHAPE) -> torch.Tensor:
     count = LIKELIHOODS[name].params_per_channel
     return 0.3 * torch.randn(n, count * shape[0], *shape[1:], dtype=torch.float64)
+
+
+def most_allocated(work: Callable[[], None]) -> int:
+    """The most bytes that torch has allocated at one time during `work()`, beyond those before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
@@ -250,6 +261,35 @@ def test_logit_likelihoods_show_the_median(name, location):
         below = torch.distributions.Laplace(location, math.exp(-0.5)).cdf((0.8 * x + 0.1).logit())
     median = x[int((below < 0.5).sum().clamp(max=len(x) - 1))]
     assert likelihood.center(p).item() == pytest.approx(median.item(), abs=2e-5)
+
+
+@pytest.mark.parametrize("tile", [2**20, 1])
+def test_softmax_is_the_cross_entropy_and_has_its_gradient(tile, monkeypatch):
+    monkeypatch.setattr(likelihoods, "TILE", tile)
+    likelihood, x = make("softmax256"), pixels("softmax256")
+    p = params("softmax256").contiguous(memory_format=torch.channels_last).requires_grad_()
+    nats, weights = likelihood.log_prob(p, x), torch.randn(5, dtype=torch.float64)
+    logits, levels = p.view(5, 256, *SHAPE), (x * 255).round().long()
+    expected = -torch.nn.functional.cross_entropy(logits, levels, reduction="none").flatten(1).sum(1)
+    assert torch.allclose(nats, expected, rtol=1e-12)
+    (gradient,), (by_torch,) = (torch.autograd.grad(weights @ value, p) for value in (nats, expected))
+    assert torch.allclose(gradient, by_torch, rtol=1e-12, atol=1e-15)
+    assert gradient.stride() == p.stride()
+    few, at = torch.randn(3, 4, 2, 1, 1, dtype=torch.float64, requires_grad=True), torch.randint(4, (3, 2, 1, 1))
+    assert torch.autograd.gradcheck(likelihoods.LogSoftmaxAt.apply, (few, at))
+    assert torch.allclose(likelihood.center(p), (logits.softmax(1) * LEVELS.view(-1, 1, 1, 1)).sum(1))
+
+
+def test_softmax_needs_no_copy_of_its_logits_but_the_gradient(monkeypatch):
+    monkeypatch.setattr(likelihoods, "TILE", 1)
+    likelihood, x = make("softmax256").float(), pixels("softmax256", 200).float()
+    p = params("softmax256", 200).float().requires_grad_()
+
+    def step() -> None:
+        likelihood.center(p.detach())
+        likelihood.log_prob(p, x).sum().backward()
+
+    assert 0.9 < most_allocated(step) / p.nbytes < 1.2
 
 
 def test_softmax_shows_the_expected_level():

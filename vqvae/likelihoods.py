@@ -8,16 +8,19 @@ B batch, C channels, H W pixels, P parameters per channel.
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vqvae import shares
 from vqvae.contracts import Likelihood
 from vqvae.errors import OptionError
 from vqvae.registry import Passes, Range, checked
+
+TILE = 2**20  # logits at a time
 
 
 def _is_variance(text: str) -> bool:
@@ -292,6 +295,36 @@ class DiscretizedLogistic(Likelihood):
         return location + 0.5, (log_scale - 2).clamp(-7, 7)
 
 
+class LogSoftmaxAt(torch.autograd.Function):
+    """`F.cross_entropy` without its copies of the logits, which are large: only the gradient is as large as they are.
+
+    The forward pass takes a few images at a time and saves nothing else that is as large as they are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, index: Tensor) -> Tensor:
+        """log softmax(logits)[index] over axis 1, `[B, C, H, W]`, of logits `[B, P, C, H, W]` and an int64 index."""
+        at = index.unsqueeze(1)
+        log_p = torch.cat([logits[rows].log_softmax(1).gather(1, at[rows]) for rows in _tiles(logits)])
+        ctx.save_for_backward(logits, at, log_p)
+        return log_p.squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, at, log_p = ctx.saved_tensors
+        p = (logits - (logits.gather(1, at) - log_p)).exp_()
+        return p.scatter_add_(1, at, -torch.ones_like(log_p)).mul_(-gradient.unsqueeze(1)), None
+
+
+def _tiles(params: Tensor) -> list[slice]:
+    """The examples of params `[B, ...]` in tiles of at most `TILE` numbers, or of one example."""
+    if torch.compiler.is_exporting():  # a program for any number of images cannot loop over tiles
+        return [slice(None)]
+    size = max(1, TILE // max(1, params[:1].numel()))
+    return [slice(start, start + size) for start in range(0, max(1, len(params)), size)]
+
+
 class Softmax256(Likelihood):
     """One categorical distribution over 256 levels per channel, as in VQ-VAE on CIFAR-10 (1711.00937), in nats.
 
@@ -306,11 +339,12 @@ class Softmax256(Likelihood):
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
         levels = (x * 255).round().long()
-        return -F.cross_entropy(self._logits(params), levels, reduction="none").flatten(1).sum(1)
+        return LogSoftmaxAt.apply(self._logits(params), levels).flatten(1).sum(1)
 
     def center(self, params: Tensor) -> Tensor:
         levels = torch.arange(256, device=params.device, dtype=params.dtype) / 255
-        return torch.einsum("bpchw,p->bchw", self._logits(params).softmax(1), levels)
+        logits = self._logits(params)
+        return torch.cat([torch.einsum("bpchw,p->bchw", logits[rows].softmax(1), levels) for rows in _tiles(logits)])
 
     def sample(self, params: Tensor) -> Tensor:
         p = self._logits(params).softmax(1).movedim(1, -1)  # [B, C, H, W, 256]

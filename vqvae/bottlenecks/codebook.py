@@ -188,7 +188,7 @@ class Codebook(nn.Module):
             means = self.totals / (smoothed * total).unsqueeze(1)
             means = F.normalize(means, dim=1) if self.unit_norm else means
             # a code without vectors so far keeps its value: its mean is 0
-            self.vectors.copy_(torch.where((self.counts > 0).unsqueeze(1), means, self.vectors))
+            torch.where((self.counts > 0).unsqueeze(1), means, self.vectors, out=self.vectors)
         if self.options.revive:
             self._revive(revived, decay)
 
@@ -199,13 +199,13 @@ class Codebook(nn.Module):
         # remember, 1 / (1 - decay), use every second code on average.
         judged = (self.debias > 0.2) & (average > (1 - decay) / 2)
         dead = (self.counts < self.options.revive * average) & judged  # [K]
-        self.vectors.copy_(torch.where(dead.unsqueeze(1), replacement, self.vectors))
+        torch.where(dead.unsqueeze(1), replacement, self.vectors, out=self.vectors)
         # Without a new mean and count the next update would undo the move. With a small count the code adapts to its
         # first vectors quickly, and is soon dead again if it gets none.
         fresh = 2 * self.options.revive * average
-        self.counts.copy_(torch.where(dead, fresh, self.counts))
+        torch.where(dead, fresh, self.counts, out=self.counts)
         if self.learns_by_ema:
-            self.totals.copy_(torch.where(dead.unsqueeze(1), replacement * fresh, self.totals))
+            torch.where(dead.unsqueeze(1), replacement * fresh, self.totals, out=self.totals)
 
 
 def first_codebook(init: str, num_codes: int, code_dim: int) -> Tensor:

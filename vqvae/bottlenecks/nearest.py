@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 # Scores in memory at once: few enough for a CPU's cache, or for a modest part of a GPU's memory.
-TILE_SCORES = {"cpu": 1 << 21, "cuda": 1 << 26, "mps": 1 << 24}
-BLOCK, GROUP = 2048, 64  # CPU: codes per matrix product, whose scores are read again at once, and codes per maximum
+TILE_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26, "mps": 1 << 24}
+BLOCK, GROUP = 2048, 64  # CPU: codes per matrix product, and per maximum
 FAILED: list[Exception] = []  # Triton's errors; after the first one this process uses PyTorch
 
 
@@ -54,24 +54,28 @@ def search_with_triton(z: Tensor, codebook: Tensor, bias: Tensor) -> Tensor | No
 
 
 def search_on_cpu(z: Tensor, codebook: Tensor) -> Tensor:
-    """The search on a CPU, where argmax over rows takes as long as the matrix product, and maxima almost no time.
+    """The search on a CPU, a tile of vectors and a block of codes at a time, whose scores stay in the cache.
 
-    The maxima of groups of codes give the best group, and only that group is searched. All tiles share one buffer:
-    mapping new memory takes longer than filling it.
+    There argmax over rows takes as long as the matrix product, and maxima almost no time: the maxima of groups of codes
+    give the best group of a block, and only that group is searched. All blocks share one buffer: mapping new memory
+    takes longer than filling it.
     """
     last = len(codebook) - 1
-    filling = codebook[-1:].expand(-len(codebook) % GROUP, -1)  # copies of the last code complete the last group
-    codebook = torch.cat([codebook, filling])
+    if missing := -len(codebook) % GROUP:  # copies of the last code complete the last group
+        codebook = torch.cat([codebook, codebook[-1:].expand(missing, -1)])
     bias = -codebook.square().sum(dim=1) / 2
-    rows = max(16, TILE_SCORES["cpu"] // len(codebook))
-    buffer = z.new_empty(min(rows, len(z)), len(codebook))
-    codes = []
-    for tile in z.split(rows):
-        scores, maxima = buffer[: len(tile)], []
-        for block, e, b in zip(scores.split(BLOCK, dim=1), codebook.split(BLOCK), bias.split(BLOCK), strict=True):
-            torch.addmm(b, tile, e.T, out=block)
-            maxima.append(block.unflatten(1, (-1, GROUP)).amax(dim=2))
-        group = torch.cat(maxima, dim=1).argmax(dim=1)
-        within = scores.unflatten(1, (-1, GROUP))[torch.arange(len(tile)), group].argmax(dim=1)
-        codes.append(group * GROUP + within)
-    return torch.cat(codes).clamp_(max=last)
+    rows = TILE_SCORES["cpu"] // min(BLOCK, len(codebook))
+    buffer = z.new_empty(min(rows, len(z)), min(BLOCK, len(codebook)))
+    codes = torch.zeros(len(z), dtype=torch.int64)
+    for tile, code in zip(z.split(rows), codes.split(rows), strict=True):
+        best, each = tile.new_full((len(tile),), -torch.inf), torch.arange(len(tile))
+        for start in range(0, len(codebook), BLOCK):
+            block = slice(start, start + BLOCK)
+            e = codebook[block]
+            scores = torch.addmm(bias[block], tile, e.T, out=buffer[: len(tile), : len(e)]).unflatten(1, (-1, GROUP))
+            top, group = scores.amax(dim=2).max(dim=1)
+            within = scores[each, group].argmax(dim=1)
+            better = top > best
+            best = torch.where(better, top, best)
+            code.copy_(torch.where(better, start + group * GROUP + within, code))
+    return codes.clamp_(max=last)
