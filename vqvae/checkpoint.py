@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vqvae import foreign, objectives
-from vqvae.archives import Forbidden, read_torch, size_of
+from vqvae.archives import Forbidden, read_torch
 from vqvae.autoencoder import SLOTS, Autoencoder, build_autoencoder
 from vqvae.config import FIELDS as SETTINGS
 from vqvae.config import PATHS, Config
 from vqvae.errors import UserError, one_line, printable, shown
 from vqvae.evaluation import MOST_POINTS
-from vqvae.files import open_file, read_json, whole_file
+from vqvae.files import open_file, read_json, size_of, whole_file
 from vqvae.registry import Choice, Size, build, resolve
 
 FORMAT = 2
