@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from vqvae.decoding import Read
-from vqvae.errors import one_line
+from vqvae.errors import UserError, one_line
 
 CHUNK = 8  # images that a process gets at once
 START = "import sys; sys.path[:] = sys.argv[1:]; from vqvae.workers import serve; serve()"
@@ -73,7 +73,7 @@ class Workers:
     def __init__(self) -> None:
         self.mine = threading.local()
         self.started: list[subprocess.Popen] = []
-        self.ended = False
+        self.lock, self.ended = threading.Lock(), False
 
     def read(self, reads: list[Read]) -> list[bytes | str]:
         """The images' bytes, or reasons. A decoder that ends its process has read an image that cannot be read."""
@@ -84,25 +84,38 @@ class Workers:
             found: list[bytes | str] = pickle.load(process.stdout)
             return found
         except (OSError, EOFError, pickle.UnpicklingError):
-            self.mine.process = None
-            code = process.wait()
             if self.ended:
                 return []
+            code = process.wait()
+            self.mine.process = None
             if len(reads) == 1:
                 return [f"its decoder ended the process (exit code {code})"]
             return [result for read in reads for result in self.read([read])]
 
     def _process(self) -> Any:
-        process = getattr(self.mine, "process", None)
-        if process is None:
+        """This thread's process, started if it has none. Raises `UserError` if that fails."""
+        if getattr(self.mine, "process", None) is None:
+            try:
+                self.mine.process = self._start()
+                pickle.load(self.mine.process.stdout)  # its first word
+            except (OSError, EOFError, pickle.UnpicklingError):
+                problem = "cannot be started to read images; OMP_NUM_THREADS=1 reads them without other processes"
+                raise UserError(f"{sys.executable}: {problem}") from None
+        return self.mine.process
+
+    def _start(self) -> Any:
+        with self.lock:
+            if self.ended:
+                raise EOFError
             command = [sys.executable, "-c", START, *sys.path]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            process = self.mine.process = subprocess.Popen(command, env=os.environ | ONE_THREAD, **pipes)
+            process = subprocess.Popen(command, env=os.environ | ONE_THREAD, **pipes)
             self.started.append(process)
-        return process
+            return process
 
     def end(self) -> None:
-        self.ended = True
+        with self.lock:
+            self.ended = True
         for process in self.started:
             process.kill()
             process.wait()
@@ -117,8 +130,10 @@ def serve() -> None:
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # for decoders that print
+    answer: Any = True  # it has started
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
-            pickle.dump([attempt(read) for read in pickle.load(sys.stdin.buffer)], answers)
+            pickle.dump(answer, answers)
             answers.flush()
+            answer = [attempt(read) for read in pickle.load(sys.stdin.buffer)]
     os._exit(0)

@@ -116,7 +116,9 @@ def pixel_variance(images: Tensor) -> float:
 
     At least 1e-6, because errors are divided by it.
     """
-    tiles = images[:50_000].split(min(2048, max(1, 6_291_456 // images[0].numel())))  # copies of up to 50 MB
+    numbers = images[0].numel()
+    # larger images in copies that fit into a core's cache, which is ten times as fast
+    tiles = images[:50_000].split(2048 if numbers <= 3 * 32 * 32 else max(1, 2**18 // numbers))
     count = sum(tile.numel() for tile in tiles)
     white = 255 if images.dtype == torch.uint8 else 1
     mean = sum(float(tile.double().sum()) for tile in tiles) / count
