@@ -50,8 +50,8 @@ def lines(place: Path, options: argparse.Namespace) -> Iterator[str]:
     cores, count, images = len(os.sched_getaffinity(0)), options.images, place / "images"
     begun = time.perf_counter()
     generate(images, count)
-    size = sum(file.stat().st_size for file in images.rglob("*.jpg"))
-    yield f"{count:,} JPEGs of {size / count / 1e3:.1f} kB written in {time.perf_counter() - begun:.0f} s, {cores} cores"
+    size = sum(file.stat().st_size for file in images.rglob("*.jpg")) / count
+    yield f"{count:,} JPEGs of {size / 1e3:.1f} kB written in {time.perf_counter() - begun:.0f} s; {cores} cores"
 
     def work(what: str, folder: Path = images, threads: int = cores) -> dict[str, Any]:
         return watched(command(what, folder, options.size), place, threads)

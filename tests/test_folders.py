@@ -361,8 +361,8 @@ def test_parts_need_processes_that_share_them(tree, capsys):
     assert "--data-shards 2: must divide the number of processes, which is 1" in capsys.readouterr().err
 
 
-LINE = "--dataset folder --data-shards 2 --max-steps 3 --image-size 8 --validation 0.2 --batch-size 8 --hidden 8 --codes 16"
-LINE += " --code-dim 4 --device cpu --lr 3e-4 --name parts --data-dir"
+LINE = "--dataset folder --data-shards 2 --max-steps 3 --image-size 8 --validation 0.2 --batch-size 8"
+LINE += " --hidden 8 --codes 16 --code-dim 4 --device cpu --lr 3e-4 --name parts --data-dir"
 
 
 def work(folder: str) -> None:

@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from vqvae.decoding import Read
 from vqvae.errors import UserError, one_line
@@ -108,8 +108,9 @@ class Workers:
             if self.ended:
                 raise EOFError
             command = [sys.executable, "-c", START, *sys.path]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            process = subprocess.Popen(command, env=os.environ | ONE_THREAD, **pipes)
+            process = subprocess.Popen(
+                command, env=os.environ | ONE_THREAD, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
             self.started.append(process)
             return process
 
@@ -121,7 +122,7 @@ class Workers:
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 with contextlib.suppress(OSError):
-                    pipe.close()
+                    cast(BinaryIO, pipe).close()
 
 
 def serve() -> None:

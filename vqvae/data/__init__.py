@@ -78,11 +78,10 @@ def load(
         context = {"data_dir": folder, "image_size": size, "reading": Reading(rescan, *part, validation)}
         context = {key: value for key, value in context.items() if needs(SLOT, name, key)}
         data = DATASETS[name](**context, **arguments(DATASETS[name], choice.options))
-        mine = limit and -(-limit // part[1])
-        splits = {
-            key: Images(scale(split.images[:most], size), split.labels[:most])
+        most = {"train": limit and -(-limit // part[1])}
+        splits: dict[str, Any] = {
+            key: Images(scale(split.images[: most.get(key, limit)], size), split.labels[: most.get(key, limit)])
             for key, split in data.splits.items()
-            for most in (mine if key == "train" else limit,)
         }
     except (MemoryError, RuntimeError) as problem:
         if isinstance(problem, RuntimeError) and "alloc" not in str(problem):

@@ -3,6 +3,7 @@
 N images, B batch, C channels, H W pixels.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,7 +16,6 @@ from torch import Tensor
 from vqvae import shares
 from vqvae.errors import OptionError
 from vqvae.randomness import generator
-
 
 Shuffle = Literal["full", "blocks"]
 BLOCK = 2**22  # bytes of neighboring examples, which a disk reads at its full speed
@@ -57,10 +57,11 @@ def read_ahead(order: Tensor, examples: Tensor, block: int | None) -> Iterator[T
     windows = order.split(max(1, WINDOW * block // order.shape[1]))
     with ThreadPoolExecutor(1) as thread:
         try:
-            thread.submit(_touch, examples, windows[0])
-            for window, following in zip(windows, [*windows[1:], order[:0]], strict=True):
-                thread.submit(_touch, examples, following)
+            ahead = thread.submit(_touch, examples, windows[0])
+            for window, following in itertools.zip_longest(windows, windows[1:], fillvalue=order[:0]):
+                late, ahead = ahead, thread.submit(_touch, examples, following)
                 yield from window
+                late.cancel()
         finally:
             thread.shutdown(cancel_futures=True)
 

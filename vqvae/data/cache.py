@@ -15,7 +15,7 @@ import time
 import weakref
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NamedTuple, Protocol
@@ -80,7 +80,7 @@ class Part(NamedTuple):
     """The part of the training images that one of several machines has; all have the held-out ones."""
 
     number: int
-    count: int
+    total: int
     holdout: float  # the share of the images in the test split, where no folders are splits
     validation: float | None  # the share of the training images in the validation split, if there is one
 
@@ -90,7 +90,7 @@ class Reading(NamedTuple):
 
     rescan: bool = False  # convert all images again
     number: int = 0  # of this machine's part of the training images
-    count: int = 1
+    total: int = 1
     validation: float | None = None  # the share that all machines have of them, where there are several
 
 
@@ -128,10 +128,15 @@ def cached(source: Source, shape: Shape, part: Part | None = None, *, rescan: bo
         if contents.stamps is None:
             contents = contents._replace(stamps=[f"{key} {i}" for i in range(len(contents.names))])
         plan = _Plan.of(contents, part)
-        about = {"source": os.path.abspath(source.path), "kind": source.kind, "part": part and part[:2]}
-        about |= {"recipe": recipe, "shape": [len(plan.chosen), shape.channels, *shape.size]}
+        about = {
+            "source": os.path.abspath(source.path),
+            "kind": source.kind,
+            "part": part and [part.number, part.total],
+            "recipe": json.loads(json.dumps(recipe)),  # as it is read
+            "shape": [len(plan.chosen), shape.channels, *shape.size],
+        }
         try:
-            content = _convert(plan, source, shape, array, index, json.loads(json.dumps(about)), rescan)
+            content = _convert(plan, source, shape, array, index, about, rescan)
         except NotWritten as problem:
             content = _stored(array, index, source)  # on Windows, where nobody replaces one that a faster process uses
             if content is None:
@@ -183,11 +188,11 @@ class _Plan(NamedTuple):
         train = sum(splits[i] != "test" if held_out else places[i] >= part.holdout for i in chosen)
         train = min(max(train, 1), len(chosen) - 1)
         validation = max(1, round(part.validation * train)) if part.validation else 0
-        shared = (train - validation) // part.count
+        shared = (train - validation) // part.total
         if not shared:
             problem = f"leaves no training image of {train:,} to each part; use fewer, or test for the validation split"
-            raise OptionError("", "data_shards", part.count, problem)
-        mine = chosen[part.number : shared * part.count : part.count]
+            raise OptionError("", "data_shards", part.total, problem)
+        mine = chosen[part.number : shared * part.total : part.total]
         known = {labels[i] for i in chosen}
         if None in known:
             labels = [None] * len(labels)
@@ -275,7 +280,7 @@ class _Rows:
         return self.sums[row] is None and row not in self.unreadable
 
     def take(self, row: int, image: Image, file: BinaryIO, *, same: bool) -> None:
-        """Copy an image from the file of an earlier array, unless it is the same place, or leave it if it is damaged."""
+        """Copy an image of an earlier array, unless it is at the same place. A damaged one stays missing."""
         if image.unreadable:
             self.unreadable[row] = image.unreadable
             return
@@ -315,7 +320,7 @@ class _Rows:
 
 def _read(
     source: Source, missing: Sequence[int], shape: Shape, names: Sequence[str]
-) -> Iterator[tuple[int, list[int], bytes | str]]:
+) -> Generator[tuple[int, list[int], bytes | str], None, None]:
     """The index, the access and the bytes of each image, or why it cannot be read."""
     started: deque[tuple[int, list[int]]] = deque()
 
@@ -421,7 +426,7 @@ class Earlier(NamedTuple):
     """A cache of a source, or an unfinished one."""
 
     array: Path
-    index: Path  # or a journal
+    notes: Path  # its index, or journal
     about: dict[str, Any]
     images: list[Image]
 
@@ -474,7 +479,8 @@ def _adopt(array: Path, index: Path, stack: contextlib.ExitStack) -> None:
     for path in sorted(array.parent.glob(f"{array.name}.*.partial")):
         try:
             if fcntl:  # Windows renames no file that is open
-                fcntl.flock(stack.enter_context(open(path, "rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file = stack.enter_context(open(path, "rb"))  # noqa: SIM115
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             replace(path.with_name(path.name.replace(".npy.", ".json.")), partial_of(index))
             replace(path, partial_of(array))
             return
@@ -504,7 +510,7 @@ def _remove_superseded(about: dict[str, Any], array: Path) -> None:
     for old in _earlier(about):
         if old.array != array and old.about["part"] == about["part"]:
             with contextlib.suppress(UserError):
-                _remove([old.index, old.array], unsure=False)
+                _remove([old.notes, old.array], unsure=False)
 
 
 # the data set of a source
@@ -530,8 +536,8 @@ def dataset(source: Source, size: Size | None, options: ImageOptions, reading: R
     Where several machines share the training images, it has its validation split already.
     """
     part = None
-    if reading.count > 1:
-        part = Part(reading.number, reading.count, options.holdout, reading.validation)
+    if reading.total > 1:
+        part = Part(reading.number, reading.total, options.holdout, reading.validation)
     found = cached(source, Shape(size or DEFAULT_SIZE, options.channels, options.resize), part, rescan=reading.rescan)
     images, paths, labels, layout = found.images, found.paths, found.labels, found.layout
     folder = source.path
@@ -539,7 +545,7 @@ def dataset(source: Source, size: Size | None, options: ImageOptions, reading: R
         raise OptionError("", "data_dir", folder, "has one readable image, and the two splits need two")
     notes = []
     if part:
-        notes.append(f"part {part.number + 1} of {part.count} of the training images")
+        notes.append(f"part {part.number + 1} of {part.total} of the training images")
     if layout.train:
         train = sum(layout.split(path) == "train" for path in paths)
         for folders, count in ((layout.train, train), (layout.held_out, len(paths) - train)):
