@@ -265,6 +265,15 @@ class Image(NamedTuple):
     sum: int  # CRC32 of its pixels
     unreadable: dict[str, Any] | None  # its `access` and `stamp`, and the `reason`
 
+    @classmethod
+    def of(cls, entry: Any) -> "Image":
+        """The inverse of what a journal notes. Raises `ValueError` for anything else."""
+        name, stamp, row, known, unreadable = entry
+        whole = unreadable is None or set(unreadable) == {"access", "stamp", "reason"}
+        if not (whole and isinstance(name, str) and isinstance(stamp, str) and row >= 0):
+            raise ValueError("damaged")
+        return cls(name, stamp, row, known, unreadable)
+
 
 class _Rows:
     """The rows of an array that is being written: one for each image, readable or not."""
@@ -284,8 +293,11 @@ class _Rows:
         if image.unreadable:
             self.unreadable[row] = image.unreadable
             return
-        file.seek(self.start + image.row * self.size)
-        pixels = file.read(self.size)
+        try:
+            file.seek(self.start + image.row * self.size)
+            pixels = file.read(self.size)
+        except OSError:
+            return
         if len(pixels) == self.size and zlib.crc32(pixels) == image.sum:
             self.sums[row] = image.sum
             if not same:
@@ -470,7 +482,7 @@ def _read_journal(path: Path) -> tuple[dict[str, Any], list[Image]]:
             if isinstance(entry, dict):
                 about = entry
             else:
-                images.append(Image(*entry))
+                images.append(Image.of(entry))
     return about, images
 
 
@@ -639,6 +651,7 @@ def _described(files: list[Path]) -> Cache:
     with contextlib.suppress(OSError, ValueError, RecursionError):
         if index in names:
             content = json.loads(names[index].read_text(encoding="utf-8"))
+            done = None if index.replace(".json", ".npy") in names else 0
         else:
             journals = [_read_journal(path) for path in files if path.name.startswith(index)]
             content, images = max(journals, key=lambda journal: len(journal[1]), default=({}, []))
