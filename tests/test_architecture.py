@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "shares": {"distributed"},
     "batch_norm": {"distributed"},
     # the slots
-    "data": {"archives", "errors", "files", "randomness", "registry", "shares"},
+    "data": {"archives", "decoding", "errors", "files", "progress", "randomness", "registry", "shares", "workers"},
     "nets": {"batch_norm", "errors", "registry", "vqgan"},
     "vqgan": set(),
     "bottlenecks": {"contracts", "distributed", "errors", "flows", "registry", "schedules", "shares"},
@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         "optimizer",
     },
     "runs": {"checkpoint", "errors", "files", "metrics"},
-    "progress": {"metrics"},
+    "progress": {"distributed", "metrics"},
     "averaging": set(),
     "training": {
         "averaging", "batch_norm", "contracts", "data", "devices", "distributed", "errors", "interrupts", "optimizer",
@@ -63,14 +63,16 @@ ALLOWED: dict[str, set[str]] = {
     # settings and files
     "presets": set(),
     "config": {"errors", "presets", "registry", "schedules"},
-    "archives": set(),
+    "archives": {"files"},
+    "decoding": {"files", "registry"},
+    "workers": {"decoding", "errors"},
     "checkpoint": {
         "archives", "autoencoder", "config", "errors", "evaluation", "files", "foreign", "objectives", "registry",
     },
     "foreign": {"autoencoder", "config", "contracts", "errors", "files", "likelihoods", "nets", "registry"},
     "tokens": {
-        "archives", "autoencoder", "checkpoint", "contracts", "data", "devices", "distributed", "errors", "files",
-        "registry",
+        "archives", "autoencoder", "checkpoint", "contracts", "data", "decoding", "devices", "distributed", "errors",
+        "files", "registry",
     },
     "programs": {"autoencoder", "errors", "files"},
     "card": {"autoencoder", "config", "errors", "metrics", "registry"},

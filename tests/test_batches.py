@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vqvae.data.batches import augmentation, batch_indices, crop_flip, pixel_variance
+from vqvae.data import batches
+from vqvae.data.batches import augmentation, batch_indices, block_of, crop_flip, pixel_variance, read_ahead
 from vqvae.errors import OptionError
 
 
@@ -15,6 +16,42 @@ def test_the_order_of_an_epoch_is_a_permutation_and_a_function_of_seed_and_epoch
     assert torch.equal(order, batch_indices(103, 10, seed=1, epoch=2))
     assert not torch.equal(order, batch_indices(103, 10, seed=1, epoch=3))
     assert not torch.equal(order, batch_indices(103, 10, seed=2, epoch=2))
+
+
+def test_an_order_in_blocks_mixes_only_the_blocks_of_a_window(monkeypatch):
+    monkeypatch.setattr(batches, "WINDOW", 3)
+    order = batch_indices(100, 1, seed=1, epoch=2, block=8).flatten()  # 12 blocks and a half, in windows of 3
+    assert sorted(order.tolist()) == list(range(100))
+    assert torch.equal(order, batch_indices(100, 1, seed=1, epoch=2, block=8).flatten())
+    assert not torch.equal(order, batch_indices(100, 1, seed=1, epoch=3, block=8).flatten())
+    blocks, seen = (order // 8).tolist(), set()
+    while blocks:
+        window = set(blocks[:16])  # of 24 images, 20 with the last block, all blocks appear among the first ones
+        size = sum(blocks.count(block) for block in window)
+        assert len(window) <= 3
+        assert set(blocks[:size]) == window
+        assert not window & seen
+        seen |= window
+        blocks = blocks[size:]
+
+
+def test_a_block_has_the_same_bytes_on_every_machine():
+    images = torch.zeros(10, 3, 64, 64, dtype=torch.uint8)
+    assert block_of(images, "full") is None
+    assert block_of(images, "blocks") == 341
+    assert block_of(torch.zeros(2, 3, 2000, 2000, dtype=torch.uint8), "blocks") == 1
+
+
+def test_reading_ahead_changes_no_batch(monkeypatch):
+    monkeypatch.setattr(batches, "WINDOW", 2)
+    read, touch = [], batches._touch
+    monkeypatch.setattr(batches, "_touch", lambda rows, index: read.append(index) or touch(rows, index))
+    images = torch.arange(60).view(60, 1, 1, 1)
+    order = batch_indices(60, 5, seed=0, epoch=0, block=6)
+    assert torch.equal(torch.stack(list(read_ahead(order, images, 6))), order)
+    assert all(any(torch.equal(index, window) for window in order.split(2)) for index in [*read, order[:2]])
+    assert torch.equal(torch.stack(list(read_ahead(order, images, None))), order)
+    assert list(read_ahead(order[:0], images, 6)) == []
 
 
 def test_pixel_variance_agrees_with_numpy():

@@ -10,7 +10,7 @@ from vqvae.registry import signature
 
 def test_every_data_set_takes_a_folder_and_a_size():
     for name, member in DATASETS.items():
-        assert signature(member).context == ("data_dir", "image_size"), name
+        assert signature(member).context[:2] == ("data_dir", "image_size"), name
 
 
 def test_limit_and_size_apply_to_both_splits():

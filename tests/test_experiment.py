@@ -635,7 +635,7 @@ def write_images(*names: str) -> None:
 
 
 def test_a_run_on_own_images_prints_the_classes_and_lists_unreadable_files(there, capsys, monkeypatch):
-    monkeypatch.setattr("vqvae.data.decoding.optional_formats", list)  # no package is installed
+    monkeypatch.setattr("vqvae.decoding.optional_formats", list)  # no package is installed
     write_images(*(f"my images/{name}/{i}.png" for name in ("10", "9") for i in range(30)))
     Path("my images/9/bad\nname.png").write_bytes(b"x")
     Path("my images/9/phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(12))

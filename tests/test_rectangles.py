@@ -10,7 +10,7 @@ from PIL import Image
 from tests.helpers import make
 from vqvae.__main__ import main
 from vqvae.data import load
-from vqvae.data.decoding import read_image
+from vqvae.decoding import read_image
 from vqvae.errors import OptionError
 from vqvae.nets import NETS
 from vqvae.registry import Size

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vqvae.files import size_of
+
 MOST_INSTRUCTIONS = 2_000_000  # of a pickle; a model with 1,000 weights and its optimizer needs 100,000
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -33,10 +35,6 @@ STORAGES = {
     "BoolStorage": torch.bool,
 }
 ALWAYS_FITS, RATIO = 2**26, 300  # bytes that arrays may have whatever the file's size, and per byte of a larger file
-
-
-def size_of(file: BinaryIO) -> int:
-    return os.fstat(file.fileno()).st_size
 
 
 def read_torch(file: BinaryIO) -> Any:

@@ -22,19 +22,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vqvae import foreign, objectives
-from vqvae.archives import Forbidden, read_torch, size_of
+from vqvae.archives import Forbidden, read_torch
 from vqvae.autoencoder import SLOTS, Autoencoder, build_autoencoder
 from vqvae.config import FIELDS as SETTINGS
 from vqvae.config import PATHS, Config
 from vqvae.errors import UserError, one_line, printable, shown
 from vqvae.evaluation import MOST_POINTS
-from vqvae.files import open_file, read_json, whole_file
+from vqvae.files import open_file, read_json, size_of, whole_file
 from vqvae.registry import Choice, Size, build, resolve
 
 FORMAT = 2
 EARLIER = {1: "0.1"}  # format -> the version of this package that reads it
 # settings that older checkpoints lack; `Config.from_dict` fills them in
-ADDED = {"init_from", "validation", "accumulate", "clip", "ema_weights", "save_every"}
+ADDED = {"init_from", "validation", "accumulate", "clip", "ema_weights", "save_every", "shuffle", "data_shards"}
 ABOUT = ("format", "kind", "run", "step", "config", "data")  # describes a model; an exported config.json has these
 SPLITS = ("train", "validation", "test")
 FIELDS = {*ABOUT, "model", "objective", "epoch", "examples", "usage", "plots"}

@@ -157,6 +157,13 @@ class Config:
         None, "data", metavar="N"
     )
 
+    shuffle: Annotated[
+        Literal["full", "blocks"],
+        "order of the training images: full, or blocks of 4 MB that a slow disk reads at once, 64 of them mixed",
+    ] = _field("full", "data")
+    data_shards: Annotated[
+        Positive, "parts of the training images; each machine converts, stores and reads only that of its processes"
+    ] = _field(1, "data", metavar="N", on_resume=True)
     validation: Annotated[
         str,
         Passes(_is_validation, "a share above 0 and below 1, or test"),

@@ -361,13 +361,24 @@ def on_first(work: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
+def part_of(count: int) -> int:
+    """Which of `count` parts of the data this process has: neighboring processes have the same."""
+    return rank() * count // world()
+
+
 @contextmanager
-def first_goes_first() -> Iterator[None]:
-    """Let the first process finish before the others begin, so that they find the files it downloads or converts."""
-    if rank():
+def first_goes_first(parts: int = 1) -> Iterator[bool]:
+    """Let the first process finish before the others begin, so that they find the files it downloads or converts.
+
+    Where the data have several parts, the first of each begins. The first process of each other machine is next: it
+    may not see these files. Yields whether this process is one of either.
+    """
+    begins = rank() == 0 or (rank() - 1) * parts // world() != part_of(parts)
+    turn = 0 if begins else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    for _ in range(turn):
         barrier()
     try:
-        yield
+        yield turn < 2
     finally:
-        if rank() == 0:
+        for _ in range(2 - turn):
             barrier()

@@ -29,7 +29,7 @@ from vqvae.config import (
     interval,
     validation_share,
 )
-from vqvae.data import Dataset
+from vqvae.data import Dataset, Images
 from vqvae.data.batches import augmentation, pixel_variance
 from vqvae.devices import choose_compile, choose_device, choose_precision
 from vqvae.errors import OptionError, UserError, naming, near_misses, printable
@@ -59,10 +59,11 @@ SHARED_BY_STAGES = (
 
 def run(given: dict[str, Any], resume: str | None = None) -> int:
     """Train what the settings describe, both stages of a preset that has two; returns the exit code."""
+    rescan = given.pop("rescan", False)
     preset = PRESETS.get(given.get("preset", ""))
     second = _second_stage(given, preset.prior) if preset and preset.prior and resume is None else None
     try:
-        folder = train(given, resume)
+        folder = train(given, resume, rescan=rescan)
         if folder and second and interrupts.received is None:
             folder = train(second | {"name": f"{folder.name}-prior", "checkpoint": str(folder / "checkpoint.pt")})
     finally:
@@ -76,13 +77,16 @@ def _second_stage(given: dict[str, Any], settings: Mapping[str, Any]) -> dict[st
     return {**settings, **own, **{key: given[key] for key in SHARED_BY_STAGES if key in given}}
 
 
-def train(given: Mapping[str, Any], resume: str | None = None) -> Path | None:
-    """Train one stage from the settings given; returns its run folder, or None when interrupted."""
+def train(given: Mapping[str, Any], resume: str | None = None, *, rescan: bool = False) -> Path | None:
+    """Train one stage from the settings given; returns its run folder, or None when interrupted.
+
+    `rescan` converts all images of the data again.
+    """
     with Lock() as lock:
-        return _train(given, resume, lock)
+        return _train(given, resume, lock, rescan)
 
 
-def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | None:
+def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: bool) -> Path | None:
     start = how_it_starts(given, resume, lock)
     resumed = start.content if isinstance(start, Resumed) else None
     config = configure(given, start, SLOTS)
@@ -92,8 +96,7 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Path | N
     if config.name and not resumed:
         wanted = Path(config.log_dir, config.name)
         distributed.on_first(lambda: refuse_saved(wanted))  # before the data are read
-    with distributed.first_goes_first():
-        dataset = load_data(config)
+    dataset = load_shared_data(config, rescan=rescan)
     if config.conditional and not dataset.classes:
         raise OptionError("", "conditional", None, f"the data set {dataset.name} has no labels; leave it out")
 
@@ -324,6 +327,8 @@ def plan_of(config: Config) -> Plan:
         clip=config.clip,
         ema_weights=config.ema_weights,
         save_every=config.save_every,
+        shuffle=config.shuffle,
+        data_shards=config.data_shards,
     )
 
 
@@ -336,13 +341,35 @@ def name_run(config: Config, lock: Lock) -> Path:
     return logs / config.name
 
 
-def load_data(config: Config) -> Dataset:
+def load_shared_data(config: Config, *, rescan: bool = False) -> Dataset:
+    """The data on which several processes train, with training splits of equal size if each has a part of them.
+
+    Raises `OptionError` for parts that the processes cannot share.
+    """
+    parts, world = config.data_shards, distributed.world()
+    if world % parts:
+        problem = f"must divide the number of processes, which is {world}; start more of them with torchrun"
+        raise OptionError("", "data_shards", parts, problem)
+    if parts > 1 and config.checkpoint:
+        raise OptionError("", "data_shards", parts, "a prior trains on the codes of all images; leave it out")
+    with distributed.first_goes_first(parts) as first:
+        dataset = load_data(config, rescan=rescan and first)
+    if parts == 1:
+        return dataset
+    count = min(distributed.gather_objects(len(dataset.train.images)))
+    return dataset._replace(train=Images(*(rows[:count] for rows in dataset.train)))
+
+
+def load_data(config: Config, *, rescan: bool = False) -> Dataset:
+    parts = config.data_shards
     return data.load(
         config.dataset.name,
         data_dir=config.data_dir,
         image_size=config.image_size,
         limit=config.limit,
         validation=validation_share(config.validation),
+        rescan=rescan,
+        part=(distributed.part_of(parts), parts),
         **config.dataset.options,
     )
 
@@ -355,7 +382,7 @@ def stage_one(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
     model = build_autoencoder(
         {slot: getattr(config, slot) for slot in autoencoder.SLOTS},
         image_shape=(images.shape[1], images.shape[2], images.shape[3]),
-        data_variance=resumed["data"]["variance"] if resumed else pixel_variance(images),
+        data_variance=resumed["data"]["variance"] if resumed else distributed.on_first(lambda: pixel_variance(images)),
         num_classes=len(dataset.classes) if config.conditional else 0,
         total_steps=total_steps,
     )
@@ -582,8 +609,10 @@ def evaluate_checkpoint(
 def _evaluate(
     content: dict[str, Any], path: Path, config: Config, device: torch.device, asked: Asked, output: str | None
 ) -> int:
-    with distributed.first_goes_first():
-        dataset = load_data(replace(config, validation=TEST))  # nothing is chosen any more
+    if config.data_shards == 1 or asked.probed:
+        config = replace(config, validation=TEST, data_shards=1)  # nothing is chosen any more
+    with distributed.first_goes_first(min(config.data_shards, distributed.world())):
+        dataset = load_data(config)
     compare_classes(content["data"]["classes"], dataset.classes, config)
     about, results = assess(path, content, dataset, device, asked)
     table = about | results

@@ -24,21 +24,24 @@ class NotWritten(UserError):
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, *, resumable: bool = False) -> Iterator[BinaryIO]:
     """Open a file that takes the name `path` when the block ends without an error; until then the old one stays.
 
     The bytes go to a temporary file of this process in the same folder, opened at once: a name that cannot be written
     raises `UserError` before the work rather than after. So does any exception of the block that follows a failed
     write: libraries replace that error by their own. Errors of other files leave the block as they are.
+
+    Where it is `resumable`, the block goes on with the temporary file if there is one, which stays if an interrupt
+    ends the block.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    raw = None
+    partial = partial_of(path)
+    raw, kept = None, False
     try:
         with writing(path):
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             path.parent.mkdir(parents=True, exist_ok=True)
-            raw = _Raw(partial, "wb")
+            raw = _Raw(partial, "r+b" if resumable and partial.exists() else "wb")
         with _Buffered(raw) as file:
             yield file
             with writing(path):
@@ -51,9 +54,18 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         if raw and raw.failure:
             raise cannot_write(path, raw.failure) from None
         raise
+    except BaseException:
+        kept = resumable
+        raise
     finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        if not kept:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+
+
+def partial_of(path: Path) -> Path:
+    """The temporary file of this process for a file."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 def replace(source: Path, target: Path) -> None:
@@ -203,6 +215,10 @@ def read_json(path: Path, most: int) -> Any:
     """The content of a JSON file of at most `most` bytes. Raises OSError, ValueError or RecursionError."""
     with open_file(path) as file:
         return json.loads(file.read(most).decode())
+
+
+def size_of(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
 
 
 def open_file(path: Path) -> BinaryIO:

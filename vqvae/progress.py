@@ -6,12 +6,27 @@ from collections.abc import Iterator, Mapping
 
 from tqdm import tqdm
 
+from vqvae import distributed
 from vqvae.metrics import METRICS, line
 
 WIDTH, NARROWEST = 80, 7  # columns of the terminal, and of a metric in the table
 LONGEST = 34  # of the metrics next to the bar
 BAR = "{desc} {percentage:3.0f}% {bar} {elapsed}<{remaining}"
 FIRST, LAST = 5, 25  # steps between which the speed is measured for the first estimate
+
+
+def images_bar(total: int, what: str) -> tqdm:
+    """A bar that counts images, with images/s and the time left, for what takes longer than a second."""
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=" images",
+        bar_format="{desc} {percentage:3.0f}% {bar} {n_fmt}/{total_fmt}, {rate_noinv_fmt} {elapsed}<{remaining}",
+        delay=1,
+        dynamic_ncols=True,
+        disable=distributed.hides_bars(),
+        leave=False,
+    )
 
 
 class Progress:

@@ -22,16 +22,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqvae import checkpoint, data, distributed
-from vqvae.archives import array_names, read_arrays, size_of
+from vqvae.archives import array_names, read_arrays
 from vqvae.autoencoder import Autoencoder
 from vqvae.checkpoint import weights_checksum
 from vqvae.contracts import Discrete
 from vqvae.data.base import fingerprint
-from vqvae.data.decoding import Resize, read_image
 from vqvae.data.listing import list_images
+from vqvae.decoding import Resize, read_image
 from vqvae.devices import choose_device
 from vqvae.errors import OptionError, UserError, one_line, printable
-from vqvae.files import WINDOWS, cannot_write, open_file, whole_file
+from vqvae.files import WINDOWS, cannot_write, open_file, size_of, whole_file
 from vqvae.registry import Choice, Size, resolve
 
 FIELDS = ("codes", "num_codes", "grid", "image_shape", "files", "model")
@@ -75,8 +75,8 @@ class ImageFolder:
         need_images(model, "input", folder)
         self.folder, self.batch_size = folder, batch_size
         self.channels, self.size, self.resize = model.image_shape[0], Size(model.image_shape[1:]), resize
-        files, self.unlisted = list_images(folder, "input")
-        self.files, self.whole = files[:limit], True
+        found = list_images(folder, "input")
+        self.files, self.unlisted, self.whole = [folder / name for name in found.names[:limit]], found.unlisted, True
         self.names: list[str] = []
 
     def __len__(self) -> int:

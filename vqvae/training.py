@@ -19,7 +19,7 @@ from vqvae import distributed, shares
 from vqvae.averaging import AveragedWeights
 from vqvae.batch_norm import BatchNorm
 from vqvae.contracts import TrainOutput
-from vqvae.data.batches import batch_indices
+from vqvae.data.batches import Shuffle, batch_indices, block_of, read_ahead
 from vqvae.devices import keep_memory, widest_float
 from vqvae.errors import OptionError, UserError
 from vqvae.interrupts import Interrupt
@@ -57,9 +57,11 @@ class Plan(NamedTuple):
     augment: Callable[[Tensor], Tensor] | None = None  # applied to every training batch
     accumulate: int = 1  # shares of a batch that each process computes one after another
     on_nan: Literal["stop", "skip"] = "stop"  # what to do where the loss or the gradient is not finite
+    shuffle: Shuffle = "full"
+    data_shards: int = 1  # parts of the data, of equal size, of which each process has one
 
     def steps_per_epoch(self, examples: int) -> int:
-        return examples // self.batch_size
+        return examples * self.data_shards // self.batch_size
 
     def total_steps(self, examples: int) -> int:
         steps = self.epochs * self.steps_per_epoch(examples)
@@ -67,11 +69,15 @@ class Plan(NamedTuple):
 
     def check(self, examples: int) -> None:
         """Raise `OptionError` for a batch that the examples or the processes cannot share."""
+        examples *= self.data_shards
         if self.batch_size > examples:
             raise OptionError(
                 "", "batch_size", self.batch_size, f"larger than the {examples} training examples; use a smaller one"
             )
         shared = distributed.world() * self.accumulate
+        if self.data_shards > 1 and self.batch_size % shared:
+            problem = f"must be a multiple of {shared}: with data_shards, the processes have equal shares of a batch"
+            raise OptionError("", "batch_size", self.batch_size, problem)
         if self.batch_size < shared:
             problem = f"smaller than the {shared} shares that it is to have; use a larger one"
             raise OptionError("", "batch_size", self.batch_size, problem)
@@ -180,7 +186,7 @@ def fit(
     results = None
     if loop.step == 0:
         seed_step(plan.seed, 0, plan.device.type, "start")
-        order = loop.order(batch_size=1, epoch=0).flatten()
+        order = loop.order(batch_size=plan.data_shards, epoch=0)[:, 0]
         with loop.progress.working("start"):
             stage.module.initialize(lambda n: take(loop.examples, order[:n], plan.device))
     with Interrupt() as interrupt, contextlib.closing(loop.progress):
@@ -249,7 +255,8 @@ class Loop:
             self.examples = self.redraw(epoch).to(self.examples.device)
         first, started = self.step, time.perf_counter()
         saved = started
-        for index in order[self.step - epoch * self.per_epoch :]:
+        rest = order[self.step - epoch * self.per_epoch :]
+        for index in read_ahead(rest, self.examples, block_of(self.examples, plan.shuffle)):
             self.train_step(index)
             now = time.perf_counter()
             late, wanted = distributed.any_of(now > self.deadline, interrupt.wanted)
@@ -277,8 +284,14 @@ class Loop:
         return self.plan.lr(step, self.total) * factor**self.reductions
 
     def order(self, batch_size: int, epoch: int) -> Tensor:
-        """The epoch's batches `[steps, batch_size]`, copied once to the examples' device."""
-        return batch_indices(len(self.examples), batch_size, seed=self.plan.seed, epoch=epoch).to(self.examples.device)
+        """The epoch's batches `[steps, batch_size]`, copied once to the examples' device.
+
+        With shards of the data, those of this process's shard are repeated, so that its share of a batch is of them.
+        """
+        plan, examples = self.plan, self.examples
+        mine, block = batch_size // plan.data_shards, block_of(examples, plan.shuffle)
+        order = batch_indices(len(examples), mine, seed=plan.seed, epoch=epoch, block=block)
+        return order.repeat(1, plan.data_shards).to(examples.device)
 
     def train_step(self, index: Tensor) -> None:
         """One update on the examples of an index. Does not synchronize with a GPU, except with on_nan=skip."""

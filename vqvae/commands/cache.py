@@ -18,7 +18,8 @@ examples
 
 Training on --dataset folder, npz, parquet or webdataset converts the images once, for each size and each change of the
 files, into ~/.cache/vqvae (or below XDG_CACHE_HOME). What is removed is converted again when it is needed. A cache that
-a running process uses stays, and so does every file that is no cache.
+a running process uses stays, and so does every file that is no cache. An unfinished one is what an interrupted
+conversion has: the next run goes on with it.
 """
 
 
@@ -56,7 +57,10 @@ def _table(found: list) -> str:
     for cache in found:
         count, *shape = cache.shape or [0]
         images = f"{count:,}, {'x'.join(map(str, shape))}" if shape else "unknown"
-        source = printable(f"{cache.kind} {cache.source}".strip()) or f"unknown: {cache.files[0].name}"
+        if cache.done is not None:
+            images = f"unfinished: {cache.done:,} of {images}"
+        part = f" (part {cache.part[0] + 1} of {cache.part[1]})" if cache.part else ""
+        source = printable(f"{cache.kind} {cache.source}{part}".strip()) or f"unknown: {cache.files[0].name}"
         rows.append((_bytes(cache.size), _age(time.time() - cache.changed), images, source))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"{s:>{widths[0]}}  {a:>{widths[1]}}  {i:{widths[2]}}  {source}" for s, a, i, source in rows]

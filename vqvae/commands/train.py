@@ -48,6 +48,7 @@ def main(argv: list[str]) -> int:
         other.add_argument(flag, default=argparse.SUPPRESS, **keywords)
 
     add("--resume", metavar="RUN", type=path("resume"), help="resume logs/<run> exactly where it stopped")
+    add("--rescan", action="store_true", help="convert all images of the data again, whatever their sizes and times")
     add("--list", metavar="WHAT", help="print data, nets, bottlenecks, priors, likelihoods, objectives or presets")
     add("--evaluate", action="store_true", help="print the metrics of --checkpoint on the test split")
     draws = cli.value("iw_samples", int, Range(1, 1_000_000))
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
     add("--output", metavar="FILE", type=path("output", "file"), help=help)
     options = vars(parser.parse_args(argv))  # only what was typed
     own: dict[str, Any] = {
-        key: options.pop(key) for key in ("resume", "list", "evaluate", *OF_EVALUATE) if key in options
+        key: options.pop(key) for key in ("resume", "rescan", "list", "evaluate", *OF_EVALUATE) if key in options
     }
     given: dict[str, Any] = {**own, **typed(options)}
     if "list" in given:

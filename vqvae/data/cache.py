@@ -5,13 +5,17 @@ N images, C channels, H W pixels.
 
 import contextlib
 import hashlib
+import io
+import itertools
 import json
 import math
 import os
 import re
+import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, NamedTuple, Protocol
@@ -19,22 +23,25 @@ from typing import Annotated, Any, BinaryIO, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vqvae.data.base import Dataset, Images
-from vqvae.data.decoding import Resize, Shape, optional_formats
 from vqvae.data.listing import Layout, in_order
+from vqvae.decoding import Read, Resize, Shape, optional_formats
 from vqvae.errors import OptionError, UserError, one_line, shown
-from vqvae.files import WINDOWS, NotWritten, whole_file, write_text
+from vqvae.files import WINDOWS, NotWritten, partial_of, replace, whole_file, write_text
+from vqvae.progress import images_bar
 from vqvae.registry import Options, Passes, Range, Size
+from vqvae.workers import cores, read_all
 
 try:
     import fcntl
 except ImportError:  # Windows, which removes no file that is open
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 3  # of the caches; those of another one are made again
-Read = Callable[[], np.ndarray]  # an image as `[C, H, W]` uint8; raises any exception if it cannot be read
+FORMAT = 4  # of the caches; those of another one are made again
+FEW = 100  # images that one process reads before others have started
+NOTED = 64  # images after which an unfinished conversion notes what it has
+BACKDATED = 10 * 10**9  # ns
 
 
 class Contents(NamedTuple):
@@ -43,6 +50,7 @@ class Contents(NamedTuple):
     names: list[str]  # of the images, with `/` between their parts: folders are splits and classes
     labels: list[str | None] | None = None  # names of their classes; None if folders are the classes
     classes: list[str] | None = None  # all names, in the order of their labels; None if the labels are to be ordered
+    stamps: list[str] | None = None  # differ where an image of one name has changed; None if no image changes alone
 
 
 class Source(Protocol):
@@ -59,10 +67,31 @@ class Source(Protocol):
         """Raises `UserError` for a damaged source."""
 
     def images(self, chosen: Sequence[int], shape: Shape) -> Iterator[tuple[int, Read]]:
-        """The images of these indices into `contents`, in any order, each with its index."""
+        """The images of these indices into `contents`, in any order, each with its index.
+
+        Another process may read an image, which imports no torch for it.
+        """
 
     def access(self, name: str) -> list[int]:
         """Differs where an image may be read by others than before."""
+
+
+class Part(NamedTuple):
+    """The part of the training images that one of several machines has; all have the held-out ones."""
+
+    number: int
+    total: int
+    holdout: float  # the share of the images in the test split, where no folders are splits
+    validation: float | None  # the share of the training images in the validation split, if there is one
+
+
+class Reading(NamedTuple):
+    """How a source is read, whatever it contains."""
+
+    rescan: bool = False  # convert all images again
+    number: int = 0  # of this machine's part of the training images
+    total: int = 1
+    validation: float | None = None  # the share that all machines have of them, where there are several
 
 
 class CachedImages(NamedTuple):
@@ -75,32 +104,39 @@ class CachedImages(NamedTuple):
     classes: list[str] | None  # all names, in the order of their labels, if the source has such an order
     unused: list[str]  # names of images that are in none of the folders that are splits
     layout: Layout
+    sizes: list[int] | None  # of the training, validation and test split, where the cache is a part
 
 
-def cached(source: Source, shape: Shape) -> CachedImages:
+def cached(source: Source, shape: Shape, part: Part | None = None, *, rescan: bool = False) -> CachedImages:
     """The images of a source, those of the test split last: each split is one slice of the mapped array.
 
     Images outside the folders that are splits are left out. Raises `UserError` if no image is left, or if the cache
     cannot be written.
 
-    The cache is an array and an index with a checksum of both. A damaged one is made again, and so is one that lacks
-    a file whose permissions have changed since.
+    The cache is an array and an index with a checksum of itself and of each image. What an earlier cache of the same
+    source, a damaged one or an unfinished one has of the images is used again, unless `rescan` asks for all of them.
     """
-    facts = [FORMAT, source.kind, *shape, optional_formats(), source.facts()]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+    recipe = [FORMAT, source.kind, *shape, optional_formats()]
+    facts = json.dumps([recipe, part, source.facts()])
+    key = hashlib.sha256(facts.encode()).hexdigest()[:24]
     array, index = cache_folder() / f"{key}.npy", cache_folder() / f"{key}.json"
-    content = _stored(array, index, source)
+    content = None if rescan else _stored(array, index, source)
     if content is None:
         contents = source.contents()
         if not contents.names:
             raise OptionError("", "data_dir", source.path, f"has no images in its {source.kind} files; name others")
+        if contents.stamps is None:
+            contents = contents._replace(stamps=[f"{key} {i}" for i in range(len(contents.names))])
+        plan = _Plan.of(contents, part)
+        about = {
+            "source": os.path.abspath(source.path),
+            "kind": source.kind,
+            "part": part and [part.number, part.total],
+            "recipe": json.loads(json.dumps(recipe)),  # as it is read
+            "shape": [len(plan.chosen), shape.channels, *shape.size],
+        }
         try:
-            content = _convert(contents, source, shape, array)
-            try:
-                write_text(index, json.dumps(content | {"checksum": _checksum(array, content)}))
-            except BaseException:
-                array.unlink()  # without its index it would only fill the disk
-                raise
+            content = _convert(plan, source, shape, array, index, about, rescan)
         except NotWritten as problem:
             content = _stored(array, index, source)  # on Windows, where nobody replaces one that a faster process uses
             if content is None:
@@ -114,7 +150,7 @@ def cached(source: Source, shape: Shape) -> CachedImages:
     above, *splits = content["layout"]
     images = torch.from_numpy(_mapped(array)[: len(content["paths"])])
     layout = Layout(above, *map(frozenset, splits))
-    others = {name: content[name] for name in ("paths", "labels", "classes", "unused")}
+    others = {name: content[name] for name in ("paths", "labels", "classes", "unused", "sizes")}
     return CachedImages(images, unreadable=unreadable, layout=layout, **others)
 
 
@@ -126,83 +162,254 @@ def cache_folder() -> Path:
         raise UserError(f"no place for the cache of images ({one_line(problem)}); set XDG_CACHE_HOME") from None
 
 
-def _convert(contents: Contents, source: Source, shape: Shape, array: Path) -> dict[str, Any]:
-    """Write the readable images as a .npy file `[all, C, H, W]`, zeros at its end. Returns the content of its index:
+class _Plan(NamedTuple):
+    """Which images a cache is to have, by row."""
 
-    the fields of `CachedImages` without the images, where each unreadable one has its `access` and the `reason`; and
-    `source`, `kind` and `shape`, which `caches` lists.
+    contents: Contents
+    layout: Layout
+    chosen: list[int]  # indices into the contents
+    labels: list[str | None]  # of all images of the contents
+    unused: list[str]
+    sizes: list[int] | None  # of the splits, where the cache is a part
+
+    @classmethod
+    def of(cls, contents: Contents, part: Part | None) -> "_Plan":
+        names = contents.names
+        layout = Layout.of(names)
+        splits = [layout.split(name) for name in names]
+        places = [position(name) for name in names]
+        chosen = [i for i, split in enumerate(splits) if split or not layout.train]
+        chosen.sort(key=lambda i: (splits[i] == "test", -places[i], names[i]))
+        labels = contents.labels or [layout.label(name) for name in names]
+        unused = [name for name, split in zip(names, splits, strict=True) if layout.train and not split]
+        if part is None:
+            return cls(contents, layout, chosen, labels, unused, None)
+        held_out = "test" in splits
+        train = sum(splits[i] != "test" if held_out else places[i] >= part.holdout for i in chosen)
+        train = min(max(train, 1), len(chosen) - 1)
+        validation = max(1, round(part.validation * train)) if part.validation else 0
+        shared = (train - validation) // part.total
+        if not shared:
+            problem = f"leaves no training image of {train:,} to each part; use fewer, or test for the validation split"
+            raise OptionError("", "data_shards", part.total, problem)
+        mine = chosen[part.number : shared * part.total : part.total]
+        known = {labels[i] for i in chosen}
+        if None in known:
+            labels = [None] * len(labels)
+        contents = contents._replace(classes=contents.classes or in_order(label for label in known if label))
+        chosen = mine + chosen[train - validation :]
+        return cls(contents, layout, chosen, labels, unused, [shared, validation, len(chosen) - shared - validation])
+
+
+def _convert(
+    plan: _Plan, source: Source, shape: Shape, array: Path, index: Path, about: dict[str, Any], rescan: bool
+) -> dict[str, Any]:
+    """Write the readable images as a .npy file `[all, C, H, W]`, zeros at its end, and its index; returns the index:
+
+    the fields of `CachedImages` without the images, where each unreadable one has its `access`, `stamp` and the
+    `reason`; `about`, which says what the cache is of; the `stamps` and checksums (`sums`) of the images; and the time
+    (`written`) of the array, which no program gives it that writes to it.
+
+    A journal notes the images that are converted, so that a conversion that is killed can be continued.
     """
-    names = contents.names
-    layout = Layout.of(names)
-    splits = [layout.split(name) for name in names]
-    chosen = [i for i, split in enumerate(splits) if split or not layout.train]
-    chosen.sort(key=lambda i: (splits[i] == "test", -position(names[i]), names[i]))
-    rows = {i: row for row, i in enumerate(chosen)}
-    unreadable: dict[int, dict[str, Any]] = {}  # by row
-    size = shape.channels * math.prod(shape.size)
-    with whole_file(array) as out:
+    names, stamps = plan.contents.names, plan.contents.stamps or []
+    partial, journal = partial_of(array), partial_of(index)
+    with contextlib.ExitStack() as stack:
+        before = []
+        if not rescan:
+            _adopt(array, index, stack)
+            before = _earlier(about)
+        stack.callback(_tidy, partial, journal)
+        out = stack.enter_context(whole_file(array, resumable=True))
         _share(out.raw.fileno())  # type: ignore[attr-defined]
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), shape.channels, *shape.size)}
-        np.lib.format.write_array_header_1_0(out, header)
-        start = out.tell()
-        jobs = source.images(chosen, shape)
-        few = True if len(chosen) <= 200 else None
-        for i, read in tqdm(jobs, total=len(chosen), desc="reading images", unit="image", disable=few):
-            access = source.access(names[i])
-            try:
-                pixels = read().tobytes()
-            except Exception as problem:  # decoders raise anything on a damaged file
-                unreadable[rows[i]] = {"access": access, "reason": quoted(one_line(problem, 120))}
-            else:
-                out.seek(start + rows[i] * size)
-                out.write(pixels)
-        kept = [row for row in range(len(chosen)) if row not in unreadable]
-        _close_gaps(out, kept, start, size)
-        out.truncate(start + len(kept) * size)
-        out.truncate(start + len(chosen) * size)
-    labels = contents.labels or [layout.label(name) for name in names]
-    return {
-        "paths": [names[chosen[row]] for row in kept],
-        "labels": [labels[chosen[row]] for row in kept],
-        "classes": contents.classes,
-        "unused": [name for name, split in zip(names, splits, strict=True) if layout.train and not split],
-        "layout": [layout.above, sorted(layout.train), sorted(layout.held_out)],
-        "unreadable": {names[chosen[row]]: unreadable[row] for row in sorted(unreadable)},
-        "source": os.path.abspath(source.path),
-        "kind": source.kind,
-        "shape": [len(chosen), shape.channels, *shape.size],
-    }
+        rows = _Rows(out, about["shape"])
+        files = {old.array: stack.enter_context(file) for old in before if (file := _opened(old.array))}
+        known = {image[:2]: (old.array, image) for old in before if old.array in files for image in old.images}
+        for row, i in enumerate(plan.chosen):
+            place, image = known.get((names[i], stamps[i]), (None, None))
+            if image and place:
+                rows.take(row, image, files[place], same=(place, image.row) == (partial, row))
+            if row in rows.unreadable and rows.unreadable[row]["access"] != source.access(names[i]):
+                del rows.unreadable[row]
+        _write_journal(journal, [about])
+        numbers = {i: row for row, i in enumerate(plan.chosen) if rows.lacks(row)}
+        results = stack.enter_context(contextlib.closing(_read(source, sorted(numbers), shape, names)))
+        while found := list(itertools.islice(results, NOTED)):
+            fresh = [rows.put(numbers[i], result, access, (names[i], stamps[i])) for i, access, result in found]
+            out.flush()
+            _write_journal(journal, fresh)
+        kept = rows.close_gaps()
+        content = about | {
+            "paths": [names[plan.chosen[row]] for row in kept],
+            "labels": [plan.labels[plan.chosen[row]] for row in kept],
+            "classes": plan.contents.classes,
+            "unused": plan.unused,
+            "layout": [plan.layout.above, sorted(plan.layout.train), sorted(plan.layout.held_out)],
+            "unreadable": {names[plan.chosen[row]]: rows.unreadable[row] for row in sorted(rows.unreadable)},
+            "sizes": plan.sizes and _counts(plan.sizes, kept),
+            "stamps": [stamps[plan.chosen[row]] for row in kept],
+            "sums": [rows.sums[row] for row in kept],
+            "written": _backdate(out),
+        }
+        _write_index(index, content)
+    _remove_superseded(about, array)
+    return content
 
 
-def _close_gaps(out: BinaryIO, kept: Sequence[int], start: int, size: int) -> None:
-    """Move rows of `size` bytes forward, so that those in `kept` follow each other."""
+class Image(NamedTuple):
+    """An image that is converted, or known as unreadable."""
+
+    name: str
+    stamp: str
+    row: int
+    sum: int  # CRC32 of its pixels
+    unreadable: dict[str, Any] | None  # its `access` and `stamp`, and the `reason`
+
+    @classmethod
+    def of(cls, entry: Any) -> "Image":
+        """The inverse of what a journal notes. Raises `ValueError` for anything else."""
+        name, stamp, row, known, unreadable = entry
+        whole = unreadable is None or set(unreadable) == {"access", "stamp", "reason"}
+        if not (whole and isinstance(name, str) and isinstance(stamp, str) and row >= 0):
+            raise ValueError("damaged")
+        return cls(name, stamp, row, known, unreadable)
+
+
+class _Rows:
+    """The rows of an array that is being written: one for each image, readable or not."""
+
+    def __init__(self, out: BinaryIO, shape: Sequence[int]):
+        self.out, self.start, self.size = out, len(_header(shape)), math.prod(shape[1:])
+        self.sums: list[int | None] = [None] * shape[0]  # of the rows that are written
+        self.unreadable: dict[int, dict[str, Any]] = {}
+        out.write(_header(shape))
+        out.flush()
+
+    def lacks(self, row: int) -> bool:
+        return self.sums[row] is None and row not in self.unreadable
+
+    def take(self, row: int, image: Image, file: BinaryIO, *, same: bool) -> None:
+        """Copy an image of an earlier array, unless it is at the same place. A damaged one stays missing."""
+        if image.unreadable:
+            self.unreadable[row] = image.unreadable
+            return
+        try:
+            file.seek(self.start + image.row * self.size)
+            pixels = file.read(self.size)
+        except OSError:
+            return
+        if len(pixels) == self.size and zlib.crc32(pixels) == image.sum:
+            self.sums[row] = image.sum
+            if not same:
+                self._write(row, pixels)
+
+    def put(self, row: int, result: bytes | str, access: list[int], name: tuple[str, str]) -> Image:
+        """Write an image, or remember why it cannot be read; `name` is its name and stamp."""
+        if isinstance(result, str):
+            self.unreadable[row] = {"access": access, "stamp": name[1], "reason": quoted(result)}
+            return Image(*name, row, 0, self.unreadable[row])
+        self._write(row, result)
+        self.sums[row] = known = zlib.crc32(result)
+        return Image(*name, row, known, None)
+
+    def _write(self, row: int, pixels: bytes) -> None:
+        self.out.seek(self.start + row * self.size)
+        self.out.write(pixels)
+
+    def close_gaps(self) -> list[int]:
+        """Move the images forward, so that they follow each other, with zeros behind them; returns their rows."""
+        kept = [row for row, known in enumerate(self.sums) if known is not None]
+        self.out.flush()
+        with open(self.out.name, "rb") as written:
+            for row, before in enumerate(kept):
+                if row != before:
+                    written.seek(self.start + before * self.size)
+                    self._write(row, written.read(self.size))
+        for count in (len(kept), len(self.sums)):
+            self.out.truncate(self.start + count * self.size)
+        return kept
+
+
+def _read(
+    source: Source, missing: Sequence[int], shape: Shape, names: Sequence[str]
+) -> Generator[tuple[int, list[int], bytes | str], None, None]:
+    """The index, the access and the bytes of each image, or why it cannot be read."""
+    started: deque[tuple[int, list[int]]] = deque()
+
+    def reads() -> Iterator[Read]:
+        for i, read in source.images(missing, shape):
+            started.append((i, source.access(names[i])))
+            yield read
+
+    with images_bar(len(missing), "reading images") as bar:
+        for result in read_all(reads(), cores() if len(missing) > FEW else 1):
+            bar.update()
+            yield *started.popleft(), result
+
+
+def _header(shape: Sequence[int]) -> bytes:
+    """The beginning of a .npy file `[N, C, H, W]` uint8."""
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
+    return out.getvalue()
+
+
+def _counts(sizes: Sequence[int], kept: Sequence[int]) -> list[int]:
+    """How many of the rows in `kept` are in each of the splits that follow each other."""
+    ends = np.searchsorted(kept, np.cumsum(sizes))
+    return np.diff(ends, prepend=0).tolist()
+
+
+def _backdate(out: BinaryIO) -> int:
+    """Give an array a time that no later write gives it; returns it, in ns."""
     out.flush()
-    with open(out.name, "rb") as written:
-        for row, before in enumerate(kept):
-            if row != before:
-                written.seek(start + before * size)
-                out.seek(start + row * size)
-                out.write(written.read(size))
+    moment = time.time_ns() - BACKDATED
+    with contextlib.suppress(OSError):
+        os.utime(out.name, ns=(moment, moment))
+    return os.stat(out.name).st_mtime_ns
 
 
 def _stored(array: Path, index: Path, source: Source) -> dict[str, Any] | None:
     """The content of the index of a cache, None if the cache is absent, damaged, or lacks what can be read by now."""
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        whole = content.pop("checksum") == _checksum(array, content)
+        content = _index(index)
+        whole = _is_whole(array, content)
         whole = whole and all(source.access(name) == file["access"] for name, file in content["unreadable"].items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except UNUSABLE:
         return None
     return content if whole else None
 
 
-def _checksum(array: Path, content: dict[str, Any]) -> int:
-    """The CRC32 of the array, continued over the rest of the index."""
-    checksum = 0
+UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)  # of a damaged index
+
+
+def _index(path: Path) -> dict[str, Any]:
+    """The content of an index. Raises any of `UNUSABLE`."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if content.pop("checksum") != zlib.crc32(json.dumps(content).encode()):
+        raise ValueError("damaged")
+    return content
+
+
+def _write_index(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content | {"checksum": zlib.crc32(json.dumps(content).encode())}))
+
+
+def _is_whole(array: Path, content: dict[str, Any]) -> bool:
+    """Whether an array has the images of its index. It is read only if it was written to, or copied, since."""
+    header, size = _header(content["shape"]), math.prod(content["shape"][1:])
+    status = array.stat()
+    if status.st_size != len(header) + content["shape"][0] * size:
+        return False
+    if status.st_mtime_ns == content["written"]:
+        return True
+    sums = content["sums"] + [zlib.crc32(bytes(size))] * (content["shape"][0] - len(content["sums"]))
     with open(array, "rb") as file:
-        while block := file.read(2**22):
-            checksum = zlib.crc32(block, checksum)
-    return zlib.crc32(json.dumps(content).encode(), checksum)
+        whole = file.read(len(header)) == header and all(zlib.crc32(file.read(size)) == known for known in sums)
+    if whole:
+        with contextlib.suppress(OSError):
+            os.utime(array, ns=(content["written"], content["written"]))
+    return whole
 
 
 def _mapped(array: Path) -> np.ndarray:
@@ -224,6 +431,100 @@ def _share(file: int) -> None:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
+# what earlier conversions have
+
+
+class Earlier(NamedTuple):
+    """A cache of a source, or an unfinished one."""
+
+    array: Path
+    notes: Path  # its index, or journal
+    about: dict[str, Any]
+    images: list[Image]
+
+
+def _earlier(about: dict[str, Any]) -> list[Earlier]:
+    """The caches of the same source and recipe. Unfinished ones are last: they have the newest images."""
+    found: list[Earlier] = []
+    files: list[tuple[Path, re.Match[str]]] = []
+    with contextlib.suppress(OSError):  # of a folder that cannot be listed, and perhaps not be written to
+        files = sorted(_cache_files(), key=lambda file: bool(file[1][3]))
+    for path, match in files:
+        if match[2] == "json":
+            with contextlib.suppress(*UNUSABLE):
+                content, images = _read_journal(path) if match[3] else _read_index(path)
+                if all(content[key] == about[key] for key in ("source", "recipe")):
+                    array = path.with_name(f"{match[1]}.npy{match[3] or ''}")
+                    found.append(Earlier(array, path, content, images))
+    return found
+
+
+def _read_index(path: Path) -> tuple[dict[str, Any], list[Image]]:
+    content = _index(path)
+    rows = zip(content["paths"], content["stamps"], range(len(content["paths"])), content["sums"], strict=True)
+    failed = [Image(name, file["stamp"], 0, 0, file) for name, file in content["unreadable"].items()]
+    return content, failed + [Image(*row, None) for row in rows]
+
+
+def _write_journal(path: Path, entries: Sequence[Any]) -> None:
+    """Note what an unfinished conversion is of, or has. It goes on where it cannot note that."""
+    with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+        file.write("".join(f"{json.dumps(entry)}\n" for entry in entries))
+
+
+def _read_journal(path: Path) -> tuple[dict[str, Any], list[Image]]:
+    """What an unfinished conversion is of, and the images that it has. Incomplete lines are left out."""
+    about: dict[str, Any] = {}
+    images = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(*UNUSABLE):
+            entry = json.loads(line)
+            if isinstance(entry, dict):
+                about = entry
+            else:
+                images.append(Image.of(entry))
+    return about, images
+
+
+def _adopt(array: Path, index: Path, stack: contextlib.ExitStack) -> None:
+    """Take over the files of a conversion that was killed: they get the names of this process's."""
+    for path in sorted(array.parent.glob(f"{array.name}.*.partial")):
+        try:
+            if fcntl:  # Windows renames no file that is open
+                file = stack.enter_context(open(path, "rb"))  # noqa: SIM115
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            replace(path.with_name(path.name.replace(".npy.", ".json.")), partial_of(index))
+            replace(path, partial_of(array))
+            return
+        except OSError:  # another process writes it
+            continue
+
+
+def _tidy(array: Path, journal: Path) -> None:
+    """After a conversion: remove the journal, unless it has images of an unfinished array."""
+    with contextlib.suppress(OSError):
+        if array.exists() and _read_journal(journal)[1]:
+            return
+    for path in (array, journal):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _opened(path: Path) -> BinaryIO | None:
+    try:
+        return open(path, "rb")
+    except OSError:
+        return None
+
+
+def _remove_superseded(about: dict[str, Any], array: Path) -> None:
+    """Remove the caches that a new one replaces, where locks tell that no process uses them."""
+    for old in _earlier(about):
+        if old.array != array and old.about["part"] == about["part"]:
+            with contextlib.suppress(UserError):
+                _remove([old.notes, old.array], unsure=False)
+
+
 # the data set of a source
 
 
@@ -241,14 +542,22 @@ class ImageOptions(Options):
 DEFAULT_SIZE = Size(64)
 
 
-def dataset(source: Source, size: Size | None, options: ImageOptions) -> Dataset:
-    """The data set of a source's images. Raises `UserError` if they cannot be read or do not fill two splits."""
-    found = cached(source, Shape(size or DEFAULT_SIZE, options.channels, options.resize))
+def dataset(source: Source, size: Size | None, options: ImageOptions, reading: Reading) -> Dataset:
+    """The data set of a source's images. Raises `UserError` if they cannot be read or do not fill two splits.
+
+    Where several machines share the training images, it has its validation split already.
+    """
+    part = None
+    if reading.total > 1:
+        part = Part(reading.number, reading.total, options.holdout, reading.validation)
+    found = cached(source, Shape(size or DEFAULT_SIZE, options.channels, options.resize), part, rescan=reading.rescan)
     images, paths, labels, layout = found.images, found.paths, found.labels, found.layout
     folder = source.path
     if len(paths) < 2:
         raise OptionError("", "data_dir", folder, "has one readable image, and the two splits need two")
     notes = []
+    if part:
+        notes.append(f"part {part.number + 1} of {part.total} of the training images")
     if layout.train:
         train = sum(layout.split(path) == "train" for path in paths)
         for folders, count in ((layout.train, train), (layout.held_out, len(paths) - train)):
@@ -259,6 +568,8 @@ def dataset(source: Source, size: Size | None, options: ImageOptions) -> Dataset
             notes.append(f"images outside of these left out: {len(found.unused):,}, such as {shown(found.unused[0])}")
     else:
         train = min(max(sum(position(path) >= options.holdout for path in paths), 1), len(paths) - 1)
+    if found.sizes:
+        train = found.sizes[0] + found.sizes[1]
     names = found.classes or in_order(label for label in labels if label is not None)
     outside = [path for path, label in zip(paths, labels, strict=True) if label is None]
     classes = names if len(names) > 1 and not outside else []
@@ -268,14 +579,18 @@ def dataset(source: Source, size: Size | None, options: ImageOptions) -> Dataset
         notes.append(f"unreadable files left out: {len(found.unreadable):,}")
     numbers = {name: number for number, name in enumerate(classes)}
     indices = torch.tensor([numbers.get(label or "", -1) for label in labels])
+    validation = found.sizes[1] if found.sizes else 0
+    ends = (0, train - validation, train, len(paths))
+    splits = [Images(images[start:end], indices[start:end]) for start, end in itertools.pairwise(ends)]
     return Dataset(
         source.kind,
-        Images(images[:train], indices[:train]),
-        Images(images[train:], indices[train:]),
+        splits[0],
+        splits[2],
         tuple(map(quoted, classes)),
         "; ".join(notes),
         unreadable=dict(sorted(found.unreadable.items())),
         shuffled=True,  # by the hashes of their names
+        validation=splits[1] if validation else None,
     )
 
 
@@ -305,31 +620,49 @@ class Cache(NamedTuple):
     kind: str  # of its source; "" if unknown
     source: str  # path
     shape: list[int]  # [N, C, H, W], or empty
+    done: int | None  # images that an unfinished one has
+    part: list[int] | None  # its number, and how many parts there are
 
 
 def caches() -> list[Cache]:
     """All caches, the oldest first. Files that no cache has are left out."""
     found: dict[str, list[Path]] = {}
-    with contextlib.suppress(FileNotFoundError):
-        for path in sorted(cache_folder().iterdir()):
-            if (match := CACHE_FILE.fullmatch(path.name)) and path.is_file() and not path.is_symlink():
-                found.setdefault(match[1], []).append(path)
+    for path, match in _cache_files():
+        found.setdefault(match[1], []).append(path)
     return sorted((_described(files) for files in found.values()), key=lambda cache: cache.changed)
 
 
-CACHE_FILE = re.compile(r"([0-9a-f]{24})\.(?:npy|json)(?:\.\d+\.partial)?")
+CACHE_FILE = re.compile(r"([0-9a-f]{24})\.(npy|json)(\.\d+\.partial)?")
+
+
+def _cache_files() -> Iterator[tuple[Path, re.Match[str]]]:
+    """The files of caches, sorted, with the parts of their names."""
+    with contextlib.suppress(FileNotFoundError):
+        for path in sorted(cache_folder().iterdir()):
+            if (match := CACHE_FILE.fullmatch(path.name)) and path.is_file() and not path.is_symlink():
+                yield path, match
 
 
 def _described(files: list[Path]) -> Cache:
     content: Any = {}
+    done = None
+    names = {path.name: path for path in files}
+    index = f"{files[0].name[:24]}.json"
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        content = json.loads(files[0].with_suffix(".json").read_text(encoding="utf-8"))
+        if index in names:
+            content = json.loads(names[index].read_text(encoding="utf-8"))
+            done = None if index.replace(".json", ".npy") in names else 0
+        else:
+            journals = [_read_journal(path) for path in files if path.name.startswith(index)]
+            content, images = max(journals, key=lambda journal: len(journal[1]), default=({}, []))
+            done = len(images)
     content = content if isinstance(content, dict) else {}
     kind, source, shape = (content.get(key, default) for key, default in (("kind", ""), ("source", ""), ("shape", [])))
     known = isinstance(kind, str) and isinstance(source, str) and isinstance(shape, list) and len(shape) == 4
     status = [path.stat() for path in files]
     size, changed = sum(entry.st_size for entry in status), max(entry.st_mtime for entry in status)
-    return Cache(files, size, changed, *((kind, source, shape) if known else ("", "", [])))
+    about = (kind, source, shape, done, content.get("part")) if known else ("", "", [], None, None)
+    return Cache(files, size, changed, *about)
 
 
 def remove(cache: Cache) -> bool:
@@ -337,16 +670,24 @@ def remove(cache: Cache) -> bool:
 
     Raises `UserError` for files that cannot be removed.
     """
+    return _remove(cache.files, unsure=True)
+
+
+def _remove(files: Sequence[Path], *, unsure: bool) -> bool:
+    """See `remove`; `unsure`: also where there are no locks to tell whether a process uses them."""
     with contextlib.ExitStack() as stack:
-        for path in cache.files if fcntl else ():
+        for path in files if fcntl else ():
             try:
                 file = stack.enter_context(open(path, "rb"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-            except OSError:  # no locks here, or another process has removed it
+            except FileNotFoundError:  # another process has removed it
                 continue
-        for path in reversed(cache.files):  # the array before its index
+            except OSError:  # no locks here
+                if not unsure:
+                    return False
+        for path in reversed(files):  # the array before its index
             try:
                 path.unlink(missing_ok=True)
             except OSError as problem:

@@ -8,8 +8,8 @@ N images, C channels, H W pixels.
 
 import contextlib
 import functools
-import io
 import json
+import os
 import re
 import tarfile
 from collections import Counter
@@ -19,20 +19,21 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from vqvae.archives import array_names, read_arrays, size_of
+from vqvae.archives import array_names, read_arrays
 from vqvae.data.base import Dataset
-from vqvae.data.cache import Contents, ImageOptions, Read, dataset
-from vqvae.data.decoding import LARGEST_FILE, MOST_MEMORY, Shape, decode, eight_bits, fit, white
-from vqvae.data.image_folder import stamp
-from vqvae.data.listing import SUFFIXES, list_files, split_of
+from vqvae.data.cache import Contents, ImageOptions, Reading, dataset
+from vqvae.data.listing import SUFFIXES, Listing, list_files, split_of, stamp
+from vqvae.decoding import Read, Shape, read_array, read_bytes, read_part, white
 from vqvae.errors import OptionError, UserError, one_line
-from vqvae.files import open_file
+from vqvae.files import open_file, size_of
 from vqvae.registry import Size
 
 LARGEST_LABEL = 2**20  # bytes of a file with the label of an image, and of a header in a tar file
 
 
-def npz(*, data_dir: Path, image_size: Size | None, options: ImageOptions = ImageOptions()) -> Dataset:
+def npz(
+    *, data_dir: Path, image_size: Size | None, reading: Reading, options: ImageOptions = ImageOptions()
+) -> Dataset:
     """Images in an .npz file of NumPy: data_dir names one, or a folder with some.
 
     Arrays images and labels, x_train, y_train, x_test and y_test, train_images ..., or arr_0 and arr_1. Images are
@@ -41,10 +42,12 @@ def npz(*, data_dir: Path, image_size: Size | None, options: ImageOptions = Imag
 
     Splits, size and cache are those of --dataset folder, where image 7 would be the file 000007.png.
     """
-    return dataset(Npz(data_dir), image_size, options)
+    return dataset(Npz(data_dir), image_size, options, reading)
 
 
-def parquet(*, data_dir: Path, image_size: Size | None, options: ImageOptions = ImageOptions()) -> Dataset:
+def parquet(
+    *, data_dir: Path, image_size: Size | None, reading: Reading, options: ImageOptions = ImageOptions()
+) -> Dataset:
     """Images in a .parquet file, as Hugging Face has them: data_dir names one, or a folder with some.
 
     The column image (or img) has encoded images, as bytes or as a struct of bytes and path; label has integers or text.
@@ -52,10 +55,12 @@ def parquet(*, data_dir: Path, image_size: Size | None, options: ImageOptions = 
 
     Otherwise splits, size and cache are those of --dataset folder.
     """
-    return dataset(Parquet(data_dir), image_size, options)
+    return dataset(Parquet(data_dir), image_size, options, reading)
 
 
-def webdataset(*, data_dir: Path, image_size: Size | None, options: ImageOptions = ImageOptions()) -> Dataset:
+def webdataset(
+    *, data_dir: Path, image_size: Size | None, reading: Reading, options: ImageOptions = ImageOptions()
+) -> Dataset:
     """Images in a .tar file: data_dir names one, or a folder with some.
 
     The label of a/7.jpg is the number or name in a/7.cls, or under label, cls or class in a/7.json. Without such files,
@@ -63,7 +68,7 @@ def webdataset(*, data_dir: Path, image_size: Size | None, options: ImageOptions
 
     Otherwise splits, size and cache are those of --dataset folder.
     """
-    return dataset(WebDataset(data_dir), image_size, options)
+    return dataset(WebDataset(data_dir), image_size, options, reading)
 
 
 class Container(NamedTuple):
@@ -81,14 +86,16 @@ class Containers:
 
     def __init__(self, path: Path):
         self.path = path
-        files, self.unlisted = [path], dict[str, str]()
-        if not path.is_file():
-            files, self.unlisted = list_files(path, "data_dir", [self.suffix], f"{self.suffix} files, or one of them")
-        names = [path.name if file == path else file.relative_to(path).as_posix() for file in files]
-        self.files = [Container(file, split_of(name)) for file, name in zip(files, names, strict=True)]
+        if path.is_file():
+            folder, found = path.parent, Listing([path.name], {}, [stamp(path) or ""])
+        else:
+            folder, found = path, list_files(path, "data_dir", [self.suffix], f"{self.suffix} files, or one of them")
+        self.files = [Container(folder / name, split_of(name)) for name in found.names]
+        self.unlisted = found.unlisted
+        self._facts = [os.path.realpath(folder), found.names, found.stamps, [file.split for file in self.files]]
 
     def facts(self) -> Any:
-        return [(*stamp(file), split) for file, split in self.files]
+        return self._facts
 
     def access(self, name: str) -> list[int]:
         return []
@@ -162,19 +169,9 @@ class Npz(Containers):
         starts = np.cumsum([0, *(len(part.images) for part in self.parts)])
         for i in chosen:
             part = int(np.searchsorted(starts, i, side="right")) - 1
-            yield i, functools.partial(self._image, self.parts[part].images[i - starts[part]], shape)
-
-    def _image(self, values: np.ndarray, shape: Shape) -> np.ndarray:
-        """An image `[H, W]` or `[H, W, C]` as `[C, H, W]` uint8 of the shape asked for."""
-        from PIL import Image
-
-        if values.shape[0] * values.shape[1] * 14 > MOST_MEMORY:  # see decoding.py
-            raise ValueError(f"more than {MOST_MEMORY >> 20} MB; save it at a smaller size")
-        if values.dtype != np.uint8:
-            values = eight_bits(values.astype(np.float64), self.whites[values.dtype.kind])
-        if values.shape[2:] == (1,):
-            values = values[..., 0]
-        return fit(Image.fromarray(np.ascontiguousarray(values)), shape)
+            values = self.parts[part].images[i - starts[part]]
+            white = None if values.dtype == np.uint8 else self.whites[values.dtype.kind]
+            yield i, functools.partial(read_array, values, white, shape)
 
 
 def _parts(file: BinaryIO) -> list[Part]:
@@ -241,7 +238,7 @@ class Parquet(Containers):
                     values = batch.column(0)
                     for value in values.field("bytes") if column.endswith(".bytes") else values:
                         if i in wanted:
-                            yield i, functools.partial(_decode, value.as_py(), shape)
+                            yield i, functools.partial(read_bytes, value.as_py(), shape)
                         i += 1
 
 
@@ -309,13 +306,9 @@ class WebDataset(Containers):
         return Contents(names, labels if set(labels) - {None} else None)
 
     def images(self, chosen: Sequence[int], shape: Shape) -> Iterator[tuple[int, Read]]:
-        wanted, i = set(chosen), 0
-        for container, places in zip(self.files, self.places, strict=True):
-            with self.open(container.path) as file:
-                for place in places:
-                    if i in wanted:
-                        yield i, functools.partial(_decode_at, file, place, shape)
-                    i += 1
+        places = [(file.path, place) for file, inside in zip(self.files, self.places, strict=True) for place in inside]
+        for i in chosen:
+            yield i, functools.partial(read_part, *places[i], shape)
 
 
 def _members(file: BinaryIO) -> tuple[dict[str, tuple[int, int]], dict[str, str | None]]:
@@ -369,20 +362,6 @@ class _Bounded:
 
     def read(self, size: int) -> bytes:
         return self.file.read(min(size, LARGEST_LABEL))
-
-
-def _decode(raw: bytes | None, shape: Shape) -> np.ndarray:
-    if not isinstance(raw, bytes):
-        raise ValueError("no bytes")
-    if len(raw) > LARGEST_FILE:
-        raise ValueError(f"more than {LARGEST_FILE >> 20} MiB")
-    return decode(io.BytesIO(raw), shape)
-
-
-def _decode_at(file: BinaryIO, place: tuple[int, int], shape: Shape) -> np.ndarray:
-    offset, size = place
-    file.seek(offset)
-    return _decode(file.read(min(size, LARGEST_FILE + 1)), shape)
 
 
 def _inside(split: str, name: str) -> str:

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from vqvae.data.base import Dataset
-from vqvae.data.cache import CachedImages, Contents, ImageOptions, Read, cached, dataset
-from vqvae.data.decoding import Resize, Shape, read_image
+from vqvae.data.cache import CachedImages, Contents, ImageOptions, Reading, cached, dataset
 from vqvae.data.listing import list_images
+from vqvae.decoding import Read, Resize, Shape, read_image
 from vqvae.registry import Size
 
 
-def folder(*, data_dir: Path, image_size: Size | None, options: ImageOptions = ImageOptions()) -> Dataset:
+def folder(
+    *, data_dir: Path, image_size: Size | None, reading: Reading, options: ImageOptions = ImageOptions()
+) -> Dataset:
     """Your own images: every PNG, JPEG, WebP, BMP, GIF and TIFF file below data_dir, also behind links to folders.
 
     HEIC and AVIF files need a package, which their error names. Hidden files and folders are skipped. Every image gets
@@ -22,9 +24,9 @@ def folder(*, data_dir: Path, image_size: Size | None, options: ImageOptions = I
     Folders train and test (or val) at the top are the splits. Without them, a hash of its path assigns each image to
     a split, so that new images move no other. If every image lies in a subfolder, of data_dir or of the splits, these
     subfolders are the classes. The first run converts the files into a cache (~/.cache/vqvae) that later runs map into
-    memory.
+    memory; after that, only new and changed files are converted.
     """
-    return dataset(Folder(data_dir), image_size, options)
+    return dataset(Folder(data_dir), image_size, options, reading)
 
 
 def cached_images(folder: Path, size: int | tuple[int, int], channels: int, resize: Resize = "crop") -> CachedImages:
@@ -39,14 +41,13 @@ class Folder:
 
     def __init__(self, path: Path):
         self.path = path
-        files, self.unlisted = list_images(path, "data_dir")
-        self.names = [file.relative_to(path).as_posix() for file in files]
+        self.names, self.unlisted, self.stamps = list_images(path, "data_dir")
 
     def facts(self) -> Any:
-        return [(name, *stamp(self.path / name)) for name in self.names]
+        return [os.path.realpath(self.path), self.names, self.stamps]
 
     def contents(self) -> Contents:
-        return Contents(self.names)
+        return Contents(self.names, stamps=self.stamps)
 
     def images(self, chosen: Sequence[int], shape: Shape) -> Iterator[tuple[int, Read]]:
         for i in chosen:
@@ -59,12 +60,3 @@ class Folder:
         except OSError:
             return []
         return [status.st_mode, status.st_uid, status.st_gid, status.st_ctime_ns, os.access(file, os.R_OK)]
-
-
-def stamp(file: Path) -> tuple[str, int, int]:
-    """Differs where the content of a file has changed: its path, size and time of modification."""
-    try:
-        status = file.stat()
-        return str(file.resolve()), status.st_size, status.st_mtime_ns
-    except OSError:
-        return str(file), 0, 0

@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import stat
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +25,9 @@ SPLIT_WORD = re.compile(rf"({'|'.join(sorted(set.union(*SPLITS), reverse=True))}
 class Listing(NamedTuple):
     """What is below a folder. Names are relative to it, with `/` between their parts on every system."""
 
-    files: list[Path]  # sorted by path
+    names: list[str]  # of the files, sorted by their parts
     unlisted: dict[str, str]  # names of folders that cannot be listed, and why
+    stamps: list[str]  # of the files: size and time of modification, and the real path where links lead to it
 
 
 def list_images(folder: Path, option: str) -> Listing:
@@ -47,38 +49,44 @@ def list_files(folder: Path, option: str, suffixes: Collection[str], what: str) 
         os.scandir(folder).close()
     except OSError as problem:
         raise OptionError("", option, folder, f"cannot be listed ({one_line(problem)})") from None
-    files: list[Path] = []
+    found: list[tuple[list[str], str]] = []
     unlisted: dict[str, str] = {}
-    folders, links, entered = [folder], list[Path](), set[str]()
+    root = os.path.realpath(folder)
+    folders, links, entered = [""], list[str](), set[str]()
+    endings = tuple(suffixes)
     while folders or links:
-        current = folders.pop() if folders else links.pop(0)
-        real = os.path.realpath(current)
+        current = folders.pop() if folders else links.pop(0)  # its name, and "/"
+        real = os.path.realpath(folder / current)
         if real in entered:
             continue
         entered.add(real)
+        linked = real != os.path.join(root, *current.split("/")[:-1])
         try:
-            with os.scandir(current) as listing:
+            with os.scandir(folder / current) as listing:
                 entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as problem:
-            unlisted[f"{current.relative_to(folder).as_posix()}/"] = one_line(problem, 120)
+            unlisted[current] = one_line(problem, 120)
             continue
         for entry in entries:
-            path = current / entry.name
             if entry.name.startswith(".") or entry.name in HIDDEN:
                 continue
+            name = current + entry.name
             if not _is_folder(entry):
-                if path.suffix.lower() in suffixes and _may_be_file(path):
-                    files.append(path)
+                if entry.name.lower().endswith(endings):
+                    there = f" {os.path.realpath(entry.path)}" if linked or entry.is_symlink() else ""
+                    if (size_and_time := stamp(entry)) is not None:
+                        found.append((name.split("/"), f"{size_and_time}{there}"))
             elif not entry.is_symlink():
-                folders.append(path)
-            elif not _contains(os.path.realpath(path), real):
-                links.append(path)
-    if not files:
-        endings = ", ".join(sorted(suffixes))
+                folders.append(f"{name}/")
+            elif not _contains(os.path.realpath(entry.path), real):
+                links.append(f"{name}/")
+    if not found:
         kind = "image " if suffixes is SUFFIXES else ""
+        known = ", ".join(sorted(suffixes))
         closed = f", and folders that cannot be listed: {len(unlisted):,}" if unlisted else ""
-        raise OptionError("", option, folder, f"has no {kind}files ({endings}){closed}; name a folder with some")
-    return Listing(sorted(files), unlisted)
+        raise OptionError("", option, folder, f"has no {kind}files ({known}){closed}; name a folder with some")
+    found.sort()
+    return Listing(["/".join(parts) for parts, _ in found], unlisted, [stamp for _, stamp in found])
 
 
 def _contains(folder: str, other: str) -> bool:
@@ -93,12 +101,13 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _may_be_file(path: Path) -> bool:
-    """Whether reading a path would read a file, or would say why it cannot be read: a link may lead nowhere."""
+def stamp(entry: os.DirEntry | Path) -> str | None:
+    """Size and time of a file; "" for one that cannot be read, such as a link that leads nowhere; None for no file."""
     try:
-        return path.is_file() or not path.exists()
+        status = entry.stat()
     except OSError:
-        return True
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns}" if stat.S_ISREG(status.st_mode) else None
 
 
 class Layout(NamedTuple):

@@ -6,15 +6,16 @@ C channels, H W pixels.
 import contextlib
 import importlib
 import importlib.util
+import io
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
-from vqvae.archives import size_of
-from vqvae.files import open_file
+from vqvae.files import open_file, size_of
 from vqvae.registry import Size
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ BITS_PER_SAMPLE, TILE_WIDTH, TILE_LENGTH = 258, 322, 323  # tags of TIFF
 Resize = Literal["crop", "pad", "stretch"]  # how an image of another shape gets the size asked for
 
 
+Read = Callable[[], np.ndarray]  # an image as `[C, H, W]` uint8; raises any exception if it cannot be read
+
+
 class Shape(NamedTuple):
     """What every image becomes."""
 
@@ -48,6 +52,36 @@ def read_image(path: Path, size: int | tuple[int, int], channels: int, resize: R
         if size_of(file) > LARGEST_FILE:
             raise ValueError(f"a file of more than {LARGEST_FILE >> 20} MiB")
         return decode(file, Shape(Size(size), channels, resize))
+
+
+def read_part(path: Path, place: tuple[int, int], shape: Shape) -> np.ndarray:
+    """An image file that lies in another file, at an offset and with a size, as `[C, H, W]` uint8."""
+    offset, size = place
+    with open_file(path) as file:
+        file.seek(offset)
+        return read_bytes(file.read(min(size, LARGEST_FILE + 1)), shape)
+
+
+def read_bytes(raw: bytes | None, shape: Shape) -> np.ndarray:
+    """The bytes of an image file as `[C, H, W]` uint8."""
+    if not isinstance(raw, bytes):
+        raise ValueError("no bytes")
+    if len(raw) > LARGEST_FILE:
+        raise ValueError(f"more than {LARGEST_FILE >> 20} MiB")
+    return decode(io.BytesIO(raw), shape)
+
+
+def read_array(values: np.ndarray, white: int | None, shape: Shape) -> np.ndarray:
+    """An array `[H, W]` or `[H, W, C]` as `[C, H, W]` uint8; `white` is the value of white, None for uint8."""
+    from PIL import Image
+
+    if values.shape[0] * values.shape[1] * 14 > MOST_MEMORY:  # bytes per pixel, see `_open`
+        raise ValueError(f"more than {MOST_MEMORY >> 20} MB; save it at a smaller size")
+    if white is not None:
+        values = eight_bits(values.astype(np.float64), white)
+    if values.shape[2:] == (1,):
+        values = values[..., 0]
+    return fit(Image.fromarray(np.ascontiguousarray(values)), shape)
 
 
 def decode(file: BinaryIO, shape: Shape) -> np.ndarray:
