@@ -300,7 +300,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--output {args.output}: its folder does not exist; make it first")
     device, quick = torch.device(args.device), args.quick
     kind = describe(device.type, versions=False) + (f", {instructions()}" if device.type == "cpu" else "")
-    hardware = {"hardware": f"{kind}, torch {torch.__version__}"}
+    hardware = {"hardware": f"{kind}, torch {torch.__version__.split('+')[0]}"}
     print(hardware["hardware"])
     if args.to is not None:
         rows = race(args.to, args.data_dir, args.seeds, tuple(precisions(device)), device, most=args.most)

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -283,6 +284,38 @@ def test_a_race_ends_at_its_goal_or_when_it_gives_up(benchmark, monkeypatch, nam
     assert min(row["seconds"], row["cpu_seconds"]) > 0
     row = run(1e9)
     assert (row["steps"], row["reached"]) == (1, True)
+
+
+def test_training_is_compared_with_both_allocators_and_the_faster_product(benchmark, monkeypatch):
+    pytest.importorskip("vector_quantize_pytorch")
+    speed, built = benchmark("speed"), []
+
+    class Here:
+        """A contestant in this process."""
+
+        def __init__(self, build, *arguments, runs, our_allocator):
+            built.append((arguments[0], our_allocator))
+            self.work = build(*arguments)
+
+    def compete(contestants):
+        for contestant in contestants.values():
+            contestant.work()
+        return {name: 2.0 if name.startswith("mm") else 1.0 for name in contestants}
+
+    monkeypatch.setattr(speed, "Contestant", Here)
+    monkeypatch.setattr(speed, "compete", compete)
+    monkeypatch.setattr(speed, "computes_bf16", lambda: False)
+    monkeypatch.setattr(speed, "SIDE", 8)
+    monkeypatch.setattr(speed, "BATCH", 2)
+    monkeypatch.setattr(speed, "training_step", partial(speed.training_step, batch=2))
+    result = speed.training(torch.device("cpu"), 1)
+    assert built.count(("plain", False)) == built.count(("plain", True)) == built.count(("vqp", True)) == 1
+    assert result["mflop_per_image"] == pytest.approx(259.5, abs=0.1)
+    row = result["fp32"]
+    assert row["images_per_s"] == 2
+    assert row["ratio_vqp"] == row["ratio_plain_same_allocator"] == 1
+    assert row["convolution_gflops"] == pytest.approx(2 * 8**3 / 1e9)
+    assert row["fastest_gemm_fraction"] == pytest.approx(2 * 259.52256e6 / (2 * 8**3))
 
 
 def test_the_instructions_of_a_cpu_say_if_they_are_emulated(benchmark, monkeypatch):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.bottleneck_helpers import assert_nearest, make, rows
-from vqvae.bottlenecks import BOTTLENECKS, codebook
+from tests.helpers import most_allocated
+from vqvae.bottlenecks import BOTTLENECKS, codebook, nearest
 from vqvae.bottlenecks.categorical import Deterministic
 from vqvae.bottlenecks.codebook import first_codebook, kmeans_codebook
 from vqvae.bottlenecks.gradients import straight_through
@@ -33,12 +34,31 @@ def test_no_code_is_nearer_than_the_one_found(num_codes, dim):
     assert_nearest(nearest_code(z.double(), codebook.double()), z, codebook, tolerance=1e-12)
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """A search on the CPU whose tiles have 32 vectors and whose blocks have 128 codes."""
+    monkeypatch.setattr(nearest, "TILE_SCORES", {"cpu": 32 * 128})
+    monkeypatch.setattr(nearest, "BLOCK", 128)
+
+
+@pytest.mark.parametrize("num_codes", [127, 128, 129, 1000])
+def test_tiles_of_vectors_and_blocks_of_codes_miss_no_code(small_tiles, num_codes):
+    z, codebook = torch.randn(100, 5), torch.randn(num_codes, 5)
+    assert_nearest(nearest_code(z, codebook), z, codebook)
+    assert nearest_code(codebook, codebook).tolist() == list(range(num_codes))
+
+
+def test_the_search_needs_little_more_memory_than_its_input(small_tiles):
+    z, codebook = torch.randn(1000, 5), torch.randn(1000, 5)
+    assert most_allocated(lambda: nearest_code(z, codebook)) < 1000 * 1000 * 4 / 20
+
+
 def test_equally_near_codes_give_one_of_them():
     assert set(nearest_code(torch.zeros(3, 2), torch.ones(4, 2)).tolist()) <= {0, 1, 2, 3}
     codebook = torch.zeros(5000, 2)
-    nearest = [70, 90, 100, 4000]
-    codebook[nearest] = 1
-    assert set(nearest_code(torch.ones(3, 2), codebook).tolist()) <= set(nearest)
+    equal = [70, 90, 100, 4000]
+    codebook[equal] = 1
+    assert set(nearest_code(torch.ones(3, 2), codebook).tolist()) <= set(equal)
 
 
 @pytest.mark.parametrize("offset", [100.0, -3000.0])

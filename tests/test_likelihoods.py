@@ -1,12 +1,11 @@
 """Likelihoods against torch.distributions, numerical integration and sums over all levels."""
 
-import itertools
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 
+from tests.helpers import most_allocated
 from vqvae import likelihoods
 from vqvae.contracts import Likelihood
 from vqvae.errors import OptionError
@@ -31,14 +30,6 @@ def pixels(name: str, n: int = 5) -> torch.Tensor:
 def params(name: str, n: int = 5, shape: tuple = SHAPE) -> torch.Tensor:
     count = LIKELIHOODS[name].params_per_channel
     return 0.3 * torch.randn(n, count * shape[0], *shape[1:], dtype=torch.float64)
-
-
-def most_allocated(work: Callable[[], None]) -> int:
-    """The most bytes that torch has allocated at one time during `work()`, beyond those before it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
