@@ -54,8 +54,9 @@ def test_reading_ahead_changes_no_batch(monkeypatch):
     assert list(read_ahead(order[:0], images, 6)) == []
 
 
-def test_pixel_variance_agrees_with_numpy():
-    images = torch.randint(256, (3000, 1, 4, 4), dtype=torch.uint8)
+@pytest.mark.parametrize("shape", [(3000, 1, 4, 4), (100, 3, 40, 50)])
+def test_pixel_variance_agrees_with_numpy(shape):
+    images = torch.randint(256, shape, dtype=torch.uint8)
     assert pixel_variance(images) == pytest.approx((images.numpy() / 255).var(), rel=1e-9)
     assert pixel_variance(torch.zeros(3, 1, 2, 2, dtype=torch.uint8)) > 0
 

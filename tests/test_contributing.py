@@ -90,7 +90,7 @@ def commands() -> list[list[str]]:
 def test_every_training_command_in_the_documents_is_valid(words, monkeypatch):
     content = {"config": configure({}, Fresh(), experiment.SLOTS).to_dict()}
 
-    def only_configure(given, resume=None):
+    def only_configure(given, resume=None, **more):
         trained = StageTwo("", content) if "checkpoint" in given else Fresh()
         configure(given, Resumed(Path(), content) if resume else trained, experiment.SLOTS)
 

@@ -117,11 +117,19 @@ def pixel_variance(images: Tensor) -> float:
 
     At least 1e-6, because errors are divided by it.
     """
-    numbers = images[0].numel()
-    # larger images in copies that fit into a core's cache, which is ten times as fast
-    tiles = images[:50_000].split(2048 if numbers <= 3 * 32 * 32 else max(1, 2**18 // numbers))
+    if images.dtype == torch.uint8 and images[0].numel() > 3 * 32 * 32:  # smaller ones keep the bits of earlier runs
+        return max(_counted_variance(images[:50_000]) / 255**2, 1e-6)
+    tiles = images[:50_000].split(2048)
     count = sum(tile.numel() for tile in tiles)
     white = 255 if images.dtype == torch.uint8 else 1
     mean = sum(float(tile.double().sum()) for tile in tiles) / count
     squares = sum(float((tile.double() - mean).square().sum()) for tile in tiles) / count
     return max(squares / white**2, 1e-6)
+
+
+def _counted_variance(images: Tensor) -> float:
+    """The variance of uint8 pixels, exact: from the count of each value, by one core and in little memory."""
+    tiles = images.split(64)
+    counts = torch.stack([torch.bincount(tile.flatten(), minlength=256) for tile in tiles]).sum(0).tolist()
+    total, first, second = (sum(count * value**power for value, count in enumerate(counts)) for power in range(3))
+    return (total * second - first**2) / total**2

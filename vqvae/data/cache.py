@@ -210,21 +210,22 @@ def _convert(
     `reason`; `about`, which says what the cache is of; the `stamps` and checksums (`sums`) of the images; and the time
     (`written`) of the array, which no program gives it that writes to it.
 
-    A journal notes the images that are converted, so that a conversion that is killed can be continued.
+    A journal notes the images that are converted, so that a conversion that is killed can be continued. The caches that
+    the new one replaces are removed, where locks tell that no process uses them.
     """
     names, stamps = plan.contents.names, plan.contents.stamps or []
     partial, journal = partial_of(array), partial_of(index)
     with contextlib.ExitStack() as stack:
-        before = []
         if not rescan:
             _adopt(array, index, stack)
-            before = _earlier(about)
+        before = _earlier(about)
+        used = [] if rescan else before
         stack.callback(_tidy, partial, journal)
         out = stack.enter_context(whole_file(array, resumable=True))
         _share(out.raw.fileno())  # type: ignore[attr-defined]
         rows = _Rows(out, about["shape"])
-        files = {old.array: stack.enter_context(file) for old in before if (file := _opened(old.array))}
-        known = {image[:2]: (old.array, image) for old in before if old.array in files for image in old.images}
+        files = {old.array: stack.enter_context(file) for old in used if (file := _opened(old.array))}
+        known = {image[:2]: (old.array, image) for old in used if old.array in files for image in old.images}
         for row, i in enumerate(plan.chosen):
             place, image = known.get((names[i], stamps[i]), (None, None))
             if image and place:
@@ -252,7 +253,10 @@ def _convert(
             "written": _backdate(out),
         }
         _write_index(index, content)
-    _remove_superseded(about, array)
+    for old in before:
+        if old.array != array and old.about["part"] == about["part"]:
+            with contextlib.suppress(UserError):
+                _remove([old.notes, old.array], unsure=False)
     return content
 
 
@@ -515,14 +519,6 @@ def _opened(path: Path) -> BinaryIO | None:
         return open(path, "rb")
     except OSError:
         return None
-
-
-def _remove_superseded(about: dict[str, Any], array: Path) -> None:
-    """Remove the caches that a new one replaces, where locks tell that no process uses them."""
-    for old in _earlier(about):
-        if old.array != array and old.about["part"] == about["part"]:
-            with contextlib.suppress(UserError):
-                _remove([old.notes, old.array], unsure=False)
 
 
 # the data set of a source
