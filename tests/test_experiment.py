@@ -594,7 +594,7 @@ def test_a_resumed_run_says_that_its_data_changed(there, capsys, monkeypatch):
     def changed(change: Callable[[Dataset], Dataset], epochs: int) -> str:
         with monkeypatch.context() as patch:
             load = experiment.load_data
-            patch.setattr(experiment, "load_data", lambda config: change(load(config)))
+            patch.setattr(experiment, "load_data", lambda *args, **more: change(load(*args, **more)))
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 assert resume(f"logs/run --epochs {epochs}") == 0
@@ -620,7 +620,9 @@ def test_a_resumed_run_refuses_images_of_another_shape(capsys, monkeypatch):
     monkeypatch.setattr(
         experiment,
         "load_data",
-        lambda config: (data := load(config))._replace(train=smaller(data.train), test=smaller(data.test)),
+        lambda *args, **more: (data := load(*args, **more))._replace(
+            train=smaller(data.train), test=smaller(data.test)
+        ),
     )
     capsys.readouterr()
     assert resume("logs/run --epochs 2") == 2

@@ -120,6 +120,14 @@ def test_a_damaged_cache_that_is_mapped_is_one_line(windows, tmp_path, monkeypat
     first = load("folder", data_dir="in", image_size=8)
     (index,) = (tmp_path / "cache").rglob("*.json")
     index.write_text("{}")
+    assert len(load("folder", data_dir="in", image_size=8).train.images) == 1  # the array is whole
+    (array,) = (tmp_path / "cache").rglob("*.npy")
+    with array.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+        file.seek(-8 * 8 * 3 - 1, os.SEEK_END)
+        file.write(b"xx")
+    index.write_text("{}")
     with pytest.raises(UserError, match="npy: cannot be written .*; close the programs that have it open"):
         load("folder", data_dir="in", image_size=8)
     del first

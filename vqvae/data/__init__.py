@@ -1,6 +1,7 @@
 """Data sets by name: splits of uint8 images in memory, or mapped from a cache. A batch is an index into them.
 
-A data set is a function of `data_dir`, `image_size` and options of its own. A new one is a function and a row here.
+A data set is a function of `data_dir`, `image_size` and options of its own. One with a cache also takes `reading`: how
+to use the cache, and which part of the images it is to have. A new data set is a function and a row here.
 """
 
 from collections.abc import Callable
