@@ -27,7 +27,7 @@ INTRODUCTION = """# Tokens of real images
 The rows of 128 and 256 pixels train on from the row of 64 pixels with the same stride (`--init-from`), on as many
 pixels again. The runs are short: the table compares costs and strides, and says little of what longer runs reach.
 Metrics are those of the whole held-out split; ± is one standard error over its images. images/s is that of training.
-GB is the peak memory of the process, evaluation included. Hardware: {hardware}.
+GB is the peak memory of the process, evaluation and plots included. Hardware: {hardware}.
 """
 COLUMNS = (
     "pixels", "stride", "tokens", "MSE x 1000", "PSNR, dB", "SSIM", "codes in use", "images/s", "GB", "steps x batch"
