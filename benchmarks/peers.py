@@ -7,6 +7,7 @@ vqp     the EMA quantizer of vector-quantize-pytorch, otherwise as plain
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -132,17 +133,18 @@ def our_step(module: AutoencoderTraining, images: Tensor, plan: Plan) -> Callabl
     return step
 
 
-def peer_step(model: nn.Module, images: Tensor, precision: str = "fp32") -> Callable[[], None]:
+def peer_update(model: nn.Module, precision: str = "fp32") -> Callable[[Tensor], None]:
+    """A function that takes a training step on images `[B, C, H, W]` (uint8), with Adam at 3e-4."""
     adam = torch.optim.Adam(model.parameters(), lr=3e-4)
 
-    def step() -> None:
+    def update(images: Tensor) -> None:
         adam.zero_grad()
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = model(images)
         loss.backward()
         adam.step()
 
-    return step
+    return update
 
 
 def training_step(
@@ -154,7 +156,7 @@ def training_step(
         model = Peer(QUANTIZERS[name](512)).to(device)
         if backend:
             model.compile(backend=backend)
-        return peer_step(model, images, precision)
+        return partial(peer_update(model, precision), images)
     module = ours(device)
     if backend:
         module.model.encoder.compile(backend=backend)

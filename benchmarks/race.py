@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from contest import fresh_process
-from peers import QUANTIZERS, Peer
+from peers import QUANTIZERS, Peer, peer_update
 from runs import table
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from vqvae.data import Dataset
 from vqvae.data.batches import batch_indices
 from vqvae.registry import Choice
 from vqvae.runs import NullRun
-from vqvae.training import Loop, seed_step, take
+from vqvae.training import Loop, take
 
 BATCH, EVERY, HELD_OUT = 32, 200, 2000  # images a step, steps between evaluations, held-out images
 
@@ -118,13 +118,7 @@ def our_training(name: str, config: Config, dataset: Dataset) -> Training:
     stage.module.train()
     loop = Loop(stage.module, stage.examples, stage.labels, plan, NullRun(Path("nowhere")), {})
     order = Order(len(stage.examples), config.seed)
-
-    def start() -> None:
-        seed_step(plan.seed, 0, plan.device.type, "start")
-        first = loop.order(batch_size=1, epoch=0).flatten()
-        stage.module.initialize(lambda n: take(loop.examples, first[:n], plan.device))
-
-    return Training(start, lambda i: loop.train_step(order[i]), model.reconstruct)
+    return Training(loop.start, lambda i: loop.train_step(order[i]), model.reconstruct)
 
 
 def peer_training(name: str, config: Config, dataset: Dataset) -> Training:
@@ -132,20 +126,13 @@ def peer_training(name: str, config: Config, dataset: Dataset) -> Training:
     device, images = torch.device(config.device), dataset.train.images
     torch.manual_seed(config.seed)
     peer = Peer(QUANTIZERS[name](512), experiment.pixel_variance(images)).to(device).train()
-    adam, order = torch.optim.Adam(peer.parameters(), lr=3e-4), Order(len(images), config.seed)
-
-    def step(i: int) -> None:
-        adam.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss = peer(take(images, order[i], device))
-        loss.backward()
-        adam.step()
+    update, order = peer_update(peer, config.precision), Order(len(images), config.seed)
 
     def reconstruct(batch: Tensor) -> Tensor:
         with evaluating(peer):
             return peer.reconstruct(batch)
 
-    return Training(lambda: None, step, reconstruct)
+    return Training(lambda: None, lambda i: update(take(images, order[i], device)), reconstruct)
 
 
 class Order:

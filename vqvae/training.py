@@ -185,10 +185,8 @@ def fit(
     on_start()
     results = None
     if loop.step == 0:
-        seed_step(plan.seed, 0, plan.device.type, "start")
-        order = loop.order(batch_size=plan.data_shards, epoch=0)[:, 0]
         with loop.progress.working("start"):
-            stage.module.initialize(lambda n: take(loop.examples, order[:n], plan.device))
+            loop.start()
     with Interrupt() as interrupt, contextlib.closing(loop.progress):
         while loop.step < loop.total:
             if loop.train_epoch(interrupt):
@@ -245,6 +243,13 @@ class Loop:
         self.unsaved_best: dict[str, Any] | None = None  # the state of the best epoch
         quiet = distributed.rank() > 0
         self.progress = Progress(self.total, self.step, module.headline, split=plan.held_out, quiet=quiet)
+
+    def start(self) -> None:
+        """Fit the module to the first examples, before the first step."""
+        plan = self.plan
+        seed_step(plan.seed, 0, plan.device.type, "start")
+        order = self.order(batch_size=plan.data_shards, epoch=0)[:, 0]
+        self.module.initialize(lambda n: take(self.examples, order[:n], plan.device))
 
     def train_epoch(self, interrupt: Interrupt) -> bool:
         """Train to the end of the epoch or of the run; False if interrupted before that, with everything saved."""
