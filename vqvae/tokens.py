@@ -76,7 +76,8 @@ class ImageFolder:
         self.folder, self.batch_size = folder, batch_size
         self.channels, self.size, self.resize = model.image_shape[0], Size(model.image_shape[1:]), resize
         found = list_images(folder, "input")
-        self.files, self.unlisted, self.whole = [folder / name for name in found.names[:limit]], found.unlisted, True
+        self.files, self.stamps = [folder / name for name in found.names[:limit]], found.stamps[:limit]
+        self.unlisted, self.whole = found.unlisted, True
         self.names: list[str] = []
 
     def __len__(self) -> int:
@@ -100,13 +101,15 @@ class ImageFolder:
 
     def identity(self) -> str:
         """A checksum of the files' paths, sizes and times, and of how they are read."""
-        about = [(path.relative_to(self.folder).as_posix(), _stamp(path)) for path in self.files]
+        names = [path.relative_to(self.folder).as_posix() for path in self.files]
+        about = list(zip(names, self.stamps, strict=True))
         return hashlib.sha256(repr((about, self.size, self.resize)).encode()).hexdigest()
 
     def share(self, number: int, count: int) -> "ImageFolder":
         part = copy.copy(self)
-        mine = torch.arange(len(self.files)).tensor_split(count)[number]
-        part.files, part.names, part.whole = [self.files[i] for i in mine.tolist()], [], False
+        mine = torch.arange(len(self.files)).tensor_split(count)[number].tolist()
+        part.files, part.stamps = [self.files[i] for i in mine], [self.stamps[i] for i in mine]
+        part.names, part.whole = [], False
         part.unlisted = self.unlisted if number == 0 else {}
         return part
 
@@ -169,15 +172,6 @@ class DatasetSplit:
         part = copy.copy(self)
         part.images, part.labels = (rows.tensor_split(count)[number] for rows in (self.images, self.labels))
         return part
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """Size and time of a file; zeros for one that cannot be read."""
-    try:
-        about = path.stat()
-    except OSError:
-        return 0, 0
-    return about.st_size, about.st_mtime_ns
 
 
 def _skip(name: str, reason: str) -> None:
