@@ -86,7 +86,10 @@ def test_a_damaged_index_is_listed_by_its_name_and_removed(capsys):
     make_cache("a.npz")
     (cache,) = caches()
     (index,) = (file for file in cache.files if file.suffix == ".json")
-    for content in (b"[" * 10_000, b"\xff", b"{}", json.dumps({"kind": 1, "source": [], "shape": "x"}).encode()):
+    strange: list[dict] = [{"kind": 1, "source": [], "shape": "x"}]
+    strange += [{"kind": "npz", "source": "a", "shape": shape} for shape in ([1, 2, 3, "x"], [1, 2, 3, None])]
+    strange += [{"kind": "npz", "source": "a", "shape": [1, 1, 8, 8], "part": part} for part in ("ab", [0, "x"], 1)]
+    for content in (b"[" * 10_000, b"\xff", b"{}", *(json.dumps(entry).encode() for entry in strange)):
         index.write_bytes(content)
         assert main(["cache"]) == 0
         assert f"unknown: {index.name}" in capsys.readouterr().out

@@ -67,7 +67,7 @@ class Dataset(NamedTuple):
         shuffled already, and a slice of them is not copied.
         """
         images, labels = self.train
-        count = max(1, round(share * len(images)))
+        count = validation_count(share, len(images))
         if count == len(images):
             smaller = "" if count == 1 else "a smaller share, or "
             problem = f"leaves no training image of {count:,}; use {smaller}test"
@@ -91,6 +91,11 @@ class Dataset(NamedTuple):
         if self.probabilities is None:
             return self.train.images
         return bernoulli(self.probabilities, generator(seed, "binarization", epoch))
+
+
+def validation_count(share: float, count: int) -> int:
+    """How many of `count` training images a validation split has: a share of them, at least one."""
+    return max(1, round(share * count))
 
 
 def bernoulli(probabilities: Tensor, generator: torch.Generator) -> Tensor:

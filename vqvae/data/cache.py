@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqvae.data.base import Dataset, Images
+from vqvae.data.base import Dataset, Images, validation_count
 from vqvae.data.listing import Layout, in_order
 from vqvae.decoding import Read, Resize, Shape, optional_formats
 from vqvae.errors import OptionError, UserError, one_line, shown
@@ -185,9 +185,12 @@ class _Plan(NamedTuple):
         if part is None:
             return cls(contents, layout, chosen, labels, unused, None)
         held_out = "test" in splits
-        train = sum(splits[i] != "test" if held_out else places[i] >= part.holdout for i in chosen)
-        train = min(max(train, 1), len(chosen) - 1)
-        validation = max(1, round(part.validation * train)) if part.validation else 0
+        if held_out:
+            train = sum(splits[i] != "test" for i in chosen)
+            train = min(max(train, 1), len(chosen) - 1)
+        else:
+            train = train_count([places[i] for i in chosen], part.holdout)
+        validation = validation_count(part.validation, train) if part.validation else 0
         shared = (train - validation) // part.total
         if not shared:
             problem = f"leaves no training image of {train:,} to each part; use fewer, or test for the validation split"
@@ -563,9 +566,10 @@ def dataset(source: Source, size: Size | None, options: ImageOptions, reading: R
         if found.unused:
             notes.append(f"images outside of these left out: {len(found.unused):,}, such as {shown(found.unused[0])}")
     else:
-        train = min(max(sum(position(path) >= options.holdout for path in paths), 1), len(paths) - 1)
+        train = train_count([position(path) for path in paths], options.holdout)
+    validation = 0
     if found.sizes:
-        train = found.sizes[0] + found.sizes[1]
+        train, validation = found.sizes[0] + found.sizes[1], found.sizes[1]
     names = found.classes or in_order(label for label in labels if label is not None)
     outside = [path for path, label in zip(paths, labels, strict=True) if label is None]
     classes = names if len(names) > 1 and not outside else []
@@ -575,7 +579,6 @@ def dataset(source: Source, size: Size | None, options: ImageOptions, reading: R
         notes.append(f"unreadable files left out: {len(found.unreadable):,}")
     numbers = {name: number for number, name in enumerate(classes)}
     indices = torch.tensor([numbers.get(label or "", -1) for label in labels])
-    validation = found.sizes[1] if found.sizes else 0
     ends = (0, train - validation, train, len(paths))
     splits = [Images(images[start:end], indices[start:end]) for start, end in itertools.pairwise(ends)]
     return Dataset(
@@ -602,6 +605,11 @@ def _listed(folders: Iterable[str]) -> str:
 def position(path: str) -> float:
     """A number in [0, 1), a hash of the relative path. Images below `holdout` are the test split."""
     return int(hashlib.sha256(os.fsencode(path)).hexdigest()[:12], 16) / 16**12
+
+
+def train_count(positions: Sequence[float], holdout: float) -> int:
+    """How many images train, of those that their positions assign to a split; each split has one at least."""
+    return min(max(sum(place >= holdout for place in positions), 1), len(positions) - 1)
 
 
 # the caches on this machine
@@ -654,11 +662,17 @@ def _described(files: list[Path]) -> Cache:
             done = len(images)
     content = content if isinstance(content, dict) else {}
     kind, source, shape = (content.get(key, default) for key, default in (("kind", ""), ("source", ""), ("shape", [])))
-    known = isinstance(kind, str) and isinstance(source, str) and isinstance(shape, list) and len(shape) == 4
+    part = content.get("part")
+    known = isinstance(kind, str) and isinstance(source, str) and _are_counts(shape, 4)
+    known = known and (part is None or _are_counts(part, 2))
     status = [path.stat() for path in files]
     size, changed = sum(entry.st_size for entry in status), max(entry.st_mtime for entry in status)
-    about = (kind, source, shape, done, content.get("part")) if known else ("", "", [], None, None)
+    about = (kind, source, shape, done, part) if known else ("", "", [], None, None)
     return Cache(files, size, changed, *about)
+
+
+def _are_counts(values: Any, length: int) -> bool:
+    return isinstance(values, list) and len(values) == length and all(type(value) is int for value in values)
 
 
 def remove(cache: Cache) -> bool:
