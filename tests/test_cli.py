@@ -223,6 +223,14 @@ def test_help_teaches_by_examples_and_imports_no_heavy_library(command):
     assert all(len(line) <= 120 for line in help)
 
 
+def test_the_models_load_without_the_libraries_of_other_work():
+    """torch._dynamo alone takes two seconds."""
+    others = {"torch._dynamo", "sklearn", "scipy", "matplotlib", "tensorboard", "torchvision"}
+    code = f"import sys, vqvae.experiment, vqvae.tokens; print({others} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 @pytest.mark.parametrize(
     ("called", "command"),
     [

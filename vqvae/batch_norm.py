@@ -30,9 +30,9 @@ class BatchNorm(nn.BatchNorm2d):
         """Normalize features `[B, C, H, W]`."""
         if not self.training or distributed.world() == 1:
             return super().forward(x)
-        return self._shared(x)
+        # as a decorator, this would import two seconds of torch's compiler into every program
+        return torch.compiler.disable(self._shared)(x)
 
-    @torch.compiler.disable
     def _shared(self, x: Tensor) -> Tensor:
         y, mean, variance, count = _Normalize.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
