@@ -213,11 +213,12 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Job(NamedTuple):
-    """A case to train in every number of processes."""
+    """A case to train by one process and by several."""
 
     name: str
     kind: str  # float32 or float64
     steps: int
+    pair: bool = True  # whether two processes train it too, and not only one and three
 
 
 def work(folder: Path) -> None:
@@ -236,7 +237,8 @@ def work(folder: Path) -> None:
         os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_PORT": ports[count - 1]}
         if count > 1:
             distributed.start(torch.device("cpu"))
-        found = {(job.name, job.kind): train(CASES[job.name], job.steps, getattr(torch, job.kind)) for job in jobs}
+        mine = [job for job in jobs if job.pair or count != 2]
+        found = {(job.name, job.kind): train(CASES[job.name], job.steps, getattr(torch, job.kind)) for job in mine}
         resumed = train(CASES[RESUMED], 8, torch.float64, torch.load(last, weights_only=False), stop=stop)
         distributed.barrier()
         if number == 0:
