@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers import choose, fitting, images, make
-from vqvae import autoencoder
-from vqvae.autoencoder import Autoencoder, at_once
+from vqvae.autoencoder import Autoencoder
 from vqvae.bottlenecks import BOTTLENECKS
 from vqvae.errors import OptionError
 from vqvae.evaluation import evaluate
@@ -246,13 +245,23 @@ def test_models_that_differ_only_in_their_prior_start_from_the_same_nets():
     assert all(torch.equal(states[0][name], states[1][name]) for name in shared)
 
 
-@pytest.mark.parametrize(("side", "count"), [(8, 256), (64, 256), (128, 64), (256, 16), (2048, 1)])
-def test_fewer_large_images_are_evaluated_together(side, count):
-    assert at_once(torch.empty(1, 3, 1, 1).expand(1000, 3, side, side)) == count
+@pytest.mark.parametrize(
+    ("side", "likelihood", "count"),
+    [
+        (8, "mse", 256), (64, "mse", 256), (128, "mse", 64), (256, "mse", 16), (2048, "mse", 1),
+        (32, "softmax256", 85), (256, "softmax256", 1), (64, "discretized-logistic", 256),
+    ],
+)  # fmt: skip
+def test_fewer_images_with_more_pixels_or_parameters_are_evaluated_together(side, likelihood, count):
+    assert make((3, side, side), likelihood=likelihood).at_once == count
 
 
-def test_a_reconstruction_does_not_depend_on_how_many_are_computed_together(monkeypatch):
+def test_images_do_not_depend_on_how_many_are_computed_together(monkeypatch):
     model, batch = make((1, 8, 8)).eval(), images(7, (1, 8, 8))
     expected = model.reconstruct(batch)
-    monkeypatch.setattr(autoencoder, "at_once", lambda images: 3)
+    codes = model.encode(batch)
+    assert torch.allclose(model.decode(codes), expected, atol=1e-5)
+    monkeypatch.setattr(Autoencoder, "at_once", 3)
     assert torch.allclose(model.reconstruct(batch), expected, atol=1e-5)
+    assert torch.allclose(model.decode(codes), expected, atol=1e-5)
+    assert model.decode(codes[:0]).shape == (0, 1, 8, 8)

@@ -32,7 +32,9 @@ SLOTS = {
     "prior": Slot("prior", PRIORS),
     "likelihood": Slot("likelihood", LIKELIHOODS),
 }
-
+# of the images that are evaluated together
+MOST_PIXELS = 2**20
+MOST_PARAMETERS = 2**26  # of the likelihood's distributions: 256 MB
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -154,7 +156,7 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images `[B, C, H, W]`, encoded and decoded again (float in [0, 1])."""
-        tiles = self._pixels(images).split(at_once(images))
+        tiles = self._pixels(images).split(self.at_once)
         return torch.cat([self.decode_latents(self.quantize(tile).need_z()) for tile in tiles])
 
     @torch.no_grad()
@@ -167,8 +169,11 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def decode_latents(self, z: Tensor) -> Tensor:
         """The likelihood's images `[B, C, H, W]` for latents `[B, D, h, w]`."""
+        # an exported program for any number of images cannot loop over them
+        tiles = (z,) if torch.compiler.is_exporting() else z.split(self.at_once)
         with self._unchanged():
-            return self.likelihood.center(self.decoder(z.to(dtype_of(self.decoder))).float())
+            params = (self.decoder(tile.to(dtype_of(self.decoder))).float() for tile in tiles)
+            return torch.cat([self.likelihood.center(p) for p in params])
 
     @torch.no_grad()
     def sample(self, n: int, **options: Any) -> Tensor:
@@ -194,6 +199,13 @@ class Autoencoder(nn.Module):
         return self.image_shape[1:] != (1, 1)
 
     @property
+    def at_once(self) -> int:
+        """How many images are evaluated together: 256, or as many as bound the memory of features and parameters."""
+        pixels = math.prod(self.image_shape[1:])
+        parameters = self.dimensions * self.likelihood.params_per_channel
+        return max(1, min(256, MOST_PIXELS // pixels, MOST_PARAMETERS // parameters))
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
@@ -217,11 +229,6 @@ class Autoencoder(nn.Module):
         if may_stray and x.numel() and not (x.min() >= 0 and x.max() <= 1):
             raise ValueError("images of floats must lie in [0, 1]; give uint8 for 0 to 255")
         return x
-
-
-def at_once(images: Tensor) -> int:
-    """How many images `[N, C, H, W]` are evaluated together: 256 of up to 64x64 pixels, and fewer larger ones."""
-    return max(1, min(256, 2**20 // math.prod(images.shape[2:])))
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vqvae import distributed, metrics, shares
-from vqvae.autoencoder import Autoencoder, Elbo, at_once, evaluating, unit_range
+from vqvae.autoencoder import Autoencoder, Elbo, evaluating, unit_range
 from vqvae.contracts import Latent
 from vqvae.errors import OptionError
 from vqvae.features import Net
@@ -57,7 +57,7 @@ def evaluate(
         raise OptionError("", "iw_samples", iw_samples, problem)
     totals = metrics.Totals()
     with evaluating(model), seeded(seed):
-        for batch, batch_labels in shares.batches(batch_size or at_once(images), images, labels):
+        for batch, batch_labels in shares.batches(batch_size or model.at_once, images, labels):
             x, y = unit_range(batch.to(model.device)), batch_labels.to(model.device)
             features = model.features(x)
             elbo = model.elbo_of(features, x, y)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqvae.autoencoder import Autoencoder, at_once, unit_range
+from vqvae.autoencoder import Autoencoder, unit_range
 from vqvae.data.base import Images
 from vqvae.errors import OptionError
 
@@ -64,7 +64,7 @@ def latents(model: Autoencoder, images: Tensor, labels: Tensor, batch_size: int 
     """The most likely latents of those images `[N, C, H, W]` whose label is not -1."""
     known = labels >= 0
     z, codes = list[Tensor](), list[Tensor]()
-    for batch in images[known].split(batch_size or at_once(images)):
+    for batch in images[known].split(batch_size or model.at_once):
         latent = model.quantize(unit_range(batch.to(model.device)))
         z.append(pooled(latent.need_z().float()).cpu())
         if model.discrete is not None:

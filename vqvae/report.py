@@ -510,9 +510,7 @@ def latent_grid(report: Report, path: Path) -> None:
         "z1 grows to the right, z2 upwards",
         f"20x20 quantiles of {of_what}, from 2.5% to 97.5%",
     )
-    plots.image_grid(
-        torch.cat([report.model.decode_latents(some) for some in z.split(100)]), path, title=title, columns=20
-    )
+    plots.image_grid(report.model.decode_latents(z), path, title=title, columns=20)
 
 
 class Plot(NamedTuple):

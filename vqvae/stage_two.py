@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from vqvae import distributed, metrics
 from vqvae.archives import read_arrays
-from vqvae.autoencoder import Autoencoder, at_once, evaluating, unit_range
+from vqvae.autoencoder import Autoencoder, evaluating, unit_range
 from vqvae.checkpoint import weights_checksum
 from vqvae.contracts import Discrete, TrainOutput
 from vqvae.data.base import fingerprint
@@ -93,7 +93,7 @@ def extract_codes(model: Autoencoder, images: Tensor, cache: Path, *, batch_size
     if cached is not None and not missing:
         return cached
     shared = not bottleneck.stochastic  # the draws of all images must be those of one process
-    tiles = (distributed.share(images) if shared else images).split(batch_size or at_once(images))
+    tiles = (distributed.share(images) if shared else images).split(batch_size or model.at_once)
     with torch.no_grad(), evaluating(model), seeded(0):
         tiles = tqdm(tiles, desc="codes", unit="batch", disable=distributed.hides_bars(), leave=False)
         found = [_codes(model, tile).to("cpu", torch.int32) for tile in tiles if len(tile)]
