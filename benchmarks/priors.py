@@ -60,8 +60,9 @@ def train_prior(name: str, first: Path, minutes: float, source: dict, args: argp
     `source` identifies the autoencoder and its data; the folder's name has a hash of it and of all settings.
     """
     minutes = min(minutes, 0.5) if name == "unigram" else minutes
-    length = {"patience": args.patience} if args.patience else {"minutes": minutes}
-    settings = {"prior": PRIORS[name], "lr": args.lr, "batch_size": 64, "seed": args.seed} | length
+    how = {"patience": args.patience} if args.patience else {"minutes": minutes}
+    how |= {"ema_weights": args.ema_weights} if args.ema_weights else {}
+    settings = {"prior": PRIORS[name], "lr": args.lr, "batch_size": 64, "seed": args.seed} | how
     run = first.parent / f"{first.name}-{name}-{key_of(settings | source)}"
     if args.patience and (run / LAST).exists() and not (run / FINISHED).exists():
         train("--resume", str(run))
@@ -69,6 +70,7 @@ def train_prior(name: str, first: Path, minutes: float, source: dict, args: argp
         train(
             "--prior", *PRIORS[name].split(), "--checkpoint", str(first), "--lr", args.lr, "--batch-size", "64",
             "--epochs", "10000", "--seed", str(args.seed), "--data-dir", args.data_dir,
+            "--ema-weights", str(args.ema_weights),
             *(["--patience", str(args.patience)] if args.patience else ["--max-minutes", str(minutes)]),
             "--name", run.name, "--log-dir", str(run.parent),
         )  # fmt: skip
@@ -184,6 +186,7 @@ def compare(first: Path, minutes: float, args: argparse.Namespace) -> list[str]:
         rows.append(("*held-out digits*", *empty, *judge(classifier, real.float() / 255)))
         rows.append(("*their reconstructions*", *empty, *judge(classifier, model.reconstruct(real))))
     note = f" ({dataset.note})" if dataset.note else ""
+    averaged = f", averaged weights ({args.ema_weights})" if args.ema_weights else ""
     length = f"{minutes:g} minutes for each prior (at most 0.5 for the unigram)"
     if args.patience:
         length = f"each prior after the epoch of its lowest validation loss, with a patience of {args.patience} epochs"
@@ -191,7 +194,7 @@ def compare(first: Path, minutes: float, args: argparse.Namespace) -> list[str]:
         f"## {dataset.name}{note}: {grid[0]}x{grid[1]} codes of {K}",
         "",
         f"Autoencoder `{content['run']}`, step {content['step']:,}; {len(dataset.test.images):,} held-out images; "
-        f"{length}, batch 64, Adam {args.lr}, seed {args.seed}."
+        f"{length}, batch 64, Adam {args.lr}{averaged}, seed {args.seed}."
         + (f" The classifier is correct on {accuracy:.2%} of held-out digits." if classifier else ""),
         "",
         *table(COLUMNS, rows),
@@ -210,6 +213,7 @@ def main() -> None:
         help="train until the validation loss has not fallen for so many epochs, instead of for minutes")  # fmt: skip
     add("--data-dir", default="data", help="folder of the data's files (default: data)")
     add("--lr", default="1e-3", help="learning rate (default: 1e-3)")
+    add("--ema-weights", type=float, default=0.0, metavar="DECAY", help="as in train.py (default: 0, the last weights)")
     add("--seed", type=int, default=0, help="seed of training and samples (default: 0)")
     add("--only", nargs="+", default=tuple(PRIORS), choices=PRIORS, metavar="PRIOR",
         help=f"only these of: {', '.join(PRIORS)}")  # fmt: skip

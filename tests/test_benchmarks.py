@@ -195,7 +195,7 @@ def test_a_prior_is_trained_again_for_other_minutes_and_other_codes(benchmark, m
             (run / "checkpoint.pt").write_text("a checkpoint")
 
     monkeypatch.setattr(priors, "train", train)
-    args = argparse.Namespace(lr="1e-3", seed=0, data_dir="my data", patience=None)
+    args = argparse.Namespace(lr="1e-3", seed=0, data_dir="my data", patience=None, ema_weights=0.0)
 
     def run(minutes: float = 2, codec: str = "a") -> Path:
         return priors.train_prior("pixelcnn", Path("logs/mnist"), minutes, {"autoencoder": codec}, args)
@@ -214,6 +214,9 @@ def test_a_prior_is_trained_again_for_other_minutes_and_other_codes(benchmark, m
     with pytest.raises(SystemExit, match="was interrupted; delete it"):
         run()
 
+    args.ema_weights = 0.995
+    assert run() != first
+    assert trained[-1][trained[-1].index("--ema-weights") + 1] == "0.995"
     args.patience = 3
     patient = run()
     assert trained[-1][trained[-1].index("--patience") + 1] == "3"
