@@ -345,3 +345,19 @@ def test_the_speeds_of_a_machine_replace_no_others(benchmark):
         speed.write_entry(path, "a CPU", {})
     published = json.loads((ROOT / "results/speed.json").read_text())
     assert all({"hardware", "train", "quantizer"} <= set(entry) for entry in published.values())
+
+
+def test_a_long_run_is_read_from_the_end_of_its_log_and_summed_up_in_tenths(benchmark, tmp_path):
+    long = benchmark("long")
+    log = tmp_path / "metrics.jsonl"
+    assert long.last_epoch(log) == 0
+    with log.open("w") as file:
+        for epoch in range(1, 301):
+            for kind in ("train", "epoch"):
+                file.write(json.dumps({"kind": kind, "step": 3 * epoch, "epoch": epoch, "mse": 0.1}) + "\n")
+    assert long.last_epoch(log) == long.last_epoch(log, most=100) == 300
+    moments = [long.Moment(0.1 * epoch + max(0, epoch - 50), epoch, 800 + epoch) for epoch in range(1, 101)]
+    rows = long.tenths(moments, 100)
+    assert len(rows) == 10
+    assert rows[0] == ("10", "810.0", "100.0")
+    assert rows[-1] == ("100", "900.0", "1100.0")

@@ -172,13 +172,13 @@ def test_a_longer_run_says_which_other_schedules_jump(recwarn):
 
 
 def test_the_default_start_loses_no_codes(tmp_path):
-    line = ("--batch-size", "32", "--limit", "640", "--max-steps", "40", "--log-every", "1", "--device", "cpu")
-    assert run_train(*line, "--name", "run", small=False) == 0
+    line = "--batch-size 32 --limit 640 --max-steps 40 --log-every 1 --device cpu --hidden 32 --name run"
+    assert run_train(*line.split(), small=False) == 0
     rows = [json.loads(line) for line in Path("logs/run/metrics.jsonl").read_text().splitlines()]
     perplexity = [row["batch_perplexity"] for row in rows if row["kind"] == "train"]
     assert len(perplexity) == 40
-    assert min(perplexity[10:]) > perplexity[-1] / 4  # before the decay's warm-up: 3 of 62
-    assert last_row("run")["held_out_perplexity"] > 128
+    assert min(perplexity) > 125  # 175; with warmup=no 86
+    assert last_row("run")["held_out_perplexity"] > 330  # 434; with warmup=no 234
 
 
 TOKENIZER = "--nets vqgan features=4 ch_mult=1,2 --dataset photos crops=20 test_crops=6"
