@@ -76,6 +76,16 @@ def test_a_grid_of_many_images_has_a_bounded_width(tmp_path, monkeypatch):
     assert all(imageio.imread(path).shape[1] < 900 for path in tmp_path.iterdir())
 
 
+def test_text_grows_with_the_width_of_a_sheet(tmp_path):
+    letters = []
+    for size in (64, 256):
+        path = tmp_path / f"{size}.png"
+        plots.image_rows([("H", torch.zeros(10, 1, size, size))], path, title="H", headers=("H",))
+        ink = (imageio.imread(path)[:-1, :, 0] < 128).any(axis=1)  # rows of pixels: the headline, then the images
+        letters.append(int(np.flatnonzero(~ink[ink.argmax() :])[0]))
+    assert letters[1] == pytest.approx(2 * letters[0], abs=2)
+
+
 @pytest.mark.parametrize(("size", "cells"), [(8, 4), (28, 7), (32, 8), (320, 80), (300, 75), (600, 300)])
 def test_an_image_and_the_map_of_its_codes_have_one_size(tmp_path, size, cells):
     black = torch.zeros(1, 3, size, size)

@@ -32,6 +32,7 @@ Item = TypeVar("Item")
 PAPER, INK, MUTED = (255, 255, 255), (30, 30, 30), (110, 110, 110)
 GAP, WIDE_GAP = 2, 14  # pixels between the images of a montage, and between the parts of a row
 NARROWEST, WIDEST = 480, 4000  # pixels across a grid of images
+SCREEN = 1300  # pixels; text grows with what is wider, which a screen shows reduced
 LARGEST_TILE = 256  # pixels; larger images are reduced
 MOST_NAMED = 20  # classes in a legend
 MOST_FRAMES, FEWEST_FRAMES, LARGEST_GIF = 60, 16, 2_000_000  # of an animation; bytes
@@ -104,17 +105,18 @@ def image_rows(
         tiles = [_tiles(part, columns).permute(1, 2, 0).numpy() for part in parts]
         gap = np.full((len(tiles[0]), WIDE_GAP, 3), PAPER, np.uint8)
         blocks.append([block for tile in tiles for block in (gap, tile)][1:])
-    margin = max((_text_width(label) for label, _ in rows), default=0)
+    wide = max(sum(block.shape[1] for block in line) for line in blocks)
+    scale = max(1, round(wide / SCREEN))
+    margin = scale * max((_text_width(label) for label, _ in rows), default=0)
     margin = margin + 12 if margin else 0
-    top = 18 if headers else 0
-    width = 8 + margin + max(sum(block.shape[1] for block in line) for line in blocks) + 8
-    sheet = _Sheet(width, top + sum(line[0].shape[0] + 6 for line in blocks) + 2, title)
+    head = top = 18 * scale if headers else 0
+    sheet = _Sheet(8 + margin + wide + 8, top + sum(line[0].shape[0] + 6 for line in blocks) + 2, title, scale)
     for (label, _), line in zip(rows, blocks, strict=True):
         left = 8 + margin
         for i, block in enumerate(line):
             sheet.paste(block, left, top)
-            if headers and top == 18 and i % 2 == 0:
-                sheet.text((left + block.shape[1] // 2, 8), headers[i // 2], MUTED, size=12)
+            if headers and top == head and i % 2 == 0:
+                sheet.text((left + block.shape[1] // 2, 8 * scale), headers[i // 2], MUTED, size=12)
             left += block.shape[1]
         sheet.text((8, top + line[0].shape[0] // 2), label, anchor="lm")
         top += line[0].shape[0] + 6
@@ -482,26 +484,27 @@ def class_colors(count: int) -> list[Any]:
 class _Sheet:
     """A white image with a title, and room for `width` x `height` pixels of images and text below it.
 
-    A sheet is at least `NARROWEST` wide, and a title that does not fit wraps.
+    A sheet is at least `NARROWEST` wide, and a title that does not fit wraps. All text is `scale` times its size.
     """
 
-    def __init__(self, width: int, height: int, title: str):
+    def __init__(self, width: int, height: int, title: str, scale: int = 1):
         from PIL import Image, ImageDraw
 
-        width = max(width, NARROWEST)
+        width, self.scale = max(width, NARROWEST), scale
         headline, *notes = title.split("\n")
-        lines = [(line, 16, INK) for line in _wrap(headline, width - 16, 16)]
-        lines += [(line, 12, MUTED) for note in notes for line in _wrap(note, width - 16, 12)]
-        self.top = 10 + sum(size + 6 for _, size, _ in lines)
+        lines = [(line, 16, INK) for line in _wrap(headline, width - 16, 16 * scale)]
+        lines += [(line, 12, MUTED) for note in notes for line in _wrap(note, width - 16, 12 * scale)]
+        self.top = 10 + scale * sum(size + 6 for _, size, _ in lines)
         self.image = Image.new("RGB", (width, self.top + height), PAPER)
         self.draw = ImageDraw.Draw(self.image)
         y = 6 - self.top
         for line, size, color in lines:
-            self.text((8, y + size // 2 + 2), line, color, size=size, anchor="lm")
-            y += size + 6
+            self.text((8, y + scale * (size // 2 + 2)), line, color, size=size, anchor="lm")
+            y += scale * (size + 6)
 
     def text(self, at: tuple[int, int], text: str, color: Color = INK, *, size: int = 13, anchor: str = "mm") -> None:
         """Write text centered at (x, y), or with the anchor "lm" from there."""
+        size *= self.scale
         ascent, descent = _font(None, size).getmetrics()
         x = at[0] - (_text_width(text, size) / 2 if anchor == "mm" else 0)
         y = self.top + at[1] + (ascent - descent) / 2
