@@ -9,7 +9,7 @@ from tests.bottleneck_helpers import assert_nearest, clearly_nearest, make, rows
 from vqvae.bottlenecks.multiscale import halves
 from vqvae.errors import OptionError
 
-SMALL = {"num_codes": 9, "code_dim": 4, "init": "normal", "revive": 0.0}
+SMALL = {"num_codes": 9, "code_dim": 4, "init": "normal", "revive": 0.0, "beta": 1.0}
 
 
 @pytest.mark.parametrize("levels", [1, 3])
@@ -97,7 +97,7 @@ def test_only_the_commitment_loss_has_a_gradient_to_the_encoder(name):
     vq(f, 0).loss.backward()
     assert all(book.vectors.grad.abs().sum() > 0 for book in vq.codebooks)
     gradient = torch.autograd.grad(vq(f, 0).loss, f)[0]
-    doubled = make(name, codebook="gradient", beta=2.0, **SMALL)
+    doubled = make(name, codebook="gradient", **SMALL | {"beta": 2.0})
     doubled.load_state_dict(vq.state_dict())
     assert torch.allclose(torch.autograd.grad(doubled(f, 0).loss, f)[0], 2 * gradient, atol=1e-7)
 

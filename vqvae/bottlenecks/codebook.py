@@ -52,7 +52,7 @@ class CodebookOptions(EMAOptions):
         "first codebook: k-means++ of the first features, uniform in ±1/K, uniform in ±sqrt(3/D) with the first "
         "weights of the projection as in Sonnet, or N(0, 1)",
     ] = "kmeans"
-    beta: Annotated[float, Range(0), "weight of the commitment loss"] = 1.0
+    beta: Annotated[float, Range(0), "weight of the commitment loss"] = 0.25
     warmup: Annotated[
         bool, "start with a decay of 0.1 that rises to `decay`, so that the codes keep up with the first features"
     ] = True
