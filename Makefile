@@ -20,7 +20,7 @@ test: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m codespell_lib
 	$(RUN) -m mypy vqvae train.py visualize_codes.py
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 setup: $(VENV)/installed
 
