@@ -80,10 +80,12 @@ def draw(moments: list[Moment], path: str) -> None:
 
     figure, (memory, duration) = pyplot.subplots(2, sharex=True, figsize=(8, 5), layout="constrained")
     memory.plot([m.epoch for m in moments], [m.megabytes for m in moments])
-    memory.set(ylabel="resident memory, MB", ylim=(0, None), title=describe())
+    memory.set(ylabel="resident memory, MB", title=describe())
     spans = list(zip(moments[::20], moments[20::20], strict=False))  # 20 seconds each
     duration.plot([b.epoch for _, b in spans], [1000 * (b.seconds - a.seconds) / (b.epoch - a.epoch) for a, b in spans])
-    duration.set(xlabel="epoch", ylabel="ms per epoch", ylim=(0, None))
+    duration.set(xlabel="epoch", ylabel="ms per epoch")
+    for axes in (memory, duration):
+        axes.set_ylim(0, 1.2 * axes.dataLim.ymax)
     figure.savefig(path, dpi=100)
 
 
