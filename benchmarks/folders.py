@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from memory import memory_of
+
 ROOT = Path(__file__).parent.parent
 IN_A_FOLDER, DIFFERENT = 1000, 2000
 SIDES = (64, 256)
@@ -121,7 +123,7 @@ def watched(command: list[str], place: Path, threads: int) -> dict[str, Any]:
     with subprocess.Popen(command, env=environment(place, threads), stdout=subprocess.PIPE, text=True) as process:
         resident = own = 0
         while process.poll() is None:
-            sizes = [memory_of(pid) for pid in family(process.pid)]
+            sizes = [memory_of(pid, "VmRSS", "RssAnon") for pid in family(process.pid)]
             resident, own = max(resident, sum(r for r, _ in sizes)), max(own, sum(o for _, o in sizes))
             time.sleep(INTERVAL)
         if process.returncode or process.stdout is None:
@@ -137,17 +139,6 @@ def family(pid: int) -> list[int]:
     except OSError:
         return []
     return [pid, *(below for child in children for below in family(child))]
-
-
-def memory_of(pid: int) -> tuple[int, int]:
-    """The bytes of a process that are resident, and those of them that are of no file."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0, 0
-    found = dict(line.split(":", 1) for line in text.splitlines())
-    resident, own = (int(found.get(key, "0").split()[0]) * 1024 for key in ("VmRSS", "RssAnon"))
-    return resident, own
 
 
 def memory(found: dict[str, Any]) -> str:

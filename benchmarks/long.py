@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hardware import ROOT, describe
+from memory import memory_of
 from runs import table
 
 from vqvae.runs import LOG
@@ -39,13 +40,12 @@ def watch(epochs: int, folder: str) -> list[Moment]:
     command = [sys.executable, "train.py", *FLAGS.split(), "--log-dir", folder, "--plot-dir", folder]
     found = list[Moment]()
     child = subprocess.Popen([*command, "--epochs", str(epochs)], cwd=ROOT, stdout=subprocess.DEVNULL)
-    log, status = Path(folder, "run", LOG), Path(f"/proc/{child.pid}/status")
+    log = Path(folder, "run", LOG)
     while child.poll() is None:
         time.sleep(1)
-        resident = re.search(r"VmRSS:\s*(\d+)", status.read_text())
-        epoch = last_epoch(log)
+        (resident,), epoch = memory_of(child.pid, "VmRSS"), last_epoch(log)
         if resident and epoch and (not found or epoch > found[-1].epoch):
-            found.append(Moment(time.monotonic(), epoch, int(resident[1]) / 1024))
+            found.append(Moment(time.monotonic(), epoch, resident / 2**20))
         if epoch == epochs:
             break
     if child.wait():

@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from contest import Contestant, compete, fresh_process, interleaved, seconds
 from hardware import ROOT, describe, instructions
+from memory import memory_of
 from peers import BATCH, DIM, QUANTIZERS, SHAPE, need_peers, our_step, ours, plan_of, training_step
 from race import race
 from runs import table
@@ -121,15 +122,10 @@ def extra_megabytes(name: str, num_codes: int, vectors: int, device: torch.devic
         torch.cuda.reset_peak_memory_stats()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    before = _resident("VmRSS")
+    (before,) = memory_of("self", "VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
     run()
-    return (_resident("VmHWM") - before) / 1e6
-
-
-def _resident(field: str) -> int:
-    """Bytes of memory that Linux counts for this process, now (VmRSS) or at the peak (VmHWM)."""
-    return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    return (memory_of("self", "VmHWM")[0] - before) / 1e6
 
 
 def quantizer(num_codes: int, vectors: int, device: torch.device) -> dict:

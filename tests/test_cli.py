@@ -11,6 +11,7 @@ import pytest
 from tests.helpers import ROOT, run_train
 from vqvae import __main__ as program
 from vqvae import cli, experiment
+from vqvae.commands import train
 from vqvae.errors import OptionError, UserError
 from vqvae.registry import Passes, Range, Slot
 
@@ -221,6 +222,8 @@ def test_help_teaches_by_examples_and_imports_no_heavy_library(command):
     start = next(i for i, line in enumerate(help) if line in ("example", "examples"))
     assert command.removeprefix("-m ") in help[start + 1]
     assert all(len(line) <= 120 for line in help)
+    if command == "train.py":
+        assert train.__doc__ in done.stdout
 
 
 def test_the_models_load_without_the_libraries_of_other_work():

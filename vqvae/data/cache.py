@@ -185,11 +185,7 @@ class _Plan(NamedTuple):
         if part is None:
             return cls(contents, layout, chosen, labels, unused, None)
         held_out = "test" in splits
-        if held_out:
-            train = sum(splits[i] != "test" for i in chosen)
-            train = min(max(train, 1), len(chosen) - 1)
-        else:
-            train = train_count([places[i] for i in chosen], part.holdout)
+        train = train_count([splits[i] != "test" if held_out else places[i] >= part.holdout for i in chosen])
         validation = validation_count(part.validation, train) if part.validation else 0
         shared = (train - validation) // part.total
         if not shared:
@@ -566,7 +562,7 @@ def dataset(source: Source, size: Size | None, options: ImageOptions, reading: R
         if found.unused:
             notes.append(f"images outside of these left out: {len(found.unused):,}, such as {shown(found.unused[0])}")
     else:
-        train = train_count([position(path) for path in paths], options.holdout)
+        train = train_count([position(path) >= options.holdout for path in paths])
     validation = 0
     if found.sizes:
         train, validation = found.sizes[0] + found.sizes[1], found.sizes[1]
@@ -607,9 +603,9 @@ def position(path: str) -> float:
     return int(hashlib.sha256(os.fsencode(path)).hexdigest()[:12], 16) / 16**12
 
 
-def train_count(positions: Sequence[float], holdout: float) -> int:
-    """How many images train, of those that their positions assign to a split; each split has one at least."""
-    return min(max(sum(place >= holdout for place in positions), 1), len(positions) - 1)
+def train_count(train: Sequence[bool]) -> int:
+    """How many images train, given which of them should; each split has one at least."""
+    return min(max(sum(train), 1), len(train) - 1)
 
 
 # the caches on this machine
