@@ -226,10 +226,14 @@ def test_help_teaches_by_examples_and_imports_no_heavy_library(command):
         assert train.__doc__ in done.stdout
 
 
-def test_the_models_load_without_the_libraries_of_other_work():
+def test_models_load_and_train_without_the_libraries_of_other_work():
     """torch._dynamo alone takes two seconds."""
     others = {"torch._dynamo", "sklearn", "scipy", "matplotlib", "tensorboard", "torchvision"}
-    code = f"import sys, vqvae.experiment, vqvae.tokens; print({others} & set(sys.modules))"
+    step = "o = adamw([{'params': [torch.nn.Parameter(torch.zeros(1))]}], torch.device('cpu')); o.zero_grad(); o.step()"
+    code = (
+        "import sys, torch, vqvae.experiment, vqvae.tokens; from vqvae.optimizer import adamw; "
+        f"{step}; o.load_state_dict(o.state_dict()); print({others} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

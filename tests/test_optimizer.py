@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vqvae.optimizer import adamw, decay_groups
 
@@ -45,3 +45,34 @@ def test_decay_shrinks_a_weight_without_a_gradient_of_its_own(weight_decay):
     module.weight.grad = torch.zeros_like(module.weight)
     optimizer.step()
     assert module.weight.item() == pytest.approx(1 - 0.1 * weight_decay)
+
+
+def test_a_step_is_that_of_torch_and_each_goes_on_from_the_state_of_the_other():
+    start = torch.randn(5, generator=torch.Generator().manual_seed(0))
+
+    def ours() -> torch.optim.Optimizer:
+        return adamw([{"params": [nn.Parameter(start.clone())]}], CPU)
+
+    def theirs() -> torch.optim.Optimizer:
+        return torch.optim.AdamW([{"params": [nn.Parameter(start.clone())], "lr_scale": 1.0}], fused=True)
+
+    def after(*makers) -> Tensor:
+        """The parameter after three steps with each optimizer, which starts from the state of the one before."""
+        parameter, state = start, None
+        for make in makers:
+            optimizer = make()
+            parameter, previous = optimizer.param_groups[0]["params"][0], parameter
+            parameter.data.copy_(previous.data)
+            if state:
+                optimizer.load_state_dict(state)
+            for _ in range(3):
+                optimizer.zero_grad()
+                (parameter**4).sum().backward()
+                optimizer.step()
+            state = optimizer.state_dict()
+        return parameter.detach()
+
+    expected = after(theirs, theirs)
+    assert not expected.equal(start)
+    for makers in ((ours, ours), (ours, theirs), (theirs, ours)):
+        assert after(*makers).equal(expected)
