@@ -501,3 +501,17 @@ def test_help_shows_examples_and_imports_no_heavy_library():
 
 def test_samples_at_temperature_0_can_be_drawn(there):
     assert drawn_for("prior", "--temperature 0 --class 3 --samples 4 --only samples.png") >= {"samples.png"}
+
+
+@pytest.mark.parametrize(
+    ("nets", "size"),
+    [("sonnet", 64), ("henrhoi", 64), ("sqvae", 64), ("deepmind", 64), ("dalle", 128), ("sonnet", 28)],
+)
+def test_a_codes_patch_of_a_large_grid_is_that_of_the_whole_grid(nets, size):
+    model = make((3, size, size), nets=nets, bottleneck=choose("bottleneck", "vq", num_codes=3)).eval()
+    h, w = model.bottleneck.grid
+    whole = model.decode(torch.arange(3).view(-1, 1, 1).expand(-1, h, w).contiguous())
+    side = size // h
+    center = whole[..., h // 2 * side : (h // 2 + 1) * side, w // 2 * side : (w // 2 + 1) * side]
+    assert whole.std() > 0
+    assert torch.allclose(report.code_patches(model, model.bottleneck), center, atol=1e-5)

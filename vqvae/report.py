@@ -32,6 +32,7 @@ from vqvae.registry import Choice
 from vqvae.runs import LOG, read_metrics
 
 MOST_CODES = 16_384  # that the plot of the codebook shows; t-SNE of more takes many minutes
+MOST_CELLS = 11  # of each side of a grid, to see what a code decodes to
 MOST_CLASSES = 40  # that have a row of samples
 MOST_LEVELS = 8  # of codes that are shown one by one
 # options of samplers, and the values that change nothing; None stands for the prior's own
@@ -307,22 +308,31 @@ def codebook(report: Report, path: Path) -> None:
     """The codebook in the plane, each code as the patch it decodes to."""
     report.need_images()
     bottleneck = report.need_codes()
-    h, w = bottleneck.grid
     if len(_levels(bottleneck)) > 1:
         raise NotApplicable("a code's image depends on the codes of the other levels")
     if bottleneck.num_codes > MOST_CODES:
         raise NotApplicable(f"there are {bottleneck.num_codes:,} codes, and the plot shows at most {MOST_CODES:,}")
-    patches = []
-    for codes in torch.arange(bottleneck.num_codes).split(256):
-        images = report.model.decode(codes.view(-1, 1, 1).expand(-1, h, w).contiguous())
-        # The patch of a code near the center. In a sequence (w = 1) codes have no position: take the whole image.
-        height, width = (images.shape[-2] // h, images.shape[-1] // w) if w > 1 else images.shape[-2:]
-        top, left = (h // 2 * height, w // 2 * width) if w > 1 else (0, 0)
-        patches.append(images[..., top : top + height, left : left + width].cpu())
     counts = report.content["usage"]
     counts = None if counts is None else counts[0]
     title = report.title("codebook")
-    plots.codebook_map(bottleneck.code_vectors(), counts, torch.cat(patches), path, title=title)
+    plots.codebook_map(bottleneck.code_vectors(), counts, code_patches(report.model, bottleneck), path, title=title)
+
+
+def code_patches(model: Autoencoder, bottleneck: Discrete) -> Tensor:
+    """What each of the K codes decodes to among copies of itself, `[K, C, height, width]`: the cell in the center.
+
+    In a sequence (w = 1) codes have no position: it is the whole image. Of a large grid the middle is decoded, because
+    no net of the family sees further than that from its cells, but for norms and attention.
+    """
+    h, w = bottleneck.grid
+    h, w = (min(h, MOST_CELLS), min(w, MOST_CELLS)) if w > 1 else (h, w)
+    patches = []
+    for codes in torch.arange(bottleneck.num_codes, device=model.device).split(256):
+        images = model.decode_latents(bottleneck.embed(codes.view(-1, 1, 1).expand(-1, h, w)))
+        height, width = (images.shape[-2] // h, images.shape[-1] // w) if w > 1 else images.shape[-2:]
+        top, left = (h // 2 * height, w // 2 * width) if w > 1 else (0, 0)
+        patches.append(images[..., top : top + height, left : left + width].cpu())
+    return torch.cat(patches)
 
 
 def usage(report: Report, path: Path) -> None:
