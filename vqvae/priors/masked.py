@@ -25,8 +25,9 @@ AT_ONCE = 4096  # positions in one pass when sampling, which bounds the memory o
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedOptions(TransformerOptions):
-    blocks: Annotated[int, Range(0), "residual blocks of two 3x3 convolutions, before the attention"] = 3
+    blocks: Annotated[int, Range(0), "residual blocks of two 3x3 convolutions, before the attention"] = 4
     layers: Annotated[int, Range(0), "layers of attention"] = 1
+    width: Annotated[int, Range(1), "channels of each position, a multiple of heads"] = 64
 
 
 class Block(nn.Module):
