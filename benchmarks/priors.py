@@ -42,7 +42,7 @@ PRIORS = {
     "gated-pixelcnn": "gated-pixelcnn channels=64 layers=5 kernel=5",
     "transformer": "transformer",
     # on small grids convolutions alone learn faster; the loop evaluates often with one draw, the table averages DRAWS
-    "masked": "masked blocks=4 layers=0 draws=1",
+    "masked": "masked layers=0 draws=1",
 }
 DRAWS = 8
 SAMPLES = 1000
