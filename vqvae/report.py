@@ -321,8 +321,8 @@ def codebook(report: Report, path: Path) -> None:
 def code_patches(model: Autoencoder, bottleneck: Discrete) -> Tensor:
     """What each of the K codes decodes to among copies of itself, `[K, C, height, width]`: the cell in the center.
 
-    In a sequence (w = 1) codes have no position: it is the whole image. Of a large grid the middle is decoded, because
-    no net of the family sees further than that from its cells, but for norms and attention.
+    In a sequence (w = 1) codes have no position: it is the whole image. Of a large grid the middle is decoded, which is
+    all that the net sees from a cell (`vqgan` sees a little more: it is deeper, with attention and norms of the grid).
     """
     h, w = bottleneck.grid
     h, w = (min(h, MOST_CELLS), min(w, MOST_CELLS)) if w > 1 else (h, w)
