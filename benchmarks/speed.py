@@ -41,7 +41,7 @@ from torch import Tensor
 
 from vqvae import cli
 from vqvae.autoencoder import unit_range
-from vqvae.bottlenecks.nearest import TILE_SCORES
+from vqvae.bottlenecks.nearest import BLOCK, TILE_SCORES
 from vqvae.data.batches import batch_indices
 from vqvae.devices import computes_bf16, keep_memory
 from vqvae.errors import OptionError, UserError
@@ -118,7 +118,7 @@ def quantizer_pass(name: str, num_codes: int, vectors: int, device: torch.device
 def product_of_codes(num_codes: int, vectors: int, device: torch.device) -> Callable[[], None]:
     """The product of vectors and codes alone, in tiles that stay in a CPU's cache: the least that a search computes."""
     z, codebook = torch.randn(vectors, DIM, device=device), torch.randn(num_codes, DIM, device=device)
-    columns = min(num_codes, 2048 if device.type == "cpu" else num_codes)
+    columns = min(num_codes, BLOCK) if device.type == "cpu" else num_codes
     tiles = z.split(TILE_SCORES.get(device.type, 1 << 24) // columns)
     blocks = codebook.split(columns)
     buffer = z.new_empty(len(tiles[0]), columns)
