@@ -585,6 +585,24 @@ def test_masked_samples_at_temperature_0_and_without_noise_are_the_likeliest():
     assert torch.equal(drawn[0][0], drawn[0][1])
 
 
+@torch.no_grad()
+def test_the_noise_of_the_choice_falls_linearly_with_the_steps():
+    prior, steps = make("masked").eval(), 5
+    generator = torch.Generator().manual_seed(0)
+    found = prior.sample(1, temperature=0, steps=steps, choice_temperature=2.0, generator=generator)
+
+    generator.manual_seed(0)
+    codes, known, unknown = torch.zeros(20, dtype=torch.int64), torch.zeros(20, dtype=torch.bool), torch.arange(20)
+    for step, left in enumerate(schedule(20, steps), 1):
+        best = prior.logits(codes.view(1, 4, 5), known.view(1, 20))[0].log_softmax(-1).max(-1)
+        torch.rand(1, len(unknown), generator=generator)  # the numbers of the codes, which temperature 0 ignores
+        gumbel = -(-torch.rand(1, len(unknown), generator=generator)[0].log()).log()
+        score = best.values[unknown] + 2.0 * (1 - step / steps) * gumbel
+        chosen, unknown = unknown[score.argsort(descending=True)].split([len(unknown) - left, left])
+        codes[chosen], known[chosen] = best.indices[chosen], True
+    assert torch.equal(found.flatten(), codes)
+
+
 @pytest.mark.parametrize("positions", [1, 40])  # one image at a time, and two
 def test_masked_samples_of_a_few_images_at_a_time_are_those_of_all_at_once(positions, monkeypatch):
     prior = make("masked", num_classes=3)

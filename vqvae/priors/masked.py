@@ -152,8 +152,9 @@ class Masked(CodeTransformer):
         unknown codes falls as a quarter of a cosine; every step adds at least one.
 
         steps               forward passes; at most one per code that is not given.
-        choice_temperature  scale of the Gumbel noise of the choice, which falls linearly to 0. A large one, such as
-                            1e9, makes the order random: with as many steps as codes, samples then follow the chain.
+        choice_temperature  scale of the Gumbel noise of the choice, which falls linearly with the steps, to 0 at the
+                            last. A large one, such as 1e9, makes the order random: with as many steps as codes,
+                            samples then follow the chain.
 
         The other arguments are those of `AutoregressivePrior.sample`. Raises ValueError for values out of range.
         """
@@ -174,11 +175,12 @@ class Masked(CodeTransformer):
         codes = kept.flatten(1).clone()
         length, first = codes.shape[1], rows * self.grid[1]
         unknown = torch.arange(first, length, device=device).expand(n, -1)  # [n, positions without a code]
-        for left in schedule(length - first, int(steps)):
+        counts = schedule(length - first, int(steps))
+        for step, left in enumerate(counts, 1):
             u = unknown.shape[1]
             drawn, score = self._draw_unknown(codes, unknown, labels, uniform(u), how)
             noise = -(-uniform(u).clamp(min=torch.finfo(torch.float32).tiny).log()).log()
-            score = score + choice_temperature * left / (length - first) * noise
+            score = score + choice_temperature * (1 - step / len(counts)) * noise
             chosen, rest = score.argsort(dim=1, descending=True, stable=True).split([u - left, left], dim=1)
             codes.scatter_(1, unknown.gather(1, chosen), drawn.gather(1, chosen))
             unknown = unknown.gather(1, rest)
