@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "batch_norm": {"distributed"},
     # the slots
     "data": {"archives", "decoding", "errors", "files", "progress", "randomness", "registry", "shares", "workers"},
-    "nets": {"batch_norm", "errors", "registry", "vqgan"},
+    "nets": {"batch_norm", "contracts", "errors", "registry", "vqgan"},
     "vqgan": set(),
     "bottlenecks": {"contracts", "distributed", "errors", "flows", "registry", "schedules", "shares"},
     "priors": {"contracts", "errors", "flows", "registry", "shares"},

@@ -321,7 +321,7 @@ def test_equal_codes_have_equal_colors_in_every_level(name):
     assert model.discrete is not None
     codes = torch.randint(model.discrete.num_codes, (5, *model.discrete.grid))
     maps = model.discrete.maps(codes)
-    colors = report.code_colors(model.discrete, maps, images(5, (3, 16, 16)))
+    colors = report.code_colors(model, model.discrete, maps, images(5, (3, 16, 16)))
     assert list(colors) == list(maps)
     for level, found in zip(maps.values(), colors.values(), strict=True):
         assert found.shape == (*level.shape, 3)
@@ -337,7 +337,7 @@ def test_the_vector_of_a_code_decides_its_color():
         model.bottleneck.code_vectors().copy_(torch.tensor([[0.0], [0.01], [3.0], [3.01]]).expand(4, 4))
     codes = torch.arange(16).view(1, 4, 4) % 4
     gray = torch.full((1, 1, 16, 16), 128, dtype=torch.uint8)
-    colors = report.code_colors(model.discrete, {"codes": codes}, gray)["codes"][0, 0].astype(int)
+    colors = report.code_colors(model, model.discrete, {"codes": codes}, gray)["codes"][0, 0].astype(int)
     distance = abs(colors[:, None] - colors).sum(axis=2)
     assert distance[0, 1] < 10 > distance[2, 3]
     assert distance[0, 2] > 100
@@ -515,3 +515,17 @@ def test_a_codes_patch_of_a_large_grid_is_that_of_the_whole_grid(nets, size):
     center = whole[..., h // 2 * side : (h // 2 + 1) * side, w // 2 * side : (w // 2 + 1) * side]
     assert whole.std() > 0
     assert torch.allclose(report.code_patches(model, model.bottleneck), center, atol=1e-5)
+
+
+def test_a_grid_of_width_1_is_no_sequence(tmp_path):
+    model = make((3, 24, 4), bottleneck=choose("bottleneck", "vq", num_codes=4, init="normal")).eval()
+    assert model.bottleneck.grid == (6, 1)
+    assert reporting(model, tmp_path).tokens() == "6x1 codes, K = 4"
+    assert report.code_patches(model, model.bottleneck).shape == (4, 3, 4, 4)
+
+
+def test_codes_of_a_sequence_have_no_position(tmp_path):
+    nets = choose("nets", "mnist-conv", latents=6)
+    model = make((1, 28, 28), nets=nets, bottleneck=choose("bottleneck", "vq", num_codes=4, init="normal")).eval()
+    assert reporting(model, tmp_path).tokens() == "6 codes, K = 4"
+    assert report.code_patches(model, model.bottleneck).shape == (4, 1, 28, 28)

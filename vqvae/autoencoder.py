@@ -79,12 +79,14 @@ class Autoencoder(nn.Module):
         prior: Any,
         image_shape: tuple[int, int, int],
         data_variance: float,
+        spatial: bool = True,
     ):
         super().__init__()
         self.encoder, self.bottleneck, self.decoder = encoder, bottleneck, decoder
         self.likelihood, self.prior = likelihood, prior
         self.image_shape, self.data_variance = tuple(image_shape), data_variance
         self.dimensions = math.prod(image_shape)
+        self.spatial = spatial  # of contracts.Nets
 
     # the bound
 
@@ -297,5 +299,6 @@ def build_autoencoder(
         prior=prior,
         image_shape=image_shape,
         data_variance=data_variance,
+        spatial=nets.spatial,
     )
     return model.to(memory_format=torch.channels_last)

@@ -80,6 +80,7 @@ class Nets(Protocol):
 
     channels: int  # feature channels
     grid: tuple[int, int]  # (h, w) of the features
+    spatial: bool = True  # whether a cell of the grid is a place in the image; False for a sequence, [L, 1]
 
     def encoder(self) -> nn.Module:
         """`[B, C, H, W]` to features `[B, channels, h, w]`."""

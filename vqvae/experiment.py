@@ -413,7 +413,7 @@ def stage_one(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
         caption="reconstructions",
         redraw=None if dataset.probabilities is None else lambda epoch: dataset.training_images(config.seed, epoch),
         originals=unit_range(held_out.images[:EXAMPLES_KEPT]) if model.shows_images else None,
-        code_maps=(lambda: report.code_maps(codes, model.encode(mapped), mapped)) if codes else None,
+        code_maps=(lambda: report.code_maps(model, codes, mapped)) if codes else None,
         compiled=compiled,
     )
     return stage, model

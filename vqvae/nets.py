@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vqvae import vqgan
 from vqvae.batch_norm import BatchNorm
+from vqvae.contracts import Nets
 from vqvae.errors import OptionError
 from vqvae.registry import Passes, Range, Size, checked
 
@@ -90,7 +91,7 @@ class ResidualLayer(nn.Module):
         return h + self.residual(h)
 
 
-class Sonnet:
+class Sonnet(Nets):
     """Nets of the Sonnet example (github.com/google-deepmind/sonnet, nets/vqvae.py and its CIFAR-10 notebook).
 
     Encoder: 4x4 stride 2, 4x4 stride 2, 3x3, then residual layers. The decoder mirrors it. Code grid [H/4, W/4].
@@ -158,7 +159,7 @@ class Sonnet:
         return [*layers, nn.ReLU()]
 
 
-class Henrhoi:
+class Henrhoi(Nets):
     """VQ-VAE nets with batch norm (github.com/henrhoi/vae-pytorch): the same number of channels throughout, stride 4.
 
     Encoder: 4x4 stride 2, BN, ReLU, 4x4 stride 2, then residual layers (BN, ReLU, 3x3, BN, ReLU, 1x1, add). The
@@ -223,7 +224,7 @@ class PostNormBlock(nn.Module):
         return h + self.residual(h)
 
 
-class SQVAE:
+class SQVAE(Nets):
     """Nets of SQ-VAE with batch norm (github.com/sony/sqvae, vision; 2205.07547), n = hidden.
 
     Encoder: 4x4 stride 2 to n/2, BN, ReLU, 4x4 stride 2 to n, then residual blocks (ReLU, 3x3, BN, ReLU, 1x1, BN, add).
@@ -293,12 +294,14 @@ def _initialize_small(net: nn.Sequential) -> nn.Sequential:
     return net
 
 
-class ConvVAE:
+class ConvVAE(Nets):
     """Convolutional VAE nets with a flat latent (github.com/henrhoi/vae-pytorch, image VAE), n = hidden.
 
     Encoder: 3x3 to n, then 3x3 stride 2 to 2n, 4n, 8n, ReLU, flattened into one feature vector. Decoder: linear to a
     grid of stride 8 with 4n channels, transposed 4x4 stride 2 to 4n, 2n, n, conv 3x3. Code grid [1, 1].
     """
+
+    spatial = False
 
     @checked
     def __init__(
@@ -346,7 +349,7 @@ class ConvVAE:
         )
 
 
-class MnistConv:
+class MnistConv(Nets):
     """Nets of the probabilistic VQ-VAEs, n = hidden: the features are a sequence of L = latents vectors.
 
     Encoder: 5x5 to n, 5x5 stride 2 to n, 5x5 to 2n, 5x5 stride 2 to 2n, a convolution over the whole grid (7x7 at 28
@@ -356,6 +359,8 @@ class MnistConv:
     Weights start at unit gain. With PyTorch's own initialization the features hardly depend on the image, and soft
     assignments stay uniform.
     """
+
+    spatial = False
 
     @checked
     def __init__(
@@ -426,7 +431,7 @@ class PostActivationBlock(nn.Module):
         return (h + self.residual(h)).relu()
 
 
-class DeepMind:
+class DeepMind(Nets):
     """VQ-VAE nets of github.com/karpathy/deep-vector-quantization (deepmind_enc_dec), n = hidden.
 
     Encoder: 4x4 stride 2 to n, 4x4 stride 2 to 2n, 3x3 to 2n, each with ReLU, two post-activation residual blocks of
@@ -499,7 +504,7 @@ class BottleneckBlock(nn.Module):
         return self.resize(self.identity(h)).add(rest(self.resize(first(h))), alpha=self.gain)
 
 
-class DallE:
+class DallE(Nets):
     """The dVAE nets of DALL-E (2102.12092, appendix A.1; github.com/openai/DALL-E), n = hidden.
 
     Encoder: 7x7 to n, four groups of residual blocks at n, 2n, 4n, 8n with a 2x2 max-pool after each of the first
@@ -565,7 +570,7 @@ def _are_multipliers(text: str) -> bool:
     return all(1 <= n <= 64 for n in numbers_in(text)) and len(numbers_in(text)) <= 8
 
 
-class VQGAN:
+class VQGAN(Nets):
     """The nets that image tokenizers share (VQGAN, 2012.09841; latent diffusion, 2112.10752), n = hidden.
 
     Encoder: 3x3 to n, levels of residual blocks (group norm, swish, 3x3, twice) with a 3x3 stride 2 between them, two
@@ -654,8 +659,10 @@ class CenterCrop(nn.Module):
         return x[..., top : top + self.size[0], left : left + self.size[1]]
 
 
-class MLP:
+class MLP(Nets):
     """Multilayer perceptrons with ReLU on the flattened input, for points and very small images. Code grid [1, 1]."""
+
+    spatial = False
 
     @checked
     def __init__(

@@ -96,12 +96,11 @@ class Report:
         if bottleneck is None:
             dimensions = self.model.bottleneck.code_dim
             return f"latent of {dimensions} dimension{'s' if dimensions > 1 else ''}"
-        # a sequence has a width of 1
         shapes = {name: tuple(level.shape[1:]) for name, level in _levels(bottleneck).items()}
-        sizes = {name: f"{h}x{w}" if w > 1 else str(h) for name, (h, w) in shapes.items()}
+        sizes = {name: f"{h}x{w}" if self.model.spatial else str(h * w) for name, (h, w) in shapes.items()}
         if len(sizes) == 1:
             size = sizes.popitem()[1]
-            words = f"{size} code{'' if size == '1' else 's'}"
+            words = f"{size} code{'' if size in ('1', '1x1') else 's'}"
         elif len(set(sizes.values())) == 1:
             words = f"{len(sizes)} levels of {sizes.popitem()[1]} codes"
         else:
@@ -241,11 +240,13 @@ def code_visualization(report: Report, path: Path) -> None:
         codes = codes[:4]
     images, maps = report.images[: len(codes)], _shown_maps(bottleneck, codes)
     title = report.title("images and their codes", report.tokens(), _some(names), "like colors, like codes")
-    colors = code_colors(bottleneck, maps, images)
+    colors = code_colors(report.model, bottleneck, maps, images)
     plots.code_visualization(images, maps, colors, report.model.decode(codes), path, title=title)
 
 
-def code_colors(bottleneck: Discrete, maps: Mapping[str, Tensor], images: Tensor) -> dict[str, np.ndarray]:
+def code_colors(
+    model: Autoencoder, bottleneck: Discrete, maps: Mapping[str, Tensor], images: Tensor
+) -> dict[str, np.ndarray]:
     """Colors `[N, h, w, 3]` (uint8) of each level's codes `[N, h, w]` for N images: like vectors have like colors.
 
     A code's vector is the decoder's mean input for an image with that code at every position of the level. The colors
@@ -264,7 +265,7 @@ def code_colors(bottleneck: Discrete, maps: Mapping[str, Tensor], images: Tensor
             vectors.append(bottleneck.embed(grids).flatten(2).mean(dim=2))
         h, w = level.shape[1:]
         means = None
-        if w > 1:  # in a sequence (w = 1) codes have no position in the image
+        if model.spatial:
             parts = F.adaptive_avg_pool2d(x, (h, w)).movedim(1, -1).reshape(-1, 3)  # [N h w, 3]
             sums = torch.zeros(len(used), 3).index_add_(0, cells, parts)
             means = (sums / cells.bincount().unsqueeze(1))[cells]
@@ -274,12 +275,9 @@ def code_colors(bottleneck: Discrete, maps: Mapping[str, Tensor], images: Tensor
 
 
 @torch.no_grad()
-def code_maps(bottleneck: Discrete, codes: Tensor, images: Tensor) -> Tensor:
-    """Each of N images, followed by the maps of its codes as colors: `[M, 3, H, W]` uint8.
-
-    codes `[N, h, w]` are those of images `[N, C, H, W]`.
-    """
-    colors = code_colors(bottleneck, _shown_maps(bottleneck, codes), images)
+def code_maps(model: Autoencoder, bottleneck: Discrete, images: Tensor) -> Tensor:
+    """Each of N images `[N, C, H, W]`, followed by the maps of its codes as colors: `[M, 3, H, W]` uint8."""
+    colors = code_colors(model, bottleneck, _shown_maps(bottleneck, model.encode(images)), images)
     rows = [torch.from_numpy(plots.pixels(images)).movedim(-1, 1)]
     for level in colors.values():
         rows.append(F.interpolate(torch.from_numpy(level).movedim(-1, 1), images.shape[2:], mode="nearest"))
@@ -321,16 +319,15 @@ def codebook(report: Report, path: Path) -> None:
 def code_patches(model: Autoencoder, bottleneck: Discrete) -> Tensor:
     """What each of the K codes decodes to among copies of itself, `[K, C, height, width]`: the cell in the center.
 
-    In a sequence (w = 1) codes have no position: it is the whole image. Of a large grid the middle is decoded, which is
-    all that the net sees from a cell (`vqgan` sees a little more: it is deeper, with attention and norms of the grid).
+    In a sequence codes have no position: it is the whole image. Of a large grid the middle is decoded, which is all
+    that the net sees from a cell (`vqgan` sees a little more: it is deeper, with attention and norms of the grid).
     """
-    h, w = bottleneck.grid
-    h, w = (min(h, MOST_CELLS), min(w, MOST_CELLS)) if w > 1 else (h, w)
+    h, w = (min(cells, MOST_CELLS) if model.spatial else cells for cells in bottleneck.grid)
     patches = []
     for codes in torch.arange(bottleneck.num_codes, device=model.device).split(256):
         images = model.decode_latents(bottleneck.embed(codes.view(-1, 1, 1).expand(-1, h, w)))
-        height, width = (images.shape[-2] // h, images.shape[-1] // w) if w > 1 else images.shape[-2:]
-        top, left = (h // 2 * height, w // 2 * width) if w > 1 else (0, 0)
+        height, width = (images.shape[-2] // h, images.shape[-1] // w) if model.spatial else images.shape[-2:]
+        top, left = (h // 2 * height, w // 2 * width) if model.spatial else (0, 0)
         patches.append(images[..., top : top + height, left : left + width].cpu())
     return torch.cat(patches)
 
@@ -416,7 +413,7 @@ def completions(report: Report, path: Path) -> None:
         rows.append(("given", report.model.decode_latents(bottleneck.embed(codes, levels=len(coarser)))))
     else:
         kept, explanation = h // 2, "codes of the top half kept, the rest sampled"
-        if w > 1:  # in a sequence (w = 1) codes have no position
+        if report.model.spatial:
             given = images.clone()
             given[:, :, images.shape[2] * kept // h :] = 127
             rows.append(("given", given))
