@@ -163,7 +163,8 @@ class Codebook(nn.Module):
     def ema_update(self, n: Tensor, sums: Tensor | None, f: Tensor, step: int) -> None:
         """Update the running counts by n `[K]` and the running means by sums `[K, D]`, then revive dead codes.
 
-        Without `sums` the optimizer trains the vectors. f `[N, D]` are the vectors onto which dead codes may move.
+        Without `sums`, which are overwritten, the optimizer trains the vectors. f `[N, D]` are the vectors onto which
+        dead codes may move.
         """
         n = n.to(self.counts)  # of a model in float64
         revived = shares.pick(f, len(self.counts)) if self.options.revive else f[:0]
@@ -185,7 +186,7 @@ class Codebook(nn.Module):
             total = self.counts.sum()
             extra = self.options.epsilon * self.debias
             smoothed = (self.counts + extra) / (total + len(self.counts) * extra)
-            means = self.totals / (smoothed * total).unsqueeze(1)
+            means = torch.div(self.totals, (smoothed * total).unsqueeze(1), out=sums)
             means = F.normalize(means, dim=1) if self.unit_norm else means
             # a code without vectors so far keeps its value: its mean is 0
             torch.where((self.counts > 0).unsqueeze(1), means, self.vectors, out=self.vectors)
