@@ -39,14 +39,14 @@ def test_caches_are_listed_with_size_age_images_and_source(capsys, tmp_path):
     assert main(["cache"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["size", "age", "images", "source"]
-    assert lines[1].split() == ["0.0", "MB", "3", "days", "6,", "3x8x8", "npz", str(tmp_path / "a.npz")]
+    assert lines[1].split() == ["0.0", "MB", "3", "days", "6,", "3x8x8", "crop", "npz", str(tmp_path / "a.npz")]
     assert "new  6, 3x8x12" in lines[2]
     assert lines[3].startswith("2 caches, 0.0 MB, in ")
 
 
 def test_without_caches_there_is_nothing_to_list_or_remove(capsys):
     assert main(["cache"]) == 0
-    assert main(["cache", "--clear", "all"]) == 0
+    assert main(["cache", "--clear"]) == 0
     assert capsys.readouterr().out.startswith("0 caches")
 
 
@@ -73,7 +73,7 @@ def test_only_caches_are_removed(tmp_path, capsys):
     (cache_folder() / f"{'0' * 24}.npy").mkdir()
     (tmp_path / "elsewhere").write_text("kept")
     (cache_folder() / f"{'1' * 24}.npy").symlink_to(tmp_path / "elsewhere")
-    assert main(["cache", "--clear", "all"]) == 0
+    assert main(["cache", "--clear"]) == 0
     assert "removed 1 cache," in capsys.readouterr().out
     assert not part.exists()
     assert len(list(cache_folder().iterdir())) == len(others) + 2
@@ -89,6 +89,7 @@ def test_a_damaged_index_is_listed_by_its_name_and_removed(capsys):
     strange: list[dict] = [{"kind": 1, "source": [], "shape": "x"}]
     strange += [{"kind": "npz", "source": "a", "shape": shape} for shape in ([1, 2, 3, "x"], [1, 2, 3, None])]
     strange += [{"kind": "npz", "source": "a", "shape": [1, 1, 8, 8], "part": part} for part in ("ab", [0, "x"], 1)]
+    strange.append({"kind": "npz", "source": "a", "shape": [1, 1, 8, 8], "resize": 1})
     for content in (b"[" * 10_000, b"\xff", b"{}", *(json.dumps(entry).encode() for entry in strange)):
         index.write_bytes(content)
         assert main(["cache"]) == 0

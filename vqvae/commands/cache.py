@@ -12,7 +12,7 @@ ALL = "all"
 EXAMPLES = """
 examples
   vqvae cache                              list the caches, the oldest first
-  vqvae cache --clear all                  remove all
+  vqvae cache --clear                      remove all
   vqvae cache --clear ~/Pictures           remove those of this folder or file
   vqvae cache --clear ~/.cache/vqvae/0f1e2d3c4b5a69788796a5b4.npy
 
@@ -25,8 +25,8 @@ conversion has: the next run goes on with it.
 
 def main(argv: list[str]) -> int:
     parser = cli.parser("List and remove the caches of images.", EXAMPLES, prog="vqvae cache")
-    help = f"remove the caches of a folder or file, one cache, or {ALL}"
-    parser.add_argument("--clear", metavar="WHAT", type=path("clear"), help=help)
+    help = "remove the caches of a folder or file, or one cache (default: all)"
+    parser.add_argument("--clear", metavar="WHAT", nargs="?", const=ALL, type=path("clear"), help=help)
     options = parser.parse_args(argv)
 
     from vqvae.data import cache
@@ -56,7 +56,7 @@ def _table(found: list) -> str:
     rows = [("size", "age", "images", "source")]
     for cache in found:
         count, *shape = cache.shape or [0]
-        images = f"{count:,}, {'x'.join(map(str, shape))}" if shape else "unknown"
+        images = printable(f"{count:,}, {'x'.join(map(str, shape))} {cache.resize}".strip()) if shape else "unknown"
         if cache.done is not None:
             images = f"unfinished: {cache.done:,} of {images}"
         part = f" (part {cache.part[0] + 1} of {cache.part[1]})" if cache.part else ""

@@ -134,6 +134,7 @@ def cached(source: Source, shape: Shape, part: Part | None = None, *, rescan: bo
             "part": part and [part.number, part.total],
             "recipe": json.loads(json.dumps(recipe)),  # as it is read
             "shape": [len(plan.chosen), shape.channels, *shape.size],
+            "resize": shape.resize,
         }
         try:
             content = _convert(plan, source, shape, array, index, about, rescan)
@@ -620,6 +621,7 @@ class Cache(NamedTuple):
     kind: str  # of its source; "" if unknown
     source: str  # path
     shape: list[int]  # [N, C, H, W], or empty
+    resize: str  # how images of another shape became so; "" if unknown
     done: int | None  # images that an unfinished one has
     part: list[int] | None  # its number, and how many parts there are
 
@@ -658,12 +660,12 @@ def _described(files: list[Path]) -> Cache:
             done = len(images)
     content = content if isinstance(content, dict) else {}
     kind, source, shape = (content.get(key, default) for key, default in (("kind", ""), ("source", ""), ("shape", [])))
-    part = content.get("part")
-    known = isinstance(kind, str) and isinstance(source, str) and _are_counts(shape, 4)
+    part, resize = content.get("part"), content.get("resize", "")
+    known = isinstance(resize, str) and isinstance(kind, str) and isinstance(source, str) and _are_counts(shape, 4)
     known = known and (part is None or _are_counts(part, 2))
     status = [path.stat() for path in files]
     size, changed = sum(entry.st_size for entry in status), max(entry.st_mtime for entry in status)
-    about = (kind, source, shape, done, part) if known else ("", "", [], None, None)
+    about = (kind, source, shape, resize, done, part) if known else ("", "", [], "", None, None)
     return Cache(files, size, changed, *about)
 
 
