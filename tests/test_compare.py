@@ -179,6 +179,18 @@ def test_runs_that_cannot_be_read_are_named_and_left_out(capsys):
     assert "broken" not in out
 
 
+def test_folders_with_nothing_but_events_are_left_out_in_silence(capsys):
+    good = save("logs/good")
+    Path("logs/curves").mkdir()
+    Path("logs/curves/events.out.tfevents.1.curves").touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["compare", good, "logs/curves"]) == 0
+    assert "curves" not in capsys.readouterr().out
+    assert main(["compare", "logs/curves"]) == 2
+    assert "logs/curves/checkpoint.pt: no such file" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore:logs")
 @pytest.mark.parametrize("paths", [["logs/missing"], ["logs/missing", "logs/also"]])
 def test_without_any_run_there_is_an_error(paths):

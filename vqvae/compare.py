@@ -3,6 +3,7 @@
 Imports no torch before it reads a run: `--help` prints `COLUMNS`.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -74,11 +75,12 @@ class Row(NamedTuple):
 def compare(paths: Sequence[str]) -> list[Row]:
     """The rows of runs: their folders, checkpoints, or exported folders, which have no metrics.
 
-    Warns, in one line each, of runs that cannot be read, which are left out, and of data that differ. Raises
+    Warns, in one line each, of runs that cannot be read, which are left out, and of data that differ. Folders with
+    nothing but TensorBoard's files, such as logs/vqvae_mnist of the repository, are left out in silence. Raises
     `UserError` if no run can be read.
     """
     rows = []
-    for path in paths:
+    for path in paths if len(paths) == 1 else itertools.filterfalse(_has_only_events, paths):
         try:
             rows.append(read_run(path))
         except UserError as problem:
@@ -94,6 +96,13 @@ def compare(paths: Sequence[str]) -> list[Row]:
     if difference := differing_data(rows):
         warnings.warn(difference, stacklevel=2)
     return rows
+
+
+def _has_only_events(path: str) -> bool:
+    names = list[str]()
+    with contextlib.suppress(OSError):  # no folder, or not to be read
+        names = os.listdir(path)
+    return bool(names) and all(name.startswith("events.out.tfevents.") for name in names)
 
 
 def read_run(path: str) -> Row:
