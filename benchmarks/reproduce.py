@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 JPEG = "the data here are re-encoded as JPEG if they are not the published files"
 # of 2302.05917's repository (github.com/VuongLong/VQ-WAE: util.py, trainer.py, configs)
-VQ_WAE = "there MNIST is scaled to 32x32 with bilinear filtering, and PSNR is of 8-bit PNGs, by a formula that the paper does not state"
+VQ_WAE = "there MNIST is scaled to 32x32 (bilinear), and PSNR is of 8-bit PNGs, by a formula that is not stated"
 TEN = "-ELBO in nats is not published for these ten"
 ROWS = {
     "vae-2d-1": Row("--preset vae-2d-1", 1, "the data's entropy is the limit", "own data set"),
