@@ -28,7 +28,7 @@ examples
   vqvae encode --checkpoint logs/vqvae-cifar10 --dataset cifar10 --output codes.npz
   vqvae decode codes.npz --checkpoint logs/vqvae-cifar10 --output decoded
   vqvae export --checkpoint logs/vqvae-cifar10 --output exported
-  vqvae cache --clear all
+  vqvae cache --clear
 
 `vqvae COMMAND --help` explains a command, `vqvae --version` prints the version. `python -m vqvae` is the same program.
 """

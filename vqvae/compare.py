@@ -80,13 +80,14 @@ def compare(paths: Sequence[str]) -> list[Row]:
     `UserError` if no run can be read.
     """
     rows = []
-    for path in paths if len(paths) == 1 else itertools.filterfalse(_has_only_events, paths):
+    for path in paths:
         try:
             rows.append(read_run(path))
         except UserError as problem:
             if len(paths) == 1:
                 raise
-            warnings.warn(f"{problem}; left out", stacklevel=2)
+            if not _has_only_events(path):
+                warnings.warn(f"{problem}; left out", stacklevel=2)
     if not rows:
         raise UserError("no run can be compared; name folders such as logs/<run>")
     names = [row.values["run"] for row in rows]
@@ -100,7 +101,7 @@ def compare(paths: Sequence[str]) -> list[Row]:
 
 def _has_only_events(path: str) -> bool:
     names = list[str]()
-    with contextlib.suppress(OSError):  # no folder, or not to be read
+    with contextlib.suppress(OSError):  # no folder, or one that cannot be read
         names = os.listdir(path)
     return bool(names) and all(name.startswith("events.out.tfevents.") for name in names)
 

@@ -326,8 +326,9 @@ def code_patches(model: Autoencoder, bottleneck: Discrete) -> Tensor:
     patches = []
     for codes in torch.arange(bottleneck.num_codes, device=model.device).split(256):
         images = model.decode_latents(bottleneck.embed(codes.view(-1, 1, 1).expand(-1, h, w)))
-        height, width = (images.shape[-2] // h, images.shape[-1] // w) if model.spatial else images.shape[-2:]
-        top, left = (h // 2 * height, w // 2 * width) if model.spatial else (0, 0)
+        rows, columns = (h, w) if model.spatial else (1, 1)
+        height, width = images.shape[-2] // rows, images.shape[-1] // columns
+        top, left = rows // 2 * height, columns // 2 * width
         patches.append(images[..., top : top + height, left : left + width].cpu())
     return torch.cat(patches)
 
