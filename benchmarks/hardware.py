@@ -15,7 +15,7 @@ HELD = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_EN
 
 
 def describe(device: str = "cpu", *, versions: bool = True) -> str:
-    """`AMD EPYC, 2 threads, torch 2.15.0`, or the name of the GPU; without `versions`, that of no library."""
+    """`AMD EPYC, 2 threads, AVX2, torch 2.15.0`, or the name of the GPU; without `versions`, that of no library."""
     version = f", torch {torch.__version__.split('+')[0]}" if versions else ""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}{version}"
@@ -25,7 +25,7 @@ def describe(device: str = "cpu", *, versions: bool = True) -> str:
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = lines[0].split(":", 1)[1].strip() if lines else name
     threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}{version}"
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}, {instructions()}{version}"
 
 
 def instructions() -> str:

@@ -8,15 +8,21 @@
 
 The queue is in the runs' folders: a stop costs at most the steps since the last checkpoint (five minutes). The same
 command goes on. Finished runs with the same settings, data and version of the package are not repeated.
+
+--output FILE.md also writes FILE.json. Rows that it has already, of other calls and machines, stay unless they are
+trained again.
 """
 
 import argparse
+import json
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from runs import hardware_of, row_of, table, write
+from runs import row_of, table, write
 
+from vqvae.files import write_json
 from vqvae.runs import LOG, read_metrics
 
 
@@ -98,11 +104,11 @@ ROWS = {
 INTRODUCTION = """# Runs of published length
 
 Each row is `python train.py` with the flags named; its last weights, which nothing chose, are evaluated on the test
-split. ± is one standard error over images. Hardware: {hardware}.
+split. ± is one standard error over images. Hours are of training, on the hardware named.
 """
 COLUMNS = (
     "row", "seed", "data", "steps x batch", "MSE x 1000", "PSNR, dB", "perplexity", "-ELBO", "bits/dim", "bits/code",
-    "hours", "commit"
+    "hours", "hardware", "commit"
 )  # fmt: skip
 
 
@@ -115,7 +121,7 @@ def main() -> None:
     add("--data-dir", default="data", help="folder of the data's files")
     add("--logs", default="logs/reproduce", help="folder of the runs (default: logs/reproduce)")
     add("--plots", default="plots/reproduce", help="folder of the plots (default: plots/reproduce)")
-    add("--output", help="Markdown file to write after every run, such as results/reproduced.md")
+    add("--output", help="Markdown file to write after every run, with a JSON file, such as results/reproduced.md")
     options = parser.parse_args()
     if unknown := set(options.rows) - set(ROWS):
         parser.error(f"no row {', '.join(sorted(unknown))}; known: {', '.join(ROWS)}")
@@ -135,13 +141,34 @@ def main() -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Train, evaluate and plot the chosen rows that are not finished: all rows with seed 0, then with seed 1, ..."""
-    done = []
+    done: list[dict[str, Any]] = []
     for seed in range(max(ROWS[name].seeds for name in options.rows)):
         for name in options.rows:
             if seed < ROWS[name].seeds:
                 done.append({"row": name} | run(name, seed, options))
-                write(options.output, report(done))
-    print("\n".join(report(done)))
+                if options.output:
+                    publish(Path(options.output), done)
+    print("\n".join(report([scalars(row) for row in done])))
+
+
+def publish(output: Path, done: list[dict[str, Any]]) -> None:
+    """Write the rows that are done, and those that the output has of other calls."""
+    stored = output.with_suffix(".json")
+    earlier = json.loads(stored.read_text()) if stored.exists() else []
+    rows = {(row["row"], row["seed"]): row for row in [*earlier, *map(scalars, done)]}
+    write_json(stored, ordered(rows.values()))
+    write(str(output), report(rows.values()))
+
+
+def scalars(row: dict[str, Any]) -> dict[str, Any]:
+    """What is published of a row: its numbers and names, and the size of its batches."""
+    return {name: value for name, value in row.items() if isinstance(value, int | float | str)} | {
+        "batch_size": row["settings"]["batch_size"]
+    }
+
+
+def ordered(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: (list(ROWS).index(row["row"]), row["seed"]))
 
 
 def run(name: str, seed: int, options: argparse.Namespace) -> dict:
@@ -164,14 +191,14 @@ def progress(logs: Path, name: str, seed: int) -> str:
     return f"at step {max(steps, default=0):,}"
 
 
-def report(rows: list[dict]) -> list[str]:
+def report(rows: Iterable[dict[str, Any]]) -> list[str]:
     """The table of the finished rows, with the commands and what is published below it."""
     cells = [
         (
             r["row"],
             str(r["seed"]),
             r["data"] + (f" ({r['note']})" if r["note"] else ""),
-            f"{r['step']:,} x {r['settings']['batch_size']}",
+            f"{r['step']:,} x {r['batch_size']}",
             f"{1000 * r['mse']:.3f} ± {1000 * r['mse_se']:.3f}" if "mse" in r else "",
             f"{r['psnr']:.2f} ± {r['psnr_se']:.2f}" if "psnr" in r else "",
             f"{r['perplexity']:.0f} of {r['codebook_size']:,}" if "perplexity" in r else "",
@@ -179,18 +206,14 @@ def report(rows: list[dict]) -> list[str]:
             f"{r['bits_per_dim']:.3f}" if "bits_per_dim" in r else "",
             f"{r['bits_per_code']:.3f}" if "bits_per_code" in r else "",
             f"{r['seconds'] / 3600:.2f}",
+            r["hardware"],
             r["commit"],
         )
-        for r in sorted(rows, key=lambda r: (list(ROWS).index(r["row"]), r["seed"]))
+        for r in ordered(rows)
     ]
-    names = [name for name in ROWS if any(r["row"] == name for r in rows)]
+    names = [name for name in ROWS if any(row[0] == name for row in cells)]
     below = [(name, f"`{ROWS[name].flags}`", ROWS[name].published, ROWS[name].protocol) for name in names]
-    return [
-        INTRODUCTION.format(hardware=hardware_of(rows)),
-        *table(COLUMNS, cells),
-        "",
-        *table(("row", "flags", "published", "what differs"), below),
-    ]
+    return [INTRODUCTION, *table(COLUMNS, cells), "", *table(("row", "flags", "published", "what differs"), below)]
 
 
 if __name__ == "__main__":

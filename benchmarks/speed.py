@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from contest import Contestant, compete, fresh_process, interleaved, seconds
-from hardware import ROOT, describe, instructions
+from hardware import ROOT, describe
 from memory import memory_of
 from peers import BATCH, DIM, QUANTIZERS, SHAPE, need_peers, our_step, ours, plan_of, training_step
 from race import race
@@ -317,8 +317,7 @@ def main(argv: list[str]) -> int:
     if args.output and not Path(args.output).absolute().parent.is_dir():
         raise UserError(f"--output {args.output}: its folder does not exist; make it first")
     device, quick = torch.device(args.device), args.quick
-    kind = describe(device.type, versions=False) + (f", {instructions()}" if device.type == "cpu" else "")
-    hardware = {"hardware": f"{kind}, torch {torch.__version__.split('+')[0]}"}
+    kind, hardware = describe(device.type, versions=False), {"hardware": describe(device.type)}
     print(hardware["hardware"])
     if args.to is not None:
         rows = race(args.to, args.data_dir, args.seeds, tuple(precisions(device)), device, most=args.most)

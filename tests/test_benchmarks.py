@@ -157,6 +157,15 @@ def test_reproduce_goes_through_its_queue_and_says_how_far_it_is(benchmark, monk
     assert "| one | 1 | digits | 2 x 20 |" in printed
     assert "| two | 0 | digits | 4 x 20 |" in printed
     assert "| prior | 0 | digits | 2 x 20 |" in printed
+
+    text, rows = Path("results/out.md").read_text(), json.loads(Path("results/out.json").read_text())
+    other = rows[2] | {"seed": 7, "hardware": "another machine"}
+    Path("results/out.json").write_text(json.dumps([rows[0] | {"hardware": "an old machine"}, *rows[1:], other]))
+    call("one", "--output", "results/out.md")  # replaces its own rows and keeps the others
+    added = set(Path("results/out.md").read_text().splitlines()) - set(text.splitlines())
+    assert [line.split(" | ")[1::10] for line in added] == [["7", "another machine"]]
+    assert json.loads(Path("results/out.json").read_text()) == [*rows[:3], other, *rows[3:]]
+
     (stored,) = Path("logs/reproduce").glob("two-seed0-*/row.json")
     stored.unlink()
     assert call("--status").splitlines() == [
