@@ -73,7 +73,7 @@ def training(device: torch.device, steps: int) -> dict:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        training_step("ours", device)()
+        training_step("plain", device)()  # whose search for codes is no convolution
     flops = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "convolution" in str(op)) / BATCH
     peers, types = ("plain", "vqp"), precisions(device)
 

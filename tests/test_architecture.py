@@ -34,11 +34,11 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"archives", "decoding", "errors", "files", "progress", "randomness", "registry", "shares", "workers"},
     "nets": {"batch_norm", "contracts", "errors", "registry", "vqgan"},
     "vqgan": set(),
-    "bottlenecks": {"contracts", "distributed", "errors", "flows", "registry", "schedules", "shares"},
+    "bottlenecks": {"contracts", "devices", "distributed", "errors", "flows", "registry", "schedules", "shares"},
     "priors": {"contracts", "errors", "flows", "registry", "shares"},
     "likelihoods": {"contracts", "errors", "registry", "shares"},
     "objectives": {"contracts", "errors", "optimizer", "registry", "schedules", "shares"},
-    "autoencoder": {"bottlenecks", "contracts", "errors", "likelihoods", "nets", "priors", "registry"},
+    "autoencoder": {"bottlenecks", "contracts", "devices", "errors", "likelihoods", "nets", "priors", "registry"},
     # training
     "evaluation": {
         "autoencoder", "contracts", "distributed", "errors", "features", "metrics", "randomness", "shares",

@@ -27,11 +27,22 @@ def make_vq(*, projection: bool = False, **options) -> VQ:
 # the search for the nearest code
 
 
-@pytest.mark.parametrize(("num_codes", "dim"), [(1, 5), (7, 5), (64, 5), (512, 64), (3000, 5), (8192, 64)])
-def test_no_code_is_nearer_than_the_one_found(num_codes, dim):
-    z, codebook = torch.randn(300, dim), torch.randn(num_codes, dim)
+@pytest.mark.parametrize("avx512", [False, True])
+@pytest.mark.parametrize("vectors", [300, 304])  # as a matrix product, or as images
+@pytest.mark.parametrize(("num_codes", "dim"), [(1, 5), (7, 5), (64, 1), (64, 5), (512, 64), (3000, 5), (8192, 64)])
+def test_no_code_is_nearer_than_the_one_found(num_codes, dim, vectors, avx512, monkeypatch):
+    monkeypatch.setattr(nearest, "AVX512", avx512)
+    z, codebook = torch.randn(vectors, dim), torch.randn(num_codes, dim)
     assert_nearest(nearest_code(z, codebook), z, codebook)
     assert_nearest(nearest_code(z.double(), codebook.double()), z, codebook, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("avx512", [False, True])
+def test_autocast_does_not_change_the_codes(avx512, monkeypatch):
+    monkeypatch.setattr(nearest, "AVX512", avx512)
+    z, codebook = torch.randn(320, 16), torch.randn(200, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_nearest(nearest_code(z, codebook), z, codebook)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vqvae.bottlenecks import BOTTLENECKS
 from vqvae.contracts import Bottleneck, Discrete, Latent, Likelihood, check_codes, dtype_of, kind_of
+from vqvae.devices import full_precision
 from vqvae.errors import OptionError
 from vqvae.likelihoods import LIKELIHOODS
 from vqvae.nets import NETS, POINT
@@ -112,7 +113,7 @@ class Autoencoder(nn.Module):
 
         An objective may pass `for_prior` to change the latent that the prior sees, such as by stopping its gradient.
         """
-        with _full_precision(x):
+        with full_precision(x):
             bottleneck = _wide(self.bottleneck)
             latent = bottleneck(features.to(dtype_of(bottleneck)), step)
         z = latent.need_z()
@@ -121,7 +122,7 @@ class Autoencoder(nn.Module):
             x = x.repeat(samples, 1, 1, 1)
             labels = None if labels is None else labels.repeat(samples)
         params = self.decoder(z.to(dtype_of(self.decoder)))
-        with _full_precision(x):
+        with full_precision(x):
             params = params.to(torch.promote_types(params.dtype, torch.float32))
             x = x.to(params)
             log_prior = self.prior.log_prob(for_prior(latent), labels)
@@ -136,7 +137,7 @@ class Autoencoder(nn.Module):
         """The most likely latent of x in [0, 1], `[B, C, H, W]`: its codes, or its posterior mean."""
         with self._unchanged():
             features = self.features(x)
-            with _full_precision(x):
+            with full_precision(x):
                 bottleneck = _wide(self.bottleneck)
                 return bottleneck.quantize(features.to(dtype_of(bottleneck)))
 
@@ -248,12 +249,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def unit_range(images: Tensor) -> Tensor:
     """uint8 pixels as floats in [0, 1]; floats unchanged."""
     return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
-
-
-def _full_precision(x: Tensor):
-    kind = x.device.type
-    # without autocast there is nothing to switch off, and an exported program gets no region that runtimes lack
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def _wide(module: Module) -> Module:

@@ -6,6 +6,7 @@ import warnings
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from vqvae.errors import OptionError
 
@@ -43,6 +44,13 @@ def computes_bf16() -> bool:
     """Whether the CPU has instructions for products in bf16 (AVX-512 BF16, AMX, and those of ARM)."""
     capabilities = getattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})()  # earlier versions do not tell
     return any("bf16" in name and present for name, present in capabilities.items())
+
+
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """Within it, what is computed on the tensor's device has the precision of its inputs: no autocast."""
+    kind = x.device.type
+    # without autocast there is nothing to switch off, and an exported program gets no region that runtimes lack
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def choose_compile(wanted: bool | None, device: torch.device, steps: int) -> bool:
