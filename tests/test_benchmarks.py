@@ -281,6 +281,23 @@ def test_the_peers_quantizers_give_the_nearest_codes_and_learn_in_training_only(
     assert torch.allclose(table.eval()(z)[0].movedim(1, -1).flatten(0, 2), table.codebook[nearest], atol=1e-6)
 
 
+def test_the_layers_that_are_timed_are_all_convolutions_of_a_step(benchmark, monkeypatch, capsys):
+    pytest.importorskip("vector_quantize_pytorch")
+    layers = benchmark("layers")
+    found = layers.layers(2)
+    assert len(found) == 15
+    forward = 2 * sum(layer.weight.numel() * layers.pixels(layer, x) for layer, x in found)
+    first = 2 * found[0][0].weight.numel() * 16 * 16  # it has no gradient of its input
+    assert 3 * forward - first == pytest.approx(259.5e6, abs=1e5)  # as PyTorch's counter has it
+
+    monkeypatch.setattr(layers, "interleaved", lambda turns, **options: {name: turn() for name, turn in turns.items()})
+    monkeypatch.setattr(layers, "SIDE", 8)
+    monkeypatch.setattr(layers, "product", lambda kind, *_: lambda: torch.zeros(1))
+    monkeypatch.setattr(sys, "argv", ["layers.py", "--batch-size", "1"])
+    layers.main()
+    assert "| transposed 4x4 stride 2, 64 to 3 | 1.6 | " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["ours", "plain"])
 def test_a_race_ends_at_its_goal_or_when_it_gives_up(benchmark, monkeypatch, name):
     race = benchmark("race")
