@@ -33,6 +33,7 @@ def test_groups_have_a_scale_of_the_rate():
     optimizer = adamw(groups, CPU)
     assert [group["lr_scale"] for group in optimizer.param_groups] == [1.0, 2.0]
     assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.999), (0.5, 0.9)]
+    assert [group["betas"] for group in adamw(groups, CPU, 0.99).param_groups] == [(0.9, 0.99), (0.5, 0.9)]
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])

@@ -312,6 +312,7 @@ def plan_of(config: Config) -> Plan:
         batch_size=config.batch_size,
         lr=lr,
         weight_decay=config.weight_decay,
+        adam_beta2=config.adam_beta2,
         seed=config.seed,
         device=device,
         precision=choose_precision(config.precision, device),

@@ -34,7 +34,7 @@ class AdamW(torch.optim.AdamW):
     state_dict, load_state_dict = _unwrapped("state_dict"), _unwrapped("load_state_dict")
 
 
-def adamw(groups: list[dict[str, Any]], device: torch.device) -> AdamW:
-    """AdamW (0.9, 0.999); the training loop sets the rate at every step, multiplied by a group's `lr_scale`."""
+def adamw(groups: list[dict[str, Any]], device: torch.device, beta2: float = 0.999) -> AdamW:
+    """AdamW (0.9, beta2); the training loop sets the rate at every step, multiplied by a group's `lr_scale`."""
     groups = [{"lr_scale": 1.0, **group} for group in groups]
-    return AdamW(groups, lr=1e-3, fused=device.type in ("cpu", "cuda"))
+    return AdamW(groups, lr=1e-3, betas=(0.9, beta2), fused=device.type in ("cpu", "cuda"))

@@ -12,7 +12,8 @@ class Preset(NamedTuple):
     differs: tuple[str, ...] = ()  # what is not as in the source, each with its reason
 
 
-WHOLE = {"validation": "test"}  # of sources that train on the whole training split and watch the test split
+ADAM = {"adam_beta2": 0.999}
+WHOLE = ADAM | {"validation": "test"}  # of sources that train on the whole training split and watch the test split
 WATCHED = "evaluated after each epoch and chooses best.pt, because the source holds out nothing else"
 VAE_2D = WHOLE | {
     "nets": "mlp",
@@ -45,7 +46,7 @@ IMAGE_VAE_DIFFERS = (
 )
 VLAE_DIFFERS = (*IMAGE_VAE_DIFFERS, "a tanh keeps log s of the flow within ±4, so that no step makes it overflow")
 
-SONNET = {"bottleneck": "vq beta=0.25 warmup=no spread=0", "lr": "3e-4"}
+SONNET = ADAM | {"bottleneck": "vq beta=0.25 warmup=no spread=0", "lr": "3e-4"}
 SONNET_NOTE = "with our k-means start and revival (without: --bottleneck vq init=fan-in revive=0)"
 
 HENRHOI_VQVAE = WHOLE | {
@@ -125,7 +126,7 @@ SQVAE = {
     "cifar10": (512, 21, "sqvae middle=yes", "0.2"),
 }
 # best.pt, chosen by the validation split, is the published model
-SQVAE_LENGTH = {"batch_size": 32, "epochs": 100, "lr": "plateau:1e-3:0.5:3"}
+SQVAE_LENGTH = ADAM | {"batch_size": 32, "epochs": 100, "lr": "plateau:1e-3:0.5:3"}
 SQVAE_VALIDATION = "its 10,000 validation images are the last ones; here they are drawn from the whole training split"
 SQVAE_DIFFERS = (
     SQVAE_VALIDATION,
@@ -193,13 +194,14 @@ PRESETS = {
     "vqvae-pixelcnn": Preset(
         f"{HENRHOI_SOURCE}: its VQ-VAE, then a PixelCNN on the codes",
         HENRHOI_VQVAE,
-        {"prior": "pixelcnn", "lr": "1e-3", "epochs": 30, "patience": 5, "validation": "0.1"},
+        ADAM | {"prior": "pixelcnn", "lr": "1e-3", "epochs": 30, "patience": 5, "validation": "0.1"},
         differs=PIXELCNN_DIFFERS,
     ),
     "vqvae-gated-pixelcnn": Preset(
         f"{HENRHOI_SOURCE}: its VQ-VAE, then a Gated PixelCNN on the codes",
         HENRHOI_VQVAE | {"lr": "8e-4", "batch_size": 64, "epochs": 30},
-        {
+        ADAM
+        | {
             "prior": "gated-pixelcnn channels=256 layers=13 kernel=7",
             "lr": "8e-4",
             "batch_size": 64,
@@ -247,7 +249,8 @@ PRESETS = {
             "epochs": 641,
             "max_steps": 250_000,
         },
-        prior={
+        prior=ADAM
+        | {
             "prior": "gated-pixelcnn",
             "lr": "cosine:1e-3:1e-5",
             "epochs": 20,
@@ -332,7 +335,8 @@ PRESETS = {
         "2405.14222, table 9: VQ-VAE with an EMA codebook, K = 512 (128 and 1,024: --codes), 195,000 steps of 128 "
         "images, AdamW at 5e-4. Of its nets it prints 0.49 million parameters, which Sonnet's have with 106 channels; "
         "its PSNR is that of the mean MSE",
-        {
+        ADAM
+        | {
             "dataset": "cifar10",
             "nets": "sonnet hidden=106 residual_hidden=32",
             "bottleneck": "vq num_codes=512 code_dim=64 beta=0.25",

@@ -53,6 +53,7 @@ class Plan(NamedTuple):
     plateau: Plateau | None = None  # when to reduce the rate that `lr` gives
     clip: float | None = None  # largest norm of the gradient
     ema_weights: float = 0.0  # decay of averaged weights; 0: none
+    adam_beta2: float = 0.999
     held_out: str = "validation"  # the split that `Stage.evaluate` evaluates
     augment: Callable[[Tensor], Tensor] | None = None  # applied to every training batch
     accumulate: int = 1  # shares of a batch that each process computes one after another
@@ -224,7 +225,7 @@ class Loop:
             keep_memory()
         self.module, self.examples, self.labels, self.plan, self.run = module, examples, labels, plan, run
         self.redraw = redraw
-        self.optimizer = adamw(module.parameter_groups(plan.weight_decay), plan.device)
+        self.optimizer = adamw(module.parameter_groups(plan.weight_decay), plan.device, plan.adam_beta2)
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
         self.averaged = AveragedWeights(module, plan.ema_weights, state.get("trained"))
