@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vqvae.optimizer import adamw, decay_groups
+from vqvae.optimizer import adamw, decay_groups, muon, orthogonal
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,6 @@ def test_groups_have_a_scale_of_the_rate():
     optimizer = adamw(groups, CPU)
     assert [group["lr_scale"] for group in optimizer.param_groups] == [1.0, 2.0]
     assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.999), (0.5, 0.9)]
-    assert [group["betas"] for group in adamw(groups, CPU, 0.99).param_groups] == [(0.9, 0.99), (0.5, 0.9)]
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
@@ -77,3 +76,75 @@ def test_a_step_is_that_of_torch_and_each_goes_on_from_the_state_of_the_other():
     assert not expected.equal(start)
     for makers in ((ours, ours), (ours, theirs), (theirs, ours)):
         assert after(*makers).equal(expected)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 20), (16, 16)])
+def test_orthogonal_keeps_the_singular_vectors_and_sets_the_values_to_about_one(rows, columns):
+    matrices = torch.randn(2, rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u, values, v = torch.linalg.svd(matrices, full_matrices=False)
+    rotated = u.mT @ orthogonal(matrices) @ v.mT
+    diagonal = rotated.diagonal(dim1=1, dim2=2)
+    assert torch.allclose(rotated, torch.diag_embed(diagonal), atol=1e-6)
+    clear = values > 0.02 * values[:, :1]
+    assert ((diagonal > 0.6) & (diagonal < 1.25))[clear].all()
+
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    assert torch.allclose(orthogonal(matrices), x, atol=1e-6)
+    assert torch.equal(orthogonal(torch.zeros(1, rows, columns)), torch.zeros(1, rows, columns))
+
+
+@pytest.mark.parametrize("make", [nn.Conv2d, nn.ConvTranspose2d], ids=["convolution", "transposed"])
+def test_a_kernel_moves_as_torchs_muon_moves_its_matrix(make):
+    torch.manual_seed(0)
+    layer = make(6, 9, 3)
+    matrix = nn.Parameter(layer.weight.detach().movedim(1, -1).flatten(1).clone())
+    layer.to(memory_format=torch.channels_last)
+    ours = muon(decay_groups(layer, weight_decay=0.1), CPU)
+    theirs = torch.optim.Muon([matrix], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    before = matrix.detach().clone()
+    for _ in range(4):
+        for group in ours.param_groups:
+            group["lr"] = 0.01 * group["lr_scale"]
+        layer.weight.grad = torch.randn_like(layer.weight)
+        matrix.grad = layer.weight.grad.movedim(1, -1).flatten(1)
+        ours.step()
+        theirs.step()
+    moved, expected = (after.detach() - before for after in (layer.weight.movedim(1, -1).flatten(1), matrix))
+    assert (moved - expected).norm() < 0.03 * expected.norm()  # torch iterates in bfloat16
+
+
+def test_muon_moves_kernels_of_hidden_layers_only_and_adamw_the_rest():
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Embedding(9, 9), nn.Linear(8, 3), nn.Linear(8, 5))
+    groups = muon(decay_groups(module, weight_decay=0.1), CPU).param_groups
+    kernels = [p for group in groups if "momentum" in group for p in group["params"]]
+    assert {id(p) for p in kernels} == {id(module[i].weight) for i in (1, 4)}
+    assert sum(len(group["params"]) for group in groups) == len(list(module.parameters()))
+    assert {group["weight_decay"] for group in groups if "momentum" in group} == {0.1}
+    assert {group["lr_scale"] for group in groups if "momentum" not in group} == {1.0}
+
+
+def test_muon_goes_on_from_its_state_bitwise_and_leaves_parameters_without_a_gradient():
+    def step(optimizer: torch.optim.Optimizer, times: int, start: int) -> None:
+        for i in range(start, start + times):
+            torch.manual_seed(i)
+            for p in list(module.parameters())[:-2]:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+
+    ends = []
+    for parts in ([4], [2, 2]):
+        torch.manual_seed(9)
+        module = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(6, 7, 3), nn.Linear(8, 8))
+        last, state = module[2].weight.detach().clone(), None
+        for start, times in enumerate(parts):
+            optimizer = muon(decay_groups(module, weight_decay=0.0), CPU)
+            if state:
+                optimizer.load_state_dict(state)
+            step(optimizer, times, 2 * start)
+            state = optimizer.state_dict()
+        assert torch.equal(module[2].weight, last)
+        ends.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*ends)

@@ -35,7 +35,7 @@ FORMAT = 2
 EARLIER = {1: "0.1"}  # format -> the version of this package that reads it
 # settings that older checkpoints lack; `Config.from_dict` fills them in
 ADDED = {
-    "init_from", "validation", "accumulate", "clip", "ema_weights", "adam_beta2", "save_every", "shuffle", "data_shards"
+    "init_from", "validation", "accumulate", "clip", "ema_weights", "optimizer", "save_every", "shuffle", "data_shards"
 }  # fmt: skip
 ABOUT = ("format", "kind", "run", "step", "config", "data")  # describes a model; an exported config.json has these
 SPLITS = ("train", "validation", "test")

@@ -204,11 +204,10 @@ class Config:
     weight_decay: Annotated[float, Range(0), "decoupled weight decay (AdamW) on convolution and linear weights"] = (
         _field(0.0, "training", metavar="DECAY")
     )
-    adam_beta2: Annotated[
-        float,
-        Range(0, below=1),
-        "decay of AdamW's mean of squared gradients; 0.999 in most published set-ups, while 0.99 learns faster here",
-    ] = _field(0.99, "training", metavar="DECAY")
+    optimizer: Annotated[
+        Literal["auto", "muon", "adamw"],
+        "muon: Muon for hidden layers' weights, AdamW for the rest; auto: muon, and adamw for a prior on stored codes",
+    ] = _field("auto", "training")
     on_nan: Annotated[
         Literal["stop", "skip"], "where the loss or the gradient is not finite: stop, or skip up to 10 updates in a row"
     ] = _field("stop", "training", on_resume=True)
@@ -274,7 +273,7 @@ class Config:
         settings: dict[str, Any] = {
             k: Choice(v["name"], v["options"]) if isinstance(v, dict) else v for k, v in values.items()
         }
-        settings = {"validation": TEST, "adam_beta2": 0.999} | settings  # those of a run of an earlier version
+        settings = {"validation": TEST, "optimizer": "adamw"} | settings  # those of a run of an earlier version
         if settings.get("image_size") is not None:
             settings["image_size"] = Size(settings["image_size"])
         return cls(**settings)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -303,6 +303,12 @@ def how_it_starts(given: Mapping[str, Any], resume: str | None, lock: Lock) -> S
     return StageTwo(given["checkpoint"], content)
 
 
+def choose_optimizer(config: Config) -> Literal["muon", "adamw"]:
+    if config.optimizer != "auto":
+        return config.optimizer
+    return "adamw" if config.checkpoint else "muon"
+
+
 def plan_of(config: Config) -> Plan:
     """How long, how fast and on what a run trains."""
     device = choose_device(config.device)
@@ -312,7 +318,7 @@ def plan_of(config: Config) -> Plan:
         batch_size=config.batch_size,
         lr=lr,
         weight_decay=config.weight_decay,
-        adam_beta2=config.adam_beta2,
+        optimizer=choose_optimizer(config),
         seed=config.seed,
         device=device,
         precision=choose_precision(config.precision, device),

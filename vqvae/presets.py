@@ -12,7 +12,7 @@ class Preset(NamedTuple):
     differs: tuple[str, ...] = ()  # what is not as in the source, each with its reason
 
 
-ADAM = {"adam_beta2": 0.999}
+ADAM = {"optimizer": "adamw"}
 WHOLE = ADAM | {"validation": "test"}  # of sources that train on the whole training split and watch the test split
 WATCHED = "evaluated after each epoch and chooses best.pt, because the source holds out nothing else"
 VAE_2D = WHOLE | {

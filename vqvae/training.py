@@ -23,7 +23,7 @@ from vqvae.data.batches import Shuffle, batch_indices, block_of, read_ahead
 from vqvae.devices import keep_memory, widest_float
 from vqvae.errors import OptionError, UserError
 from vqvae.interrupts import Interrupt
-from vqvae.optimizer import adamw
+from vqvae.optimizer import OPTIMIZERS
 from vqvae.progress import Progress
 from vqvae.randomness import Purpose, seed_globally, stream
 from vqvae.runs import NullRun, Run
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
     plateau: Plateau | None = None  # when to reduce the rate that `lr` gives
     clip: float | None = None  # largest norm of the gradient
     ema_weights: float = 0.0  # decay of averaged weights; 0: none
-    adam_beta2: float = 0.999
+    optimizer: Literal["muon", "adamw"] = "adamw"
     held_out: str = "validation"  # the split that `Stage.evaluate` evaluates
     augment: Callable[[Tensor], Tensor] | None = None  # applied to every training batch
     accumulate: int = 1  # shares of a batch that each process computes one after another
@@ -225,7 +225,7 @@ class Loop:
             keep_memory()
         self.module, self.examples, self.labels, self.plan, self.run = module, examples, labels, plan, run
         self.redraw = redraw
-        self.optimizer = adamw(module.parameter_groups(plan.weight_decay), plan.device, plan.adam_beta2)
+        self.optimizer = OPTIMIZERS[plan.optimizer](module.parameter_groups(plan.weight_decay), plan.device)
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
         self.averaged = AveragedWeights(module, plan.ema_weights, state.get("trained"))
