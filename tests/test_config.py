@@ -241,6 +241,8 @@ def test_settings_survive_a_round_trip_through_plain_values():
     plain = json.loads(json.dumps(config.to_dict()))
     assert plain == config.to_dict()
     assert Config.from_dict(plain) == config
+    earlier = {name: value for name, value in plain.items() if name != "optimizer"}
+    assert Config.from_dict(earlier).optimizer == "adamw"  # before muon there was nothing else
     with pytest.raises(UserError, match="does not know the settings flux, verve"):
         Config.from_dict(plain | {"verve": 1, "flux": 3})
 

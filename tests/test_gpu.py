@@ -38,7 +38,7 @@ def loop_on(
     device: torch.device, module: nn.Module, examples: Tensor, augment: Any = crop_flip, precision: str = "fp32"
 ) -> Loop:
     plan = Plan(
-        epochs=1, batch_size=4, lr=Schedule.parse("linear:0:1e-3:10"), weight_decay=0.1, seed=0,
+        epochs=1, batch_size=4, lr=Schedule.parse("linear:0:1e-3:10"), weight_decay=0.1, seed=0, optimizer="muon",
         device=device, precision=precision, log_every=100, checkpoint_every=(1000, None), augment=augment,
     )  # fmt: skip
     labels = torch.zeros(len(examples), dtype=torch.int64)
@@ -53,7 +53,8 @@ def no_autocast(monkeypatch):
     torch's own functions stay: torch.export, in a later test, would not know the replaced ones.
     """
     monkeypatch.setattr("vqvae.training.autocast", lambda *args, **keywords: nullcontext())
-    monkeypatch.setattr("vqvae.autoencoder._full_precision", lambda x: nullcontext())
+    for module in ("autoencoder", "bottlenecks.nearest"):
+        monkeypatch.setattr(f"vqvae.{module}.full_precision", lambda x: nullcontext())
 
 
 def take_steps(loop: Loop) -> None:

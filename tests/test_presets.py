@@ -7,7 +7,7 @@ import pytest
 
 from vqvae import cli
 from vqvae.config import Config, Fresh, StageTwo, Start, add_flags, configure
-from vqvae.experiment import SLOTS
+from vqvae.experiment import SLOTS, choose_optimizer
 from vqvae.presets import PRESETS, describe
 from vqvae.registry import build
 
@@ -41,6 +41,16 @@ def test_every_preset_is_well_formed_and_names_its_source(name):
         second = second_stage(name, first)
         assert second.bottleneck == first.bottleneck
         assert second.prior != first.prior
+        assert choose_optimizer(second) == "adamw"
+    assert choose_optimizer(first) == "adamw"  # as published
+
+
+def test_autoencoders_get_muon_and_priors_on_stored_codes_adamw_unless_told_otherwise():
+    assert choose_optimizer(typed("--dataset digits")) == "muon"
+    assert choose_optimizer(typed("--optimizer adamw")) == "adamw"
+    prior = StageTwo("logs/a", {"config": typed("--dataset digits").to_dict()})
+    assert choose_optimizer(typed("--prior transformer --checkpoint logs/a", prior)) == "adamw"
+    assert choose_optimizer(typed("--prior transformer --checkpoint logs/a --optimizer muon", prior)) == "muon"
 
 
 def test_what_differs_from_the_source_is_listed_with_the_preset():
