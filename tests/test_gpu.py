@@ -53,8 +53,6 @@ def no_autocast(monkeypatch):
     torch's own functions stay: torch.export, in a later test, would not know the replaced ones.
     """
     monkeypatch.setattr("vqvae.training.autocast", lambda *args, **keywords: nullcontext())
-    for module in ("autoencoder", "bottlenecks.nearest"):
-        monkeypatch.setattr(f"vqvae.{module}.full_precision", lambda x: nullcontext())
 
 
 def take_steps(loop: Loop) -> None:

@@ -50,7 +50,8 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
     """Within it, what is computed on the tensor's device has the precision of its inputs: no autocast."""
     kind = x.device.type
     # without autocast there is nothing to switch off, and an exported program gets no region that runtimes lack
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext()
 
 
 def choose_compile(wanted: bool | None, device: torch.device, steps: int) -> bool:
