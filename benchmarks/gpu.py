@@ -63,15 +63,17 @@ class Bench(NamedTuple):
 
 
 def training(bench: Bench, precision: str, backend: str | None) -> dict:
-    """Images/s of ours and of vqp."""
+    """Images/s of ours and of vqp with Adam, and of ours with Muon."""
     autocast = "bf16" if precision == "bf16" else "fp32"
     with tf32(precision != "fp32"):
         build_step = partial(training_step, device=bench.device, precision=autocast, backend=backend, batch=bench.batch)
-        took = bench.medians({name: partial(repeat, build_step(name), bench.steps) for name in ("ours", "vqp")})
+        names = ("ours", "muon", "vqp")
+        took = bench.medians({name: partial(repeat, build_step(name), bench.steps) for name in names})
     torch.compiler.reset()
     speed = {name: bench.batch * bench.steps / took[name] for name in took}
     row = {"precision": precision, "compiled": "yes" if backend else "no"}
-    return row | {"images/s": speed["ours"], "vqp images/s": speed["vqp"], "ratio": speed["ours"] / speed["vqp"]}
+    row |= {"images/s": speed["ours"], "vqp images/s": speed["vqp"], "ratio": speed["ours"] / speed["vqp"]}
+    return row | {"with Muon": speed["muon"]}
 
 
 def repeat(work: Callable[[], object], times: int) -> None:

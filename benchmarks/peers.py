@@ -18,7 +18,7 @@ from vqvae.bottlenecks.vq import VQ, VQOptions
 from vqvae.errors import UserError
 from vqvae.nets import Sonnet
 from vqvae.objectives import ElboObjective
-from vqvae.optimizer import adamw
+from vqvae.optimizer import OPTIMIZERS
 from vqvae.registry import Choice
 from vqvae.schedules import Schedule
 from vqvae.stage_one import AutoencoderTraining
@@ -121,14 +121,14 @@ def plan_of(device: torch.device, **settings) -> Plan:
 
 
 def our_step(module: AutoencoderTraining, images: Tensor, plan: Plan) -> Callable[[], None]:
-    adam = adamw(module.parameter_groups(plan.weight_decay), plan.device)
+    optimizer = OPTIMIZERS[plan.optimizer](module.parameter_groups(plan.weight_decay), plan.device)
 
     def step() -> None:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
             loss = module(images, None, 0).loss
         loss.backward()
-        adam.step()
-        adam.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
@@ -150,9 +150,12 @@ def peer_update(model: nn.Module, precision: str = "fp32") -> Callable[[Tensor],
 def training_step(
     name: str, device: torch.device, precision: str = "fp32", *, backend: str | None = None, batch: int = BATCH
 ) -> Callable[[], None]:
-    """A training step of one of `QUANTIZERS` on noise; `backend` compiles the nets, and peers as a whole."""
+    """A training step of one of `QUANTIZERS` on noise; `backend` compiles the nets, and peers as a whole.
+
+    All have Adam; `muon` is our step with Muon, our default.
+    """
     images = torch.randint(256, (batch, *SHAPE), dtype=torch.uint8, device=device)
-    if name != "ours":
+    if name not in ("ours", "muon"):
         model = Peer(QUANTIZERS[name](512)).to(device)
         if backend:
             model.compile(backend=backend)
@@ -161,7 +164,8 @@ def training_step(
     if backend:
         module.model.encoder.compile(backend=backend)
         module.model.decoder.compile(backend=backend)
-    return our_step(module, images, plan_of(device, precision=precision))
+    optimizer = "muon" if name == "muon" else "adamw"
+    return our_step(module, images, plan_of(device, precision=precision, optimizer=optimizer))
 
 
 def need_peers() -> None:

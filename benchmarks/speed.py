@@ -4,11 +4,11 @@
   python benchmarks/speed.py [--quick] [--device cpu|cuda] [--output results/speed.json]
   python benchmarks/speed.py --to 0.056 [--data-dir data] [--seeds 0 1 2]     time to quality, see race.py
 
-The peers of peers.py have the same nets and data, and take turns with our code. Times are medians of five rounds after
-a warm-up round. Each contestant has a process of its own, because on a CPU our training changes how its process
-allocates memory (vqvae.devices.keep_memory); peers keep glibc's setting. The ratios named `same_allocator` are to peers
-with our setting. Extra memory is what one pass adds to the peak of a new process. bf16 is timed where the machine has
-instructions for it.
+The peers of peers.py have the same nets, data and Adam, and take turns with our code, which is also timed with Muon.
+Times are medians of five rounds after a warm-up round. Each contestant has a process of its own, because on a CPU our
+training changes how its process allocates memory (vqvae.devices.keep_memory); peers keep glibc's setting. The ratios
+named `same_allocator` are to peers with our setting. Extra memory is what one pass adds to the peak of a new process.
+bf16 is timed where the machine has instructions for it.
 
 The output has one entry for each kind of machine, and a run replaces that of its own. An AVX-512 machine can be held to
 AVX2, which its entry says: ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/speed.py
@@ -81,6 +81,7 @@ def training(device: torch.device, steps: int) -> dict:
         return Contestant(training_step, arguments[0], device, *arguments[1:], runs=steps, our_allocator=our_allocator)
 
     contestants = {precision: contestant("ours", precision, our_allocator=True) for precision in types}
+    contestants |= {f"muon {precision}": contestant("muon", precision, our_allocator=True) for precision in types}
     contestants |= {name: contestant(name, our_allocator=False) for name in peers}
     contestants |= {f"{name}, same allocator": contestant(name, our_allocator=True) for name in peers}
     for precision, dtype in types.items():
@@ -91,7 +92,7 @@ def training(device: torch.device, steps: int) -> dict:
     result |= {f"{name}_images_per_s": speed[name] for name in peers}
     for precision in types:
         gflops = {kind: 2 * SIDE**3 / took[f"{kind} {precision}"] / 1e9 for kind in ("mm", "convolution")}
-        result[precision] = {"images_per_s": speed[precision]}
+        result[precision] = {"images_per_s": speed[precision], "muon_images_per_s": speed[f"muon {precision}"]}
         for name in peers:
             result[precision][f"ratio_{name}"] = speed[precision] / speed[name]
             result[precision][f"ratio_{name}_same_allocator"] = speed[precision] / speed[f"{name}, same allocator"]
