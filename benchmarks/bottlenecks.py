@@ -43,8 +43,8 @@ LARGE = {
 } | {"simvq, K = 8,192": "simvq num_codes=8192", "fsq, K = 8,192": "fsq levels=8,8,8,16"}
 INTRODUCTION = """# Comparison of bottlenecks
 
-{dataset}, Sonnet's nets in {precision}, {steps:,} steps at batch {batch_size}, learning rate {rate}. All rows of a seed
-have the same initial nets and the same batches. Metrics are computed in fp32 on the whole test split, with the most
+{dataset}, Sonnet's nets in {precision}, {steps:,} steps of Muon at batch {batch_size}, learning rate {rate}. All rows
+of a seed have the same initial nets and the same batches. Metrics are computed in fp32 on the whole test split, with the most
 likely codes; MSE is that of images in [0, 1]. ± is one standard error over seeds, or over images for a single seed.
 bits/image is codes per image x log2 K. For a bottleneck with several levels, perplexity is the mean over levels.
 Data: {data}. Hardware: {hardware}.
@@ -86,7 +86,8 @@ def main() -> None:
 def run(bottleneck: str, seed: int, options: argparse.Namespace) -> dict:
     flags = ["--dataset", *options.dataset, "--data-dir", options.data_dir, "--bottleneck", *bottleneck.split()]
     flags += ["--max-steps", str(options.steps), "--epochs", "10000", "--batch-size", str(options.batch_size)]
-    flags += ["--precision", options.precision, "--seed", str(seed), "--validation", "test"]  # nothing is chosen
+    flags += ["--precision", options.precision, "--seed", str(seed), "--optimizer", "muon"]
+    flags += ["--validation", "test"]  # nothing is chosen
     if bottleneck.startswith(("gumbel", "categorical")):
         # with a weight of 1 on the KL term, such a posterior stays nearly uniform for longer than these runs last
         flags += ["--kl-weight", "0.01"]
