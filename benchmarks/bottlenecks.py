@@ -44,8 +44,9 @@ LARGE = {
 INTRODUCTION = """# Comparison of bottlenecks
 
 {dataset}, Sonnet's nets in {precision}, {steps:,} steps of Muon at batch {batch_size}, learning rate {rate}. All rows
-of a seed have the same initial nets and the same batches. Metrics are computed in fp32 on the whole test split, with the most
-likely codes; MSE is that of images in [0, 1]. ± is one standard error over seeds, or over images for a single seed.
+of a seed have the same initial nets and the same batches. Metrics are computed in fp32 on the whole test split, with
+the most likely codes; MSE is that of images in [0, 1]. ± is one standard error over seeds, or over images for a single
+seed.
 bits/image is codes per image x log2 K. For a bottleneck with several levels, perplexity is the mean over levels.
 Data: {data}. Hardware: {hardware}.
 """
