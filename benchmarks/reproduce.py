@@ -101,6 +101,11 @@ ROWS = {
         for name in ("1", "2.1", "2.2", "2.3", "2.4", "2.5", "3", "4.1", "4.2.1", "4.2.2")
     },
 }
+# the default before Muon
+ROWS |= {
+    f"{name}-adamw": ROWS[name]._replace(flags=f"{ROWS[name].flags} --optimizer adamw")
+    for name in ("default-10k", "mnist-20", "cifar10-50")
+}
 INTRODUCTION = """# Runs of published length
 
 Each row is `python train.py` with the flags named; its last weights, which nothing chose, are evaluated on the test
