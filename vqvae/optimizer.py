@@ -62,8 +62,8 @@ class Muon(AdamW):
     def _move(self, group: dict[str, Any]) -> None:
         alike = defaultdict(list)  # matrices of one shape are one batch
         for kernel in group["params"]:
-            if kernel.grad is not None:
-                matrix = self._mean(kernel, group["momentum"]).movedim(1, -1).flatten(1)
+            if (gradient := kernel.grad) is not None:
+                matrix = self._mean(kernel, gradient, group["momentum"]).movedim(1, -1).flatten(1)
                 alike[min(matrix.shape), max(matrix.shape)].append((kernel, matrix))
         for (low, high), pairs in alike.items():
             wide = torch.stack([matrix if len(matrix) == low else matrix.T for _, matrix in pairs])
@@ -72,10 +72,9 @@ class Muon(AdamW):
                 kernel.mul_(1 - group["lr"] * group["weight_decay"])
                 kernel.add_(step, alpha=-group["lr"] * ADAMS_SIZE * math.sqrt(high))
 
-    def _mean(self, kernel: Tensor, momentum: float) -> Tensor:
+    def _mean(self, kernel: Tensor, gradient: Tensor, momentum: float) -> Tensor:
         """The mean gradient with Nesterov's momentum."""
-        gradient, state = kernel.grad, self.state[kernel]
-        assert gradient is not None
+        state = self.state[kernel]
         if not state:
             state |= {"mean": torch.zeros_like(kernel), "step": torch.tensor(0.0)}  # AdamW's loader wants a step
         mean = state["mean"].lerp_(gradient, 1 - momentum)
