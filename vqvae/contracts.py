@@ -288,7 +288,10 @@ class Objective(nn.Module):
         return latent
 
     def parameter_groups(self, model: "Autoencoder", weight_decay: float) -> list[dict[str, Any]]:
-        """Groups for AdamW: `params` and any of its settings; `lr_scale` multiplies the scheduled rate."""
+        """Groups for optimizer.py: `params`, settings of AdamW, and `lr_scale`, which multiplies the scheduled rate.
+
+        Muon may train what a group with `kernels` has.
+        """
         raise NotImplementedError
 
 
@@ -310,7 +313,7 @@ class Trainable(Protocol):
         """Called before the first step; `batches(n)` gives n training examples, the same in every process."""
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Groups for AdamW: `params`, any of its settings, and `lr_scale`, which multiplies the scheduled rate."""
+        """Groups for optimizer.py, as of `Objective.parameter_groups`."""
 
     def saved_state(self) -> dict[str, Any]:
         """What a checkpoint stores of the module: the autoencoder as `model`, and more."""
