@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,7 +90,6 @@ class Case(NamedTuple):
     conditional: bool = False
     accumulate: int = 1
     likelihood: str = "mse"
-    optimizer: Literal["muon", "adamw"] = "muon"
 
 
 def cases() -> dict[str, Case]:
@@ -193,7 +192,7 @@ def train(
     plan = Plan(
         epochs=1, batch_size=BATCH, lr=Schedule.parse("1e-3"), weight_decay=0.01, seed=0, device=torch.device("cpu"),
         precision="fp32", log_every=1, checkpoint_every=(5, None), max_steps=stop or steps, accumulate=case.accumulate,
-        augment=crop_flip if case.augment else None, optimizer=case.optimizer,
+        augment=crop_flip if case.augment else None, optimizer="muon",
     )  # fmt: skip
     if resume:
         module.load_state_dict(resume["module"])

@@ -81,28 +81,37 @@ class Muon(AdamW):
         return gradient.lerp(mean, momentum)
 
 
-def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
+def orthogonal(matrices: Tensor) -> Tensor:
     """Matrices `[B, M, N]`, M <= N, with all but tiny singular values moved close to 1, to between 0.7 and 1.2.
 
-    This is Newton and Schulz's iteration x <- (a + b x x^T + c (x x^T)^2) x with Jordan's coefficients a, b and c. It
-    multiplies matrices `[M, M]` only: x x^T is updated by itself, and the product of all factors is applied to x once.
+    These are five iterations of Newton and Schulz, x <- (a + b x x^T + c (x x^T)^2) x, with Jordan's coefficients a, b
+    and c. They multiply matrices `[M, M]` only: x x^T is updated by itself, and the product of all factors is applied
+    to x once.
     """
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     gram = x @ x.mT
-    product = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(gram)
-    for _ in range(iterations):
-        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        factor.diagonal(dim1=1, dim2=2).add_(3.4445)
-        product, gram = factor @ product, factor @ gram @ factor
+    product = factor = _factor(gram)
+    for _ in range(4):
+        gram = factor @ gram @ factor
+        factor = _factor(gram)
+        product = factor @ product
     return product @ x
 
 
+def _factor(gram: Tensor) -> Tensor:
+    """What an iteration multiplies x by, given x x^T."""
+    factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+    factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+    return factor
+
+
 def muon(groups: list[dict[str, Any]], device: torch.device) -> AdamW:
-    """Muon for the groups' kernels between `FEW` and more input and output channels; AdamW for all other parameters."""
+    """Muon for the groups' kernels with more than `FEW` input and output channels; AdamW for all other parameters."""
     split = []
     for group in groups:
         hidden = [p for p in group["params"] if "kernels" in group and min(p.shape[:2]) > FEW]
-        others = [p for p in group["params"] if not any(p is kernel for kernel in hidden)]
+        moved = {id(p) for p in hidden}
+        others = [p for p in group["params"] if id(p) not in moved]
         split += [{**group, "params": hidden, "momentum": 0.95}, {**group, "params": others}]
     return adamw([group for group in split if group["params"]], device, Muon)
 
