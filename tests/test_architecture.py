@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "stage_one": {"autoencoder", "batch_norm", "contracts", "distributed", "evaluation", "metrics", "shares"},
     "stage_two": {
         "archives", "autoencoder", "checkpoint", "contracts", "data", "distributed", "evaluation", "files", "metrics",
-        "optimizer",
+        "optimizer", "progress",
     },
     "runs": {"checkpoint", "errors", "files", "metrics"},
     "progress": {"distributed", "metrics"},
@@ -72,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     "foreign": {"autoencoder", "config", "contracts", "errors", "files", "likelihoods", "nets", "registry"},
     "tokens": {
         "archives", "autoencoder", "checkpoint", "contracts", "data", "decoding", "devices", "distributed", "errors",
-        "files", "registry",
+        "files", "progress", "registry",
     },
     "programs": {"autoencoder", "errors", "files"},
     "card": {"autoencoder", "config", "errors", "metrics", "registry"},

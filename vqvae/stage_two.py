@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vqvae import distributed, metrics
 from vqvae.archives import read_arrays
@@ -26,6 +25,7 @@ from vqvae.data.base import fingerprint
 from vqvae.evaluation import evaluate_prior, facts_of, log_prior_of_codes, seeded
 from vqvae.files import open_file, whole_file
 from vqvae.optimizer import decay_groups
+from vqvae.progress import images_bar
 
 
 class PriorTraining(nn.Module):
@@ -94,10 +94,13 @@ def extract_codes(model: Autoencoder, images: Tensor, cache: Path, *, batch_size
         return cached
     shared = not bottleneck.stochastic  # the draws of all images must be those of one process
     tiles = (distributed.share(images) if shared else images).split(batch_size or model.at_once)
-    with torch.no_grad(), evaluating(model), seeded(0):
-        tiles = tqdm(tiles, desc="codes", unit="batch", disable=distributed.hides_bars(), leave=False)
-        found = [_codes(model, tile).to("cpu", torch.int32) for tile in tiles if len(tile)]
-    codes = torch.cat([torch.empty(0, *bottleneck.grid, dtype=torch.int32), *found])
+    found = [torch.empty(0, *bottleneck.grid, dtype=torch.int32)]
+    with torch.no_grad(), evaluating(model), seeded(0), images_bar(sum(map(len, tiles)), "encoding") as bar:
+        for tile in tiles:
+            if len(tile):
+                found.append(_codes(model, tile).to("cpu", torch.int32))
+                bar.update(len(tile))
+    codes = torch.cat(found)
     codes = distributed.gather_rows(codes) if shared else codes
     smallest = np.min_scalar_type(bottleneck.num_codes - 1)
     distributed.on_first(lambda: store_codes(cache, codes.numpy().astype(smallest), source))

@@ -32,6 +32,7 @@ from vqvae.decoding import Resize, read_image
 from vqvae.devices import choose_device
 from vqvae.errors import OptionError, UserError, one_line, printable
 from vqvae.files import WINDOWS, cannot_write, open_file, size_of, whole_file
+from vqvae.progress import images_bar
 from vqvae.registry import Choice, Size, resolve
 
 FIELDS = ("codes", "num_codes", "grid", "image_shape", "files", "model")
@@ -269,7 +270,7 @@ def encode(model: Autoencoder, batches: Iterable[Tensor], at_most: int) -> np.nd
     bottleneck = discrete(model)
     codes = np.empty((at_most, *bottleneck.grid), np.uint16 if bottleneck.num_codes <= 1 << 16 else np.int32)
     count = 0
-    with tqdm(total=at_most, desc="encoding", unit="image", disable=distributed.hides_bars()) as bar:
+    with images_bar(at_most, "encoding") as bar:
         for images in batches:
             codes[count : count + len(images)] = model.encode(images).cpu().numpy()
             count += len(images)
@@ -470,7 +471,7 @@ def _possible(name: str, windows: bool = WINDOWS) -> bool:
 
 def decode(model: Autoencoder, codes: np.ndarray, names: list[str], folder: Path, batch_size: int) -> None:
     """Decode codes `[N, *grid]` and write each image into a folder as a PNG file of that name."""
-    with tqdm(total=len(codes), desc="decoding", unit="image", disable=None) as bar:
+    with images_bar(len(codes), "decoding") as bar:
         for start in range(0, len(codes), batch_size):
             rows = torch.from_numpy(codes[start : start + batch_size].astype(np.int64))
             images = (model.decode(rows) * 255).round().to("cpu", torch.uint8).numpy()
