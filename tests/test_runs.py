@@ -113,6 +113,13 @@ def test_a_free_name_exists_in_no_folder(tmp_path):
             lock.release()
 
 
+def test_runs_and_plots_may_have_one_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "all", target_is_directory=True)
+    with Lock() as one, Lock() as other:
+        for lock, plots, free in ((one, "all", "run"), (other, "link", "run-2")):
+            assert claim_free("run", tmp_path / "all", tmp_path / plots, lock) == tmp_path / "all" / free
+
+
 def test_a_null_run_takes_every_call_of_a_run_and_writes_nothing(tmp_path):
     run = NullRun(tmp_path / "run")
     run.log("train", 1, 0, {"loss": 1.0})

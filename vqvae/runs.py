@@ -178,15 +178,16 @@ def claim(folder: Path, lock: Lock) -> None:
 def claim_free(name: str, logs: Path, plots: Path, lock: Lock) -> Path:
     """Make and take the folder `logs/name`, or `name-2`, `name-3` ..., the first that is new in both folders.
 
-    Processes that are started at once get different names.
+    Processes that are started at once get different names. Both folders may be the same.
     """
     make_folder(logs, "log_dir")
     make_folder(plots, "plot_dir")
+    parents = [logs] if logs.samefile(plots) else [logs, plots]
     free, number = name, 1
     while True:
         made: list[Path] = []
         try:
-            for folder in (logs / free, plots / free):
+            for folder in [parent / free for parent in parents]:
                 folder.mkdir()
                 made.insert(0, folder)
             lock.take(logs / free, made=made)
