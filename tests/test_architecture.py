@@ -33,9 +33,9 @@ ALLOWED: dict[str, set[str]] = {
     # the slots
     "data": {"archives", "decoding", "errors", "files", "progress", "randomness", "registry", "shares", "workers"},
     "nets": {"batch_norm", "contracts", "errors", "registry", "vqgan"},
-    "vqgan": set(),
+    "vqgan": {"devices"},
     "bottlenecks": {"contracts", "devices", "distributed", "errors", "flows", "registry", "schedules", "shares"},
-    "priors": {"contracts", "errors", "flows", "registry", "shares"},
+    "priors": {"contracts", "devices", "errors", "flows", "registry", "shares"},
     "likelihoods": {"contracts", "errors", "registry", "shares"},
     "objectives": {"contracts", "errors", "optimizer", "registry", "schedules", "shares"},
     "autoencoder": {"bottlenecks", "contracts", "devices", "errors", "likelihoods", "nets", "priors", "registry"},

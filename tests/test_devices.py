@@ -1,4 +1,4 @@
-"""The device that is chosen, and the memory that the process keeps."""
+"""The device that is chosen, its matrix products, and the memory that the process keeps."""
 
 import contextlib
 import ctypes
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 from tests.helpers import choose, fitting, images, training
 from vqvae import devices
 from vqvae.bottlenecks import BOTTLENECKS
-from vqvae.devices import choose_compile, choose_device, choose_precision
+from vqvae.devices import attention, choose_compile, choose_device, choose_precision, linear
 from vqvae.errors import OptionError
 from vqvae.evaluation import evaluate
 from vqvae.likelihoods import LIKELIHOODS
@@ -137,3 +137,42 @@ def test_means_from_a_device_without_float64_go_on_in_float64_elsewhere():
     means.add({"loss": torch.tensor(0.5)})
     assert means.sums["loss"].dtype == torch.float64
     assert float(means.values()["loss"]) == 0.75
+
+
+@pytest.mark.parametrize("avx512", [False, True])
+@pytest.mark.parametrize("shape", [(64, 49), (5, 49), (320,), (257,), (0, 49), (2, 1)])  # 257 vectors are no images
+def test_a_linear_layer_is_the_same_with_every_library(shape, avx512, monkeypatch):
+    monkeypatch.setattr(devices, "AVX512", avx512)
+    x, weight, bias = torch.randn(*shape, 8), torch.randn(6, 8), torch.randn(6)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    y, expected = linear(*inputs), torch.nn.functional.linear(*exact)
+    assert y.dtype == torch.float32 and y.shape == (*shape, 6)
+    assert torch.allclose(y.double(), expected, atol=1e-5)
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+    expected.backward(gradient.double())
+    for found, wanted in zip(inputs, exact, strict=True):
+        assert torch.allclose(found.grad.double(), wanted.grad, atol=1e-4)
+
+
+@pytest.mark.parametrize("avx512", [False, True])
+def test_a_linear_layer_takes_part_in_autocast(avx512, monkeypatch):
+    monkeypatch.setattr(devices, "AVX512", avx512)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(torch.randn(64, 49, 8), torch.randn(6, 8), torch.randn(6)).dtype == torch.bfloat16
+    assert linear(torch.randn(64, 49, 8).double(), torch.randn(6, 8).double(), torch.randn(6).double()).dtype.itemsize == 8
+
+
+def test_attention_in_bf16_has_the_precision_of_fp32_on_a_cpu():
+    parts = [torch.randn(2, 4, 9, 8).bfloat16().requires_grad_() for _ in "qkv"]
+    exact = [t.detach().double().requires_grad_() for t in parts]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attention(*parts, is_causal=True)
+    expected = attention(*exact, is_causal=True)
+    assert (y.dtype, expected.dtype) == (torch.float32, torch.float64)
+    assert torch.allclose(y.double(), expected, atol=1e-5)
+    y.sum().backward()
+    expected.sum().backward()
+    for found, wanted in zip(parts, exact, strict=True):
+        assert torch.allclose(found.grad.double(), wanted.grad, rtol=0.01, atol=0.01)

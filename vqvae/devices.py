@@ -1,17 +1,21 @@
-"""Choices of the machine: device, precision, compilation, and how much freed memory the process keeps."""
+"""Choices of the machine: device, precision, compilation, matrix products, and how much freed memory is kept."""
 
 import contextlib
 import ctypes
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqvae.errors import OptionError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # parameters of mallopt, from glibc's malloc.h
 WITHOUT_FLOAT64 = {"mps"}  # types of devices
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+IMAGES = range(16, 65)  # for fewer images a thread does not use oneDNN, and for one pixel each it is slow
+FEW = 256  # vectors for which oneDNN's overhead is as large as what it gains
 
 
 def widest_float(device: torch.device) -> torch.dtype:
@@ -52,6 +56,28 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
     # without autocast there is nothing to switch off, and an exported program gets no region that runtimes lack
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`F.linear` of x `[..., D]`; in fp32 on a CPU with AVX-512 as a 1x1 convolution, which oneDNN computes.
+
+    There PyTorch's matrix product is MKL's, which uses AVX-512 on Intel's CPUs only: oneDNN is twice as fast on others.
+    """
+    count = x.numel() // x.shape[-1]
+    images = next((n for n in IMAGES if count % n == 0), 0)
+    fast = AVX512 and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not fast or not images or count < FEW or torch.compiler.is_exporting():
+        return F.linear(x, weight, bias)
+    pixels = x.reshape(images, -1, 1, x.shape[-1]).movedim(-1, 1)  # channels last
+    return F.conv2d(pixels, weight[:, :, None, None], bias).movedim(1, -1).reshape(*x.shape[:-1], -1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """`F.scaled_dot_product_attention`; on a CPU in fp32, because its backward pass takes 6 times as long in bf16."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        with full_precision(q):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+    return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 def choose_compile(wanted: bool | None, device: torch.device, steps: int) -> bool:

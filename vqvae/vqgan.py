@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqvae.devices import attention
+
 EPSILON = 1e-6  # of every group norm
 
 
@@ -53,7 +55,7 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         x = self.group_norm(h).flatten(2).mT.unsqueeze(1)  # [B, 1, h*w, channels]
-        attended = F.scaled_dot_product_attention(self.to_q(x), self.to_k(x), self.to_v(x))
+        attended = attention(self.to_q(x), self.to_k(x), self.to_v(x))
         return h + self.to_out[0](attended).squeeze(1).mT.unflatten(2, h.shape[2:])
 
 

@@ -6,16 +6,13 @@ N vectors, D code dimension, K codes.
 import warnings
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vqvae.devices import full_precision
+from vqvae.devices import full_precision, linear
 
 # Scores in memory at once: few enough for a CPU's cache, or for a modest part of a GPU's memory.
 TILE_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26, "mps": 1 << 24}
 BLOCK, GROUP = 2048, 64  # CPU: codes per matrix product, and per maximum
-AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-IMAGES = 16  # for fewer images, a single thread does not use oneDNN
 FAILED: list[Exception] = []  # Triton's errors; after the first one this process uses PyTorch
 
 
@@ -78,7 +75,7 @@ def search_on_cpu(z: Tensor, codebook: Tensor) -> Tensor:
         best, each = tile.new_full((len(tile),), -torch.inf), torch.arange(len(tile))
         for start in range(0, len(codebook), BLOCK):
             block = slice(start, start + BLOCK)
-            scores = products(tile, codebook[block], bias[block]).unflatten(1, (-1, GROUP))
+            scores = linear(tile, codebook[block], bias[block]).unflatten(1, (-1, GROUP))
             top, group = scores.amax(dim=2).max(dim=1)
             within = scores[each, group].argmax(dim=1)
             del scores  # the next ones take their memory; mapping new memory takes longer than filling it
@@ -86,14 +83,3 @@ def search_on_cpu(z: Tensor, codebook: Tensor) -> Tensor:
             best = torch.where(better, top, best)
             code.copy_(torch.where(better, start + group * GROUP + within, code))
     return codes.clamp_(max=last)
-
-
-def products(z: Tensor, codebook: Tensor, bias: Tensor) -> Tensor:
-    """z_n.e_k + bias_k, `[N, K]`, on a CPU; with AVX-512 as a 1x1 convolution, which oneDNN computes.
-
-    PyTorch's matrix product is MKL's, which uses AVX-512 on Intel's CPUs only: oneDNN is twice as fast on others.
-    """
-    if not AVX512 or z.dtype != torch.float32 or not len(z) or len(z) % IMAGES:
-        return torch.addmm(bias, z, codebook.T)
-    images = z.view(IMAGES, -1, 1, z.shape[1]).movedim(-1, 1)  # [16, D, N/16, 1], channels last
-    return F.conv2d(images, codebook[:, :, None, None], bias).movedim(1, -1).reshape(len(z), -1)

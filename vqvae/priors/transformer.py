@@ -11,10 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqvae.devices import attention, linear
 from vqvae.errors import OptionError
 from vqvae.priors.autoregressive import AutoregressivePrior, look_up
 from vqvae.priors.base import CodePrior, LabelDrop
 from vqvae.registry import Options, Range, checked
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by the fastest product of the machine."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Layer(nn.Module):
@@ -24,8 +32,8 @@ class Layer(nn.Module):
         super().__init__()
         self.heads, self.dropout, self.causal = heads, dropout, causal
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.qkv, self.out = Linear(width, 3 * width), Linear(width, width)
+        self.mlp = nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
 
     def forward(
         self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None, start: int = 0, mask: Tensor | None = None
@@ -44,7 +52,7 @@ class Layer(nn.Module):
             k, v = (stored[:, :, :end] for stored in cache)
         p = self.dropout if self.training else 0.0
         causal = self.causal and cache is None
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
+        attended = attention(q, k, v, attn_mask=mask, dropout_p=p, is_causal=causal)
         x = x + F.dropout(self.out(attended.transpose(1, 2).flatten(2)), p)
         return x + F.dropout(self.mlp(self.norm_mlp(x)), p)
 
@@ -102,7 +110,7 @@ class CodeTransformer(CodePrior):
 
     def output(self, x: Tensor) -> Tensor:
         """Logits `[B, n, K]` of the last layer's output `[B, n, D]`."""
-        return F.linear(self.norm(x), self.embedding.weight, self.bias)
+        return linear(self.norm(x), self.embedding.weight, self.bias)
 
 
 class Transformer(CodeTransformer, AutoregressivePrior):
