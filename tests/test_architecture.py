@@ -89,8 +89,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "experiment": {
         "assessment", "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors",
-        "evaluation", "features", "files", "interrupts", "metrics", "objectives", "plots", "presets", "randomness",
-        "registry", "report", "runs", "schedules", "stage_one", "stage_two", "training",
+        "evaluation", "features", "files", "interrupts", "metrics", "objectives", "plots", "presets", "priors",
+        "randomness", "registry", "report", "runs", "schedules", "stage_one", "stage_two", "training",
     },
     "commands": {
         "checkpoint", "cli", "compare", "config", "data", "devices", "distributed", "errors", "experiment",

@@ -147,7 +147,8 @@ def test_a_linear_layer_is_the_same_with_every_library(shape, avx512, monkeypatc
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     exact = [t.detach().double().requires_grad_() for t in inputs]
     y, expected = linear(*inputs), torch.nn.functional.linear(*exact)
-    assert y.dtype == torch.float32 and y.shape == (*shape, 6)
+    assert y.dtype == torch.float32
+    assert y.shape == (*shape, 6)
     assert torch.allclose(y.double(), expected, atol=1e-5)
     gradient = torch.randn_like(y)
     y.backward(gradient)
@@ -159,9 +160,10 @@ def test_a_linear_layer_is_the_same_with_every_library(shape, avx512, monkeypatc
 @pytest.mark.parametrize("avx512", [False, True])
 def test_a_linear_layer_takes_part_in_autocast(avx512, monkeypatch):
     monkeypatch.setattr(devices, "AVX512", avx512)
+    inputs = torch.randn(64, 49, 8), torch.randn(6, 8), torch.randn(6)
     with torch.autocast("cpu", torch.bfloat16):
-        assert linear(torch.randn(64, 49, 8), torch.randn(6, 8), torch.randn(6)).dtype == torch.bfloat16
-    assert linear(torch.randn(64, 49, 8).double(), torch.randn(6, 8).double(), torch.randn(6).double()).dtype.itemsize == 8
+        assert linear(*inputs).dtype == torch.bfloat16
+    assert linear(*(t.double() for t in inputs)).dtype == torch.float64
 
 
 def test_attention_in_bf16_has_the_precision_of_fp32_on_a_cpu():

@@ -45,12 +45,15 @@ def test_every_preset_is_well_formed_and_names_its_source(name):
     assert choose_optimizer(first) == "adamw"  # as published
 
 
-def test_autoencoders_get_muon_and_priors_on_stored_codes_adamw_unless_told_otherwise():
+def test_autoencoders_and_transformers_get_muon_unless_told_otherwise():
     assert choose_optimizer(typed("--dataset digits")) == "muon"
     assert choose_optimizer(typed("--optimizer adamw")) == "adamw"
-    prior = StageTwo("logs/a", {"config": typed("--dataset digits").to_dict()})
-    assert choose_optimizer(typed("--prior transformer --checkpoint logs/a", prior)) == "adamw"
-    assert choose_optimizer(typed("--prior transformer --checkpoint logs/a --optimizer muon", prior)) == "muon"
+    prior = StageTwo("logs/a", {"config": typed("--dataset digits --optimizer muon").to_dict()})
+    defaults = {"pixelcnn": "adamw", "gated-pixelcnn": "adamw", "transformer": "muon", "masked": "muon"}
+    for name, default in defaults.items():
+        assert choose_optimizer(typed(f"--prior {name} --checkpoint logs/a", prior)) == default
+        for asked in ("muon", "adamw"):
+            assert choose_optimizer(typed(f"--prior {name} --checkpoint logs/a --optimizer {asked}", prior)) == asked
 
 
 def test_what_differs_from_the_source_is_listed_with_the_preset():

@@ -206,7 +206,7 @@ class Config:
     )
     optimizer: Annotated[
         Literal["auto", "muon", "adamw"],
-        "muon: Muon for hidden layers' weights, AdamW for the rest; auto: muon, and adamw for a prior on stored codes",
+        "muon: Muon for hidden layers' weights, else AdamW; auto: muon, but adamw for PixelCNNs on stored codes",
     ] = _field("auto", "training")
     on_nan: Annotated[
         Literal["stop", "skip"], "where the loss or the gradient is not finite: stop, or skip up to 10 updates in a row"

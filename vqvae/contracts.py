@@ -17,7 +17,7 @@ B batch, S samples, C channels, H W pixels, D code dimension, K codes, h w code 
 import itertools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -226,6 +226,7 @@ class Prior(Protocol):
 
     sampling_options: tuple[str, ...]  # those of `sample`, which `check_sampling` checks
     exact: bool  # whether `log_prob` is log p(z) itself; otherwise its mean over the noise is at most log p(z)
+    optimizer: Literal["muon", "adamw"]  # that of its training on stored codes, unless another is asked for
 
     def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
         """log p(z) in nats, `[B]`."""

@@ -37,6 +37,7 @@ from vqvae.evaluation import evaluate
 from vqvae.features import load_nets
 from vqvae.files import make_folder, remove_parts, write_json
 from vqvae.presets import PRESETS
+from vqvae.priors import PRIORS
 from vqvae.randomness import generator, stream
 from vqvae.registry import brief, build
 from vqvae.runs import LAST, Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
@@ -91,7 +92,8 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
     resumed = start.content if isinstance(start, Resumed) else None
     config = configure(given, start, SLOTS)
     plan = plan_of(config)
-    config.precision = plan.precision  # a resumed run keeps the precision chosen first, on any machine
+    # a resumed run keeps what was chosen first, on any machine and in any version
+    config.precision, config.optimizer = plan.precision, plan.optimizer
     distributed.start(plan.device)
     if config.name and not resumed:
         wanted = Path(config.log_dir, config.name)
@@ -306,7 +308,7 @@ def how_it_starts(given: Mapping[str, Any], resume: str | None, lock: Lock) -> S
 def choose_optimizer(config: Config) -> Literal["muon", "adamw"]:
     if config.optimizer != "auto":
         return config.optimizer
-    return "adamw" if config.checkpoint else "muon"
+    return PRIORS[config.prior.name].optimizer if config.checkpoint else "muon"
 
 
 def plan_of(config: Config) -> Plan:

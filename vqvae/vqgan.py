@@ -137,8 +137,8 @@ class Middle(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         h = self.resnets[0](h)
-        for attention in self.attentions:
-            h = attention(h)
+        for layer in self.attentions:
+            h = layer(h)
         return self.resnets[1](h)
 
 

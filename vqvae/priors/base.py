@@ -3,7 +3,7 @@
 B batch, h w code grid, K codes.
 """
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ class BasePrior(nn.Module):
 
     sampling_options: tuple[str, ...] = ("temperature",)
     exact = True
+    optimizer: Literal["muon", "adamw"] = "adamw"  # the one that learns stored codes faster
     anchor: Tensor  # scalar; samples have its device and dtype
 
     def __init__(self, grid: tuple[int, int]):

@@ -79,6 +79,8 @@ class CodeTransformer(CodePrior):
     position. Input and output share the embedding of the codes.
     """
 
+    optimizer = "muon"
+
     def __init__(
         self,
         num_codes: int,
