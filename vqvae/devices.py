@@ -53,9 +53,10 @@ def computes_bf16() -> bool:
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
     """Within it, what is computed on the tensor's device has the precision of its inputs: no autocast."""
     kind = x.device.type
-    # without autocast there is nothing to switch off, and an exported program gets no region that runtimes lack
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext()
+    # programs are exported without autocast, and get no region, which runtimes lack
+    if torch.compiler.is_exporting() or not torch.amp.is_autocast_available(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -65,8 +66,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     count = x.numel() // x.shape[-1]
     images = next((n for n in IMAGES if count % n == 0), 0)
-    fast = AVX512 and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not fast or not images or count < FEW or torch.compiler.is_exporting():
+    fast = AVX512 and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_exporting()
+    if not fast or not images or count < FEW:
         return F.linear(x, weight, bias)
     pixels = x.reshape(images, -1, 1, x.shape[-1]).movedim(-1, 1)  # channels last
     return F.conv2d(pixels, weight[:, :, None, None], bias).movedim(1, -1).reshape(*x.shape[:-1], -1)
