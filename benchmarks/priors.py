@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Compare priors over the codes of trained autoencoders at equal training time: bits per code, and quality of samples.
 
-Trains each prior for the same number of minutes with train.py, or with --patience until its validation loss no longer
-falls, and measures the held-out cost of the codes. On digits, a classifier trained on real digits also judges samples.
-It reports the share of samples for which one class has a probability above 0.9, and the perplexity of the predicted
-classes (10 is balanced). For comparison, the classifier also judges held-out digits, their reconstructions, and images
-of codes drawn uniformly. Prints a Markdown table; --output also writes it. Priors that were trained on the same codes
-with the same settings are not trained again.
+Trains each prior for the same number of minutes with train.py, or for --epochs, or with --patience until its validation
+loss no longer falls; the last two keep the epoch of the lowest validation loss. Then it measures the held-out cost of
+the codes. On digits, a classifier trained on real digits also judges samples. It reports the share of samples for which
+one class has a probability above 0.9, and the perplexity of the predicted classes (10 is balanced). For comparison, the
+classifier also judges held-out digits, their reconstructions, and images of codes drawn uniformly. Prints a Markdown
+table; --output also writes it. Priors that were trained on the same codes with the same settings are not trained again.
 
   python benchmarks/priors.py --checkpoint logs/mnist logs/cifar10 --minutes 5 3 --data-dir data
 """
@@ -41,10 +41,12 @@ PRIORS = {
     "pixelcnn": "pixelcnn",
     "gated-pixelcnn": "gated-pixelcnn channels=64 layers=5 kernel=5",
     "transformer": "transformer",
+    "transformer-dropout": "transformer dropout=0.1",  # for longer runs, which overfit without
     # on small grids convolutions alone learn faster; the loop evaluates often with one draw, the table averages DRAWS
     "masked": "masked layers=0 draws=1",
 }
 DRAWS = 8
+VALIDATION = "0.05"  # of the training images, where the best epoch is kept
 SAMPLES = 1000
 FINISHED = "finished.json"  # in the folder of a run that was trained to its end
 COLUMNS = ("prior", "bits/code", "± s.e.", "code bits/dim", "parameters", "steps", "sure of samples", "classes")
@@ -61,23 +63,34 @@ def train_prior(name: str, first: Path, minutes: float, source: dict, args: argp
     `source` identifies the autoencoder and its data; the folder's name has a hash of it and of all settings.
     """
     minutes = min(minutes, 0.5) if name == "unigram" else minutes
-    how = {"patience": args.patience} if args.patience else {"minutes": minutes}
+    if chooses(args):
+        given = {"patience": args.patience, "epochs": args.epochs}
+        how = {name: value for name, value in given.items() if value} | {"validation": VALIDATION}
+    else:
+        how = {"minutes": minutes}
     how |= {"ema_weights": args.ema_weights} if args.ema_weights else {}
+    how |= {"precision": args.precision} if args.precision != "fp32" else {}
     settings = {"prior": PRIORS[name], "lr": args.lr, "batch_size": 64, "seed": args.seed} | how
     run = first.parent / f"{first.name}-{name}-{key_of(settings | source)}"
-    if args.patience and (run / LAST).exists() and not (run / FINISHED).exists():
+    if chooses(args) and (run / LAST).exists() and not (run / FINISHED).exists():
         train("--resume", str(run))
     elif not finished(run):
         train(
             "--prior", *PRIORS[name].split(), "--checkpoint", str(first), "--lr", args.lr, "--batch-size", "64",
-            "--epochs", "10000", "--seed", str(args.seed), "--data-dir", args.data_dir,
-            "--ema-weights", str(args.ema_weights),
-            *(["--patience", str(args.patience)] if args.patience else ["--max-minutes", str(minutes)]),
+            "--epochs", str(args.epochs or 10_000), "--seed", str(args.seed), "--data-dir", args.data_dir,
+            "--ema-weights", str(args.ema_weights), "--precision", args.precision,
+            *(["--validation", VALIDATION] if chooses(args) else ["--max-minutes", str(minutes)]),
+            *(["--patience", str(args.patience)] if args.patience else []),
             "--name", run.name, "--log-dir", str(run.parent),
         )  # fmt: skip
     if not (run / FINISHED).exists():
         write_json(run / FINISHED, settings | source)
     return run
+
+
+def chooses(args: argparse.Namespace) -> bool:
+    """Whether the epoch of the lowest validation loss is kept."""
+    return bool(args.patience or args.epochs)
 
 
 def train_longer(run: Path, minutes: float) -> Path:
@@ -153,7 +166,7 @@ def compare(first: Path, minutes: float, args: argparse.Namespace) -> list[str]:
 
     def row(run: Path, label: str) -> tuple[float, tuple[str, ...]]:
         """Held-out nats per image of a trained prior, and its table row."""
-        path = run / (BEST if args.patience else LAST)
+        path = run / (BEST if chooses(args) else LAST)
         trained = load(path)
         codes = extract_codes(trained, dataset.test.images, first / "codes-test.npz")
         if isinstance(trained.prior, Masked):
@@ -189,13 +202,14 @@ def compare(first: Path, minutes: float, args: argparse.Namespace) -> list[str]:
     note = f" ({dataset.note})" if dataset.note else ""
     averaged = f", averaged weights ({args.ema_weights})" if args.ema_weights else ""
     length = f"{minutes:g} minutes for each prior (at most 0.5 for the unigram)"
-    if args.patience:
-        length = f"each prior after the epoch of its lowest validation loss, with a patience of {args.patience} epochs"
+    if chooses(args):
+        most = f"a patience of {args.patience} epochs" if args.patience else f"{args.epochs} epochs"
+        length = f"each prior after the epoch of its lowest validation loss, of {most}"
     return [
         f"## {dataset.name}{note}: {grid[0]}x{grid[1]} codes of {K}",
         "",
         f"Autoencoder `{content['run']}`, step {content['step']:,}; {len(dataset.test.images):,} held-out images; "
-        f"{length}, batch 64, Adam {args.lr}{averaged}, seed {args.seed}."
+        f"{length}, batch 64, rate {args.lr}, {args.precision}{averaged}, seed {args.seed}."
         + (f" The classifier is correct on {accuracy:.2%} of held-out digits." if classifier else ""),
         "",
         *table(COLUMNS, rows),
@@ -212,16 +226,18 @@ def main() -> None:
         help="train the best prior of digits for this much longer")  # fmt: skip
     add("--patience", type=int, metavar="EPOCHS",
         help="train until the validation loss has not fallen for so many epochs, instead of for minutes")  # fmt: skip
+    add("--epochs", type=int, metavar="N", help="train for so many epochs, instead of for minutes")
     add("--data-dir", default="data", help="folder of the data's files (default: data)")
     add("--lr", default="1e-3", help="learning rate (default: 1e-3)")
     add("--ema-weights", type=float, default=0.0, metavar="DECAY", help="as in train.py (default: 0, the last weights)")
+    add("--precision", default="fp32", choices=("fp32", "bf16"), help="precision of training (default: fp32)")
     add("--seed", type=int, default=0, help="seed of training and samples (default: 0)")
     add("--only", nargs="+", default=tuple(PRIORS), choices=PRIORS, metavar="PRIOR",
         help=f"only these of: {', '.join(PRIORS)}")  # fmt: skip
     add("--output", help="Markdown file to write, such as results/priors.md (default: only print)")
     args = parser.parse_args()
     lines = [
-        "# Priors over codes" + ("" if args.patience else " at equal training time"),
+        "# Priors over codes" + ("" if chooses(args) else " at equal training time"),
         "",
         f"Written by `benchmarks/priors.py` on {describe()}, commit {commit()}. bits/code is the held-out cost of a "
         f"code; that of uniform is log2 K. *sure of samples* is the share of {SAMPLES} samples for which a classifier, "

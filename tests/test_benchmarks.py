@@ -204,7 +204,9 @@ def test_a_prior_is_trained_again_for_other_minutes_and_other_codes(benchmark, m
             (run / "checkpoint.pt").write_text("a checkpoint")
 
     monkeypatch.setattr(priors, "train", train)
-    args = argparse.Namespace(lr="1e-3", seed=0, data_dir="my data", patience=None, ema_weights=0.0)
+    args = argparse.Namespace(
+        lr="1e-3", seed=0, data_dir="my data", patience=None, epochs=None, ema_weights=0.0, precision="fp32"
+    )
 
     def run(minutes: float = 2, codec: str = "a") -> Path:
         return priors.train_prior("pixelcnn", Path("logs/mnist"), minutes, {"autoencoder": codec}, args)
@@ -233,6 +235,11 @@ def test_a_prior_is_trained_again_for_other_minutes_and_other_codes(benchmark, m
     (patient / priors.FINISHED).unlink()
     assert run() == patient
     assert trained[-1] == ("--resume", str(patient))
+    args.patience, args.epochs = None, 7
+    assert run() not in (first, patient)
+    assert trained[-1][trained[-1].index("--epochs") + 1] == "7"
+    assert {"--max-minutes", "--patience"}.isdisjoint(trained[-1])
+    assert trained[-1][trained[-1].index("--validation") + 1] == priors.VALIDATION
 
 
 def test_the_report_names_the_machines_of_its_rows(runs):
