@@ -76,7 +76,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """`F.scaled_dot_product_attention`; on a CPU in fp32, because its backward pass takes 6 times as long in bf16."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         with full_precision(q):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, **options)
 
 
