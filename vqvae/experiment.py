@@ -151,7 +151,7 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
     if results is None:
         print(f"interrupted; {how_to_go_on(folder)}")
         return None
-    print(f"done: {folder}, {plot_folder}")
+    print(f"done: {folder}, {Path(config.plot_dir) / plot_folder.name}")
     print(f"look   {cli.program('visualize')} --checkpoint {shlex.quote(str(folder / 'checkpoint.pt'))}")
     print(f"       tensorboard --logdir {shlex.quote(str(folder.parent))}")
     return folder
