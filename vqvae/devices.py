@@ -65,8 +65,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     There PyTorch's matrix product is MKL's, which uses AVX-512 on Intel's CPUs only: oneDNN is twice as fast on others.
     """
     count = x.numel() // x.shape[-1]
-    fast = AVX512 and x.device.type == "cpu" and x.dtype == torch.float32 and count >= FEW
-    if not fast or torch.compiler.is_compiling() or not (images := next((n for n in IMAGES if count % n == 0), 0)):
+    fits = x.device.type == "cpu" and x.dtype == torch.float32 and count >= FEW
+    fast = AVX512 and fits and not torch.compiler.is_compiling()
+    images = next((n for n in IMAGES if count % n == 0), None) if fast else None
+    if images is None:
         return F.linear(x, weight, bias)
     pixels = x.reshape(images, -1, 1, x.shape[-1]).movedim(-1, 1)  # channels last
     return F.conv2d(pixels, weight[:, :, None, None], bias).movedim(1, -1).reshape(*x.shape[:-1], -1)

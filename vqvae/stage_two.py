@@ -93,10 +93,10 @@ def extract_codes(model: Autoencoder, images: Tensor, cache: Path, *, batch_size
     if cached is not None and not missing:
         return cached
     shared = not bottleneck.stochastic  # the draws of all images must be those of one process
-    tiles = (distributed.share(images) if shared else images).split(batch_size or model.at_once)
+    mine = distributed.share(images) if shared else images
     found = [torch.empty(0, *bottleneck.grid, dtype=torch.int32)]
-    with torch.no_grad(), evaluating(model), seeded(0), images_bar(sum(map(len, tiles)), "encoding") as bar:
-        for tile in tiles:
+    with torch.no_grad(), evaluating(model), seeded(0), images_bar(len(mine), "encoding") as bar:
+        for tile in mine.split(batch_size or model.at_once):
             if len(tile):
                 found.append(_codes(model, tile).to("cpu", torch.int32))
                 bar.update(len(tile))
