@@ -87,10 +87,11 @@ ALLOWED: dict[str, set[str]] = {
         "autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "metrics", "page", "plots",
         "randomness", "registry", "runs",
     },
+    "summary": {"autoencoder", "cli", "config", "data", "distributed", "errors", "registry", "runs", "training"},
     "experiment": {
         "assessment", "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors",
         "evaluation", "features", "files", "interrupts", "metrics", "objectives", "plots", "presets", "priors",
-        "randomness", "registry", "report", "runs", "schedules", "stage_one", "stage_two", "training",
+        "randomness", "registry", "report", "runs", "schedules", "stage_one", "stage_two", "summary", "training",
     },
     "commands": {
         "checkpoint", "cli", "compare", "config", "data", "devices", "distributed", "errors", "experiment",
@@ -103,7 +104,7 @@ ALLOWED: dict[str, set[str]] = {
 HEAVY = {"matplotlib", "sklearn", "scipy", "tensorboard", "torchvision", "imageio", "PIL", "triton"}
 HEAVY |= {"onnx", "onnxscript", "onnxruntime", "diffusers", "torch_fidelity", "lpips"}
 # these print or parse flags; all other modules serve Python users too
-COMMAND_LINE = {"cli", "commands", "config", "presets", "experiment", "report", "__main__"}
+COMMAND_LINE = {"cli", "commands", "config", "presets", "experiment", "report", "summary", "__main__"}
 
 
 def parse(path: Path) -> ast.Module:

@@ -647,14 +647,6 @@ def test_a_run_on_own_images_prints_the_classes_and_lists_unreadable_files(there
     assert not Path("logs/own/unreadable.txt").exists()
 
 
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(3, "class 0, class 1, class 2"), (99, "class 0, class 1, class 2, class 3, class 4, class 5, ...")],
-)
-def test_many_classes_are_cut_to_a_line(count, text):
-    assert experiment._listed([f"class {i}" for i in range(count)]) == text
-
-
 def test_a_conditional_prior_refuses_classes_in_another_order(there, capsys):
     write_images(*(f"images/{name}/{i}.png" for name in ("cats", "dogs") for i in range(30)))
     assert run_train(*"--dataset folder --data-dir images --epochs 1 --name one".split()) == 0

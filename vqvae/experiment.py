@@ -12,7 +12,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vqvae import autoencoder, checkpoint, cli, data, distributed, interrupts, metrics, objectives, plots, report
+from vqvae import (
+    autoencoder,
+    checkpoint,
+    cli,
+    data,
+    distributed,
+    interrupts,
+    metrics,
+    objectives,
+    plots,
+    report,
+    summary,
+)
 from vqvae.assessment import Asked, assess, assess_end
 from vqvae.autoencoder import Autoencoder, build_autoencoder, unit_range
 from vqvae.config import (
@@ -40,11 +52,11 @@ from vqvae.presets import PRESETS
 from vqvae.priors import PRIORS
 from vqvae.randomness import generator, stream
 from vqvae.registry import brief, build
-from vqvae.runs import LAST, Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
+from vqvae.runs import Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
 from vqvae.schedules import parse_rate
 from vqvae.stage_one import AutoencoderTraining
 from vqvae.stage_two import PriorTraining, extract_codes
-from vqvae.training import AfterEpoch, Plan, Stage, fit, scheduled
+from vqvae.training import AfterEpoch, Plan, Stage, fit
 
 SLOTS = {"dataset": data.SLOT, **autoencoder.SLOTS, "objective": objectives.SLOT}
 LISTINGS = {
@@ -113,20 +125,20 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
     else:
         refuse_idle_weights(given, config, model)
     folder, plot_folder = choose_folders(given, config, start, lock)
-    distributed.on_loss(lambda: how_to_go_on(folder))
+    distributed.on_loss(lambda: summary.how_to_go_on(folder))
     facts = describe_run(config, about, dataset, model, plot_folder)
     run = Run(folder, facts, lock, compared(config)) if distributed.rank() == 0 else NullRun(folder)
     images_folder = plot_folder / "generated_samples"
 
     def on_start() -> None:
-        print(summary(config, plan, dataset, stage, model, folder, resumed["step"] if resumed else 0))
+        print(summary.opening(config, plan, dataset, stage, model, folder, resumed["step"] if resumed else 0))
         if distributed.rank() == 0:
             if resumed:
-                warn_of_new_length(resumed, plan, stage)
+                summary.warn_of_new_length(resumed, plan, stage)
             else:
-                warn_of_few_updates(config, plan, len(stage.examples))
+                summary.warn_of_few_updates(config, plan, len(stage.examples))
                 if isinstance(start, Initialized):
-                    warn_of_seen_images(start.content["data"], about)
+                    summary.warn_of_seen_images(start.content["data"], about)
             list_unreadable(folder, dataset.unreadable)
             make_folder(Path(config.plot_dir), "plot_dir")  # first, so that an error shows the folder as it was typed
             make_folder(plot_folder, "plot_dir")
@@ -138,22 +150,20 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
             log_images = image_logger(stage, run, images_folder)
             results = fit(stage, plan, run, on_start=on_start, after_epoch=log_images, resume=resumed)
         except KeyboardInterrupt as stopped:  # before the first step, or the second one
-            stopped.args = (how_to_go_on(folder),)
+            stopped.args = (summary.how_to_go_on(folder),)
             raise
         if results is not None:
             try:
                 results = assess_end(run, dataset, stage.module.headline, plan.device)
             except KeyboardInterrupt as stopped:
-                stopped.args = (f"the run is complete; {how_to_evaluate(folder)}",)
+                stopped.args = (f"the run is complete; {summary.how_to_evaluate(folder)}",)
                 raise
         run.close(results)
     distributed.barrier()  # a second stage reads what the first process wrote
     if results is None:
-        print(f"interrupted; {how_to_go_on(folder)}")
+        print(f"interrupted; {summary.how_to_go_on(folder)}")
         return None
-    print(f"done: {folder}, {Path(config.plot_dir) / plot_folder.name}")
-    print(f"look   {cli.program('visualize')} --checkpoint {shlex.quote(str(folder / 'checkpoint.pt'))}")
-    print(f"       tensorboard --logdir {shlex.quote(str(folder.parent))}")
+    print(summary.closing(folder, Path(config.plot_dir) / plot_folder.name))
     return folder
 
 
@@ -221,20 +231,6 @@ def describe_run(
     }
 
 
-def how_to_go_on(folder: Path) -> str:
-    """The rest of the line about an interrupted run."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return "nothing was saved yet; start it again as before"
-    return f"saved {path}. Resume with: {cli.program('train')} --resume {shlex.quote(str(folder))}"
-
-
-def how_to_evaluate(folder: Path) -> str:
-    """The rest of the line about a run that was not evaluated on the test split."""
-    path = shlex.quote(str(folder / LAST))
-    return f"its test metrics: {cli.program('train')} --evaluate --checkpoint {path}"
-
-
 def identity(dataset: Dataset) -> dict[str, Any]:
     """The number of examples of each split, and their hash: a resumed run compares them."""
     return {
@@ -269,7 +265,9 @@ def compare_data(before: Mapping[str, Any], now: Mapping[str, Any], config: Conf
 def compare_classes(before: Sequence[str], now: Sequence[str], config: Config) -> None:
     """Raise `OptionError` if a conditional prior would take the data's labels for those of other classes."""
     if config.conditional and list(before) != list(now):
-        problem = f"the classes are {_listed(now) or 'unknown'}, and those of this run were {_listed(before)}"
+        problem = (
+            f"the classes are {summary.listed(now) or 'unknown'}, and those of this run were {summary.listed(before)}"
+        )
         raise OptionError("", "data_dir", config.data_dir, f"{problem}; name the folder with its data")
 
 
@@ -499,93 +497,6 @@ def image_logger(stage: Stage, run: Run | NullRun, folder: Path) -> AfterEpoch:
         run.log_images(stage.caption, plots.montage(images), step)
 
     return log_images
-
-
-def summary(
-    config: Config, plan: Plan, dataset: Dataset, stage: Stage, model: Autoencoder, folder: Path, step: int
-) -> str:
-    """The run in a few lines; `step` is that of the checkpoint from which it is resumed, or 0."""
-    shape = "x".join(map(str, dataset.train.images.shape[1:]))
-    parameters = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
-    processes = f" over {distributed.world()} processes" if distributed.world() > 1 else ""
-    processes += f" in {config.accumulate} shares each" if config.accumulate > 1 else ""
-    chosen = {slot: str(brief(SLOTS[slot], getattr(config, slot))) for slot in autoencoder.SLOTS}
-    total, per_epoch = plan.total_steps(len(stage.examples)), plan.steps_per_epoch(len(stage.examples))
-    return "\n".join([
-        f"run    {folder}" + (f", resumed at step {step:,}" if step else ""),
-        f"data   {dataset.name}: {describe_splits(dataset)}, {shape}" + (f" ({dataset.note})" if dataset.note else ""),
-        *([f"       {len(dataset.classes):,} classes: {_listed(dataset.classes)}"] if dataset.classes else []),
-        f"model  {chosen['nets']} nets, {chosen['bottleneck']}; {parameters:,} parameters to train",
-        f"       {chosen['likelihood']} likelihood, {chosen['prior']} prior",
-        *([f"start  the weights of {printable(config.init_from)}"] if config.init_from else []),
-        f"latent {describe_latent(model)}",
-        f"plan   {total:,} steps, {per_epoch:,} an epoch; batch {config.batch_size}{processes}, seed {config.seed}, "
-        f"{plan.device}, {plan.precision}{', compiled' if stage.compiled else ''}",
-    ])  # fmt: skip
-
-
-def describe_splits(dataset: Dataset) -> str:
-    """The number of images of each split, and by which of them models are chosen."""
-    sizes = ", ".join(f"{len(split.images):,} {name}" for name, split in dataset.splits.items())
-    return sizes if dataset.validation else f"{sizes} (by which best.pt is chosen)"
-
-
-def describe_latent(model: Autoencoder) -> str:
-    """The size of an image's latent."""
-    if model.discrete is None:
-        return f"{model.bottleneck.code_dim} dimensions"
-    codes = model.discrete
-    h, w = codes.grid
-    uncounted = "" if codes.counted else "; their use is counted in evaluation only"
-    return f"{h}x{w} codes of {codes.num_codes:,}: {codes.tokens:,} tokens, {codes.bits:,.0f} bits{uncounted}"
-
-
-FEW_UPDATES, ENOUGH_UPDATES = 200, 2000
-
-
-def warn_of_few_updates(config: Config, plan: Plan, examples: int) -> None:
-    """Warn of a plan that is too short to learn much, unless its length was asked for."""
-    total = plan.total_steps(examples)
-    if total < FEW_UPDATES and config.max_steps is None and config.max_minutes is None:
-        batch = min(16, config.batch_size)
-        epochs = -(-ENOUGH_UPDATES // max(examples // batch, 1))
-        warnings.warn(
-            f"{total} updates are too few to learn much; try --batch-size {batch} --epochs {epochs}", stacklevel=2
-        )
-
-
-def warn_of_seen_images(first: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    """Warn if the model that a run starts from may have been trained on the run's validation split."""
-    # The split follows from the number of images, whose fingerprints change with their size.
-    of = "fingerprint" if first["shape"] == about["shape"] else "examples"
-    mine, its = (data.get(of, {}).get("validation") for data in (about, first))
-    if mine and mine != its and first["name"] == about["name"]:
-        problem = "may have been trained on images of the validation split, because it held out others"
-        warnings.warn(f"the model of --init-from {problem}; hold out the same with --validation", stacklevel=2)
-
-
-def warn_of_new_length(saved: Mapping[str, Any], plan: Plan, stage: Stage) -> None:
-    """Warn of what jumps when a run is resumed for another length: the rate if it rises, other schedules either way."""
-    lengths = {name: saved["config"][name] for name in ("epochs", "max_steps")}
-    step, examples = saved["step"], len(stage.examples)
-    before, now = (p.total_steps(examples) for p in (plan._replace(**lengths), plan))
-    values = {"learning rate": (plan.lr(step, before), plan.lr(step, now))}
-    for name, old in scheduled(stage.module, step, before).items():
-        values[name.replace("_", " ")] = old, scheduled(stage.module, step, now)[name]
-    for name, (old, new) in values.items():
-        if new > 1.01 * old or (new < 0.99 * old and name != "learning rate"):
-            verb, than = "rises" if new > old else "falls", "longer" if now > before else "shorter"
-            warnings.warn(
-                f"the {name} {verb} from {old:.3g} to {new:.3g}: its schedule ends with the run, which is {than} than "
-                "before; a run of this length from the start would end elsewhere",
-                stacklevel=2,
-            )
-
-
-def _listed(names: Sequence[str], width: int = 60) -> str:
-    """Names, separated by commas; those that exceed the width are left out."""
-    text = ", ".join(names)
-    return text if len(text) <= width else f"{text[: width - 5].rpartition(', ')[0] or text[: width - 5]}, ..."
 
 
 def evaluate_checkpoint(
