@@ -5,8 +5,10 @@ Trains each prior for the same number of minutes with train.py, or for --epochs,
 loss no longer falls; the last two keep the epoch of the lowest validation loss. Then it measures the held-out cost of
 the codes. On digits, a classifier trained on real digits also judges samples. It reports the share of samples for which
 one class has a probability above 0.9, and the perplexity of the predicted classes (10 is balanced). For comparison, the
-classifier also judges held-out digits, their reconstructions, and images of codes drawn uniformly. Prints a Markdown
-table; --output also writes it. Priors that were trained on the same codes with the same settings are not trained again.
+classifier also judges held-out digits, their reconstructions, and images of codes drawn uniformly. With --conditional
+priors know the class, samples are of all classes in turn, and the table has the share that the classifier takes for the
+class that was asked for. Prints a Markdown table; --output also writes it. Priors that were trained on the same codes
+with the same settings are not trained again.
 
   python benchmarks/priors.py --checkpoint logs/mnist logs/cifar10 --minutes 5 3 --data-dir data
 """
@@ -32,6 +34,7 @@ from vqvae.config import Config
 from vqvae.data import Dataset
 from vqvae.data.batches import batch_indices
 from vqvae.files import write_json
+from vqvae.priors import PRIORS as MEMBERS
 from vqvae.priors.masked import Masked
 from vqvae.runs import BEST, LAST
 from vqvae.stage_two import PriorTraining, extract_codes
@@ -49,7 +52,11 @@ DRAWS = 8
 VALIDATION = "0.05"  # of the training images, where the best epoch is kept
 SAMPLES = 1000
 FINISHED = "finished.json"  # in the folder of a run that was trained to its end
-COLUMNS = ("prior", "bits/code", "± s.e.", "code bits/dim", "parameters", "steps", "sure of samples", "classes")
+LABEL_DROP = "label_drop=0.1"  # of conditional priors: guidance needs it
+COLUMNS = (
+    "prior", "bits/code", "± s.e.", "code bits/dim", "parameters", "steps", "sure of samples", "classes",
+    "of the class asked for",
+)  # fmt: skip
 
 
 def train(*flags: str) -> None:
@@ -70,22 +77,31 @@ def train_prior(name: str, first: Path, minutes: float, source: dict, args: argp
         how = {"minutes": minutes}
     how |= {"ema_weights": args.ema_weights} if args.ema_weights else {}
     how |= {"precision": args.precision} if args.precision != "fp32" else {}
-    settings = {"prior": PRIORS[name], "lr": args.lr, "batch_size": 64, "seed": args.seed} | how
+    words = words_of(name, args)
+    how |= {"conditional": True} if args.conditional else {}
+    optimizer = MEMBERS[words.split()[0]].optimizer
+    settings = {"prior": words, "lr": args.lr, "optimizer": optimizer, "batch_size": 64, "seed": args.seed} | how
     run = first.parent / f"{first.name}-{name}-{key_of(settings | source)}"
     if chooses(args) and (run / LAST).exists() and not (run / FINISHED).exists():
         train("--resume", str(run))
     elif not finished(run):
         train(
-            "--prior", *PRIORS[name].split(), "--checkpoint", str(first), "--lr", args.lr, "--batch-size", "64",
+            "--prior", *words.split(), "--checkpoint", str(first), "--lr", args.lr, "--batch-size", "64",
             "--epochs", str(args.epochs or 10_000), "--seed", str(args.seed), "--data-dir", args.data_dir,
             "--ema-weights", str(args.ema_weights), "--precision", args.precision,
             *(["--validation", VALIDATION] if chooses(args) else ["--max-minutes", str(minutes)]),
             *(["--patience", str(args.patience)] if args.patience else []),
+            *(["--conditional"] if args.conditional else []),
             "--name", run.name, "--log-dir", str(run.parent),
         )  # fmt: skip
     if not (run / FINISHED).exists():
         write_json(run / FINISHED, settings | source)
     return run
+
+
+def words_of(name: str, args: argparse.Namespace) -> str:
+    """A prior as train.py's `--prior` takes it."""
+    return f"{PRIORS[name]} {LABEL_DROP}" if args.conditional else PRIORS[name]
 
 
 def chooses(args: argparse.Namespace) -> bool:
@@ -143,14 +159,17 @@ def train_classifier(digits: Dataset, seed: int) -> tuple[Classifier, float]:
 
 
 @torch.no_grad()
-def judge(classifier: Classifier | None, images: Tensor) -> tuple[str, str]:
-    """The last two table cells for images `[N, 1, H, W]`: the share of sure predictions, and the class perplexity."""
+def judge(classifier: Classifier | None, images: Tensor, labels: Tensor | None = None) -> tuple[str, str, str]:
+    """The last three table cells for images `[N, 1, H, W]`: the share of sure predictions, the class perplexity, and
+    the share that is predicted to have its label, if there are labels `[N]`.
+    """
     if classifier is None:
-        return "", ""
+        return "", "", ""
     p = classifier(images).softmax(1)
     sure = float((p.max(1).values > 0.9).float().mean())
     share = torch.bincount(p.argmax(1), minlength=p.shape[1]).double() / len(p)
-    return f"{sure:.1%}", f"{float(torch.special.entr(share).sum().exp()):.2f}"
+    right = "" if labels is None else f"{float((p.argmax(1) == labels).float().mean()):.1%}"
+    return f"{sure:.1%}", f"{float(torch.special.entr(share).sum().exp()):.2f}", right
 
 
 def compare(first: Path, minutes: float, args: argparse.Namespace) -> list[str]:
@@ -164,41 +183,46 @@ def compare(first: Path, minutes: float, args: argparse.Namespace) -> list[str]:
     K, grid = model.bottleneck.num_codes, model.bottleneck.grid
     source = {"autoencoder": weights_checksum(model), "data": experiment.identity(dataset)}
 
-    def row(run: Path, label: str) -> tuple[float, tuple[str, ...]]:
-        """Held-out nats per image of a trained prior, and its table row."""
+    def rows_of(run: Path, label: str) -> tuple[float, list[tuple[str, ...]]]:
+        """Held-out nats per image of a trained prior, and its table rows, one for each guidance."""
         path = run / (BEST if chooses(args) else LAST)
         trained = load(path)
         codes = extract_codes(trained, dataset.test.images, first / "codes-test.npz")
         if isinstance(trained.prior, Masked):
             trained.prior.draws = DRAWS
-        cost = PriorTraining(trained, conditional=False).evaluate(codes, dataset.test.labels)
+        cost = PriorTraining(trained, conditional=args.conditional).evaluate(codes, dataset.test.labels)
         error = cost["prior_nats_se"] / math.prod(grid) / math.log(2)
-        start = time.perf_counter()
-        images = trained.sample(SAMPLES, generator=torch.Generator().manual_seed(args.seed))
-        print(f"{run.name}: {SAMPLES} samples in {time.perf_counter() - start:.1f} s", file=sys.stderr)
         count = sum(p.numel() for p in trained.prior.parameters())
         steps = checkpoint.read(path)["step"]
         numbers = (f"{cost['bits_per_code']:.3f}", f"{error:.3f}", f"{cost['code_bits_per_dim']:.4f}")
-        return cost["prior_nats"], (label, *numbers, f"{count:,}", f"{steps:,}", *judge(classifier, images))
+        labels = torch.arange(SAMPLES) % len(dataset.classes) if args.conditional else None
+        found = []
+        for guidance in args.guidance:
+            draws = torch.Generator().manual_seed(args.seed)
+            start = time.perf_counter()
+            images = trained.sample(SAMPLES, labels=labels, guidance=guidance, generator=draws)
+            print(f"{run.name}: {SAMPLES} samples in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+            how = f", guidance {guidance:g}" if guidance != 1 else ""
+            found.append((label + how, *numbers, f"{count:,}", f"{steps:,}", *judge(classifier, images, labels)))
+        return cost["prior_nats"], found
 
     uniform = math.log2(K)
     torch.manual_seed(args.seed)
-    verdict = judge(classifier, model.sample(SAMPLES)) if config.prior.name == "uniform" else ("", "")
+    verdict = judge(classifier, model.sample(SAMPLES)) if config.prior.name == "uniform" else ("", "", "")
     bits_per_dim = uniform * math.prod(grid) / model.dimensions
     rows = [("uniform", f"{uniform:.3f}", "0", f"{bits_per_dim:.4f}", "0", "0", *verdict)]
     costs = {}
     for name in args.only:
-        words = PRIORS[name]
-        costs[name], cells = row(train_prior(name, first, minutes, source, args), words)
-        rows.append(cells)
+        costs[name], found = rows_of(train_prior(name, first, minutes, source, args), words_of(name, args))
+        rows += found
     if classifier and args.more_minutes:
         best = min(costs, key=lambda name: costs[name])
         longer = train_longer(train_prior(best, first, minutes, source, args), args.more_minutes)
-        rows.append(row(longer, f"{PRIORS[best]}, {minutes + args.more_minutes:g} minutes")[1])
+        rows += rows_of(longer, f"{words_of(best, args)}, {minutes + args.more_minutes:g} minutes")[1]
     if classifier:
-        real, empty = dataset.test.images[:SAMPLES], ("",) * 5
-        rows.append(("*held-out digits*", *empty, *judge(classifier, real.float() / 255)))
-        rows.append(("*their reconstructions*", *empty, *judge(classifier, model.reconstruct(real))))
+        real, labels, empty = dataset.test.images[:SAMPLES], dataset.test.labels[:SAMPLES], ("",) * 5
+        rows.append(("*held-out digits*", *empty, *judge(classifier, real.float() / 255, labels)))
+        rows.append(("*their reconstructions*", *empty, *judge(classifier, model.reconstruct(real), labels)))
     note = f" ({dataset.note})" if dataset.note else ""
     averaged = f", averaged weights ({args.ema_weights})" if args.ema_weights else ""
     length = f"{minutes:g} minutes for each prior (at most 0.5 for the unigram)"
@@ -210,6 +234,7 @@ def compare(first: Path, minutes: float, args: argparse.Namespace) -> list[str]:
         "",
         f"Autoencoder `{content['run']}`, step {content['step']:,}; {len(dataset.test.images):,} held-out images; "
         f"{length}, batch 64, rate {args.lr}, {args.precision}{averaged}, seed {args.seed}."
+        + (" Priors are conditioned on the class." if args.conditional else "")
         + (f" The classifier is correct on {accuracy:.2%} of held-out digits." if classifier else ""),
         "",
         *table(COLUMNS, rows),
@@ -230,12 +255,17 @@ def main() -> None:
     add("--data-dir", default="data", help="folder of the data's files (default: data)")
     add("--lr", default="1e-3", help="learning rate (default: 1e-3)")
     add("--ema-weights", type=float, default=0.0, metavar="DECAY", help="as in train.py (default: 0, the last weights)")
+    add("--conditional", action="store_true", help="train priors of classes, and sample all classes in turn")
+    add("--guidance", nargs="+", type=float, default=[1.0], metavar="G",
+        help="sample with each, as in visualize_codes.py; others than 1 need --conditional (default: 1)")  # fmt: skip
     add("--precision", default="fp32", choices=("fp32", "bf16"), help="precision of training (default: fp32)")
     add("--seed", type=int, default=0, help="seed of training and samples (default: 0)")
     add("--only", nargs="+", default=tuple(PRIORS), choices=PRIORS, metavar="PRIOR",
         help=f"only these of: {', '.join(PRIORS)}")  # fmt: skip
     add("--output", help="Markdown file to write, such as results/priors.md (default: only print)")
     args = parser.parse_args()
+    if args.guidance != [1.0] and not args.conditional:
+        parser.error("--guidance: strengthens a class, which only priors with --conditional know")
     lines = [
         "# Priors over codes" + ("" if chooses(args) else " at equal training time"),
         "",

@@ -61,6 +61,7 @@ def settings_of(flags: list[str]) -> dict[str, Any]:
     config = configure(given, experiment.how_it_starts(given, None, Lock()), experiment.SLOTS)
     settings = {name: value for name, value in config.to_dict().items() if name not in (*PATHS, "name")}
     settings["device"] = choose_device(config.device).type
+    settings["optimizer"] = experiment.choose_optimizer(config)  # `auto` may mean another one some day
     for name in ("init_from", "checkpoint"):
         if path := getattr(config, name):  # whatever its folder is called
             settings[name] = weights_checksum(load(path))

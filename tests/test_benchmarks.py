@@ -64,9 +64,17 @@ def test_the_settings_of_a_run_are_all_of_them_and_its_data(runs):
         return runs.key_of(runs.settings_of([*FLAGS, *words]))
 
     plain = key()
-    assert plain == key("--codes", "512")  # the default
+    assert plain == key("--codes", "512") == key("--optimizer", "muon")  # the default
     assert plain == key("--log-dir", "elsewhere", "--plot-dir", "there", "--name", "other")
-    for words in ("--seed 1", "--lr 1e-3", "--codes 8", "--prior unigram", "--precision bf16", "--epochs 3"):
+    for words in (
+        "--seed 1",
+        "--lr 1e-3",
+        "--codes 8",
+        "--prior unigram",
+        "--precision bf16",
+        "--epochs 3",
+        "--optimizer adamw",
+    ):
         assert key(*words.split()) != plain, words
     flags = [word if word != "60" else "50" for word in FLAGS]
     settings = runs.settings_of(flags)
@@ -205,8 +213,9 @@ def test_a_prior_is_trained_again_for_other_minutes_and_other_codes(benchmark, m
 
     monkeypatch.setattr(priors, "train", train)
     args = argparse.Namespace(
-        lr="1e-3", seed=0, data_dir="my data", patience=None, epochs=None, ema_weights=0.0, precision="fp32"
-    )
+        lr="1e-3", seed=0, data_dir="my data", patience=None, epochs=None, ema_weights=0.0, precision="fp32",
+        conditional=False,
+    )  # fmt: skip
 
     def run(minutes: float = 2, codec: str = "a") -> Path:
         return priors.train_prior("pixelcnn", Path("logs/mnist"), minutes, {"autoencoder": codec}, args)
@@ -240,6 +249,10 @@ def test_a_prior_is_trained_again_for_other_minutes_and_other_codes(benchmark, m
     assert trained[-1][trained[-1].index("--epochs") + 1] == "7"
     assert {"--max-minutes", "--patience"}.isdisjoint(trained[-1])
     assert trained[-1][trained[-1].index("--validation") + 1] == priors.VALIDATION
+    args.conditional = True
+    run()
+    assert "--conditional" in trained[-1]
+    assert priors.LABEL_DROP in trained[-1]
 
 
 def test_the_report_names_the_machines_of_its_rows(runs):

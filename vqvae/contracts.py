@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from vqvae.autoencoder import Autoencoder, Elbo
 
 
+OptimizerName = Literal["muon", "adamw"]  # a row of optimizer.OPTIMIZERS
+
 MOST_COUNTED = 2**20  # codes of a level whose use is counted in training; a count takes 4 bytes
 
 
@@ -226,7 +228,7 @@ class Prior(Protocol):
 
     sampling_options: tuple[str, ...]  # those of `sample`, which `check_sampling` checks
     exact: bool  # whether `log_prob` is log p(z) itself; otherwise its mean over the noise is at most log p(z)
-    optimizer: Literal["muon", "adamw"]  # that of its training on stored codes, unless another is asked for
+    optimizer: OptimizerName  # that of its training on stored codes, unless another is asked for
 
     def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
         """log p(z) in nats, `[B]`."""

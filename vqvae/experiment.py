@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from vqvae.config import (
     interval,
     validation_share,
 )
+from vqvae.contracts import OptimizerName
 from vqvae.data import Dataset, Images
 from vqvae.data.batches import augmentation, pixel_variance
 from vqvae.devices import choose_compile, choose_device, choose_precision
@@ -303,7 +304,7 @@ def how_it_starts(given: Mapping[str, Any], resume: str | None, lock: Lock) -> S
     return StageTwo(given["checkpoint"], content)
 
 
-def choose_optimizer(config: Config) -> Literal["muon", "adamw"]:
+def choose_optimizer(config: Config) -> OptimizerName:
     if config.optimizer != "auto":
         return config.optimizer
     return PRIORS[config.prior.name].optimizer if config.checkpoint else "muon"

@@ -18,7 +18,7 @@ from torch import Tensor, autocast, nn
 from vqvae import distributed, shares
 from vqvae.averaging import AveragedWeights
 from vqvae.batch_norm import BatchNorm
-from vqvae.contracts import TrainOutput
+from vqvae.contracts import OptimizerName, TrainOutput
 from vqvae.data.batches import Shuffle, batch_indices, block_of, read_ahead
 from vqvae.devices import keep_memory, widest_float
 from vqvae.errors import OptionError, UserError
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
     plateau: Plateau | None = None  # when to reduce the rate that `lr` gives
     clip: float | None = None  # largest norm of the gradient
     ema_weights: float = 0.0  # decay of averaged weights; 0: none
-    optimizer: Literal["muon", "adamw"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     held_out: str = "validation"  # the split that `Stage.evaluate` evaluates
     augment: Callable[[Tensor], Tensor] | None = None  # applied to every training batch
     accumulate: int = 1  # shares of a batch that each process computes one after another

@@ -3,13 +3,13 @@
 B batch, h w code grid, K codes.
 """
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vqvae import shares
-from vqvae.contracts import check_codes, kind_of
+from vqvae.contracts import OptimizerName, check_codes, kind_of
 from vqvae.errors import OptionError
 from vqvae.registry import Option, Range
 
@@ -23,7 +23,7 @@ class BasePrior(nn.Module):
 
     sampling_options: tuple[str, ...] = ("temperature",)
     exact = True
-    optimizer: Literal["muon", "adamw"] = "adamw"  # the one that learns stored codes faster
+    optimizer: OptimizerName = "adamw"  # the one that learns stored codes faster
     anchor: Tensor  # scalar; samples have its device and dtype
 
     def __init__(self, grid: tuple[int, int]):
