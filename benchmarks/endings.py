@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""What averaged weights and gradient clipping gain over the default, as a Markdown table.
+
+  python benchmarks/endings.py --data-dir data --steps 3000 --seeds 3
+
+Every run is `train.py --dataset cifar10` with one change. A gain is the difference to the run of the same seed without
+the change. An option should be on by default only where the mean gain is more than two standard errors above 0.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from runs import command_line, hardware_of, row_of, table, write
+
+DEFAULT, CONSTANT = "default", "--lr 3e-4"
+RUNS = {  # the flags, and those of the run that it is compared with
+    DEFAULT: None,
+    "--ema-weights 0.999": DEFAULT,
+    "--clip 1": DEFAULT,
+    CONSTANT: DEFAULT,
+    f"{CONSTANT} --ema-weights 0.999": CONSTANT,
+}
+COLUMNS = ("flags", "MSE / variance of each seed", "mean", "compared with", "gain", "gain / s.e.")
+Rows = dict[str, dict[int, dict]]  # by flags and seed
+
+
+def main() -> None:
+    parser = command_line(
+        __doc__,
+        rows=RUNS,
+        steps=3000,
+        batch_size=32,
+        seeds=(3, "seeds (default: 3)"),
+        output="results/endings.md",
+    )
+    options = parser.parse_args()
+    flags = ["--dataset", "cifar10", "--data-dir", options.data_dir, "--validation", "test", "--epochs", "10000"]
+    flags += ["--max-steps", str(options.steps), "--batch-size", str(options.batch_size)]
+    flags += ["--precision", options.precision]
+    rows: Rows = {name: {} for name in options.only}
+    for seed in range(options.seeds):
+        for name in options.only:
+            own = [] if name == DEFAULT else name.split()
+            folder = Path(options.logs) / f"endings-{name.replace('--', '').replace(' ', '-')}-seed{seed}"
+            rows[name][seed] = row_of(folder, [*flags, "--seed", str(seed), *own], plot_dir=options.plots)
+            write(options.output, report(rows, options.steps, options.batch_size, options.precision))
+    print("\n".join(report(rows, options.steps, options.batch_size, options.precision)))
+
+
+def report(rows: Rows, steps: int, batch_size: int, precision: str) -> list[str]:
+    """The lines of the report on the runs finished so far."""
+    cells = []
+    for name, found in rows.items():
+        errors = {seed: row["nmse"] for seed, row in found.items()}
+        base = {seed: row["nmse"] for seed, row in rows.get(RUNS[name] or "", {}).items()}
+        gains = [base[seed] - error for seed, error in errors.items() if seed in base]
+        each = ", ".join(f"{error:.5f}" for error in errors.values())
+        cells.append((f"`{name}`", each, mean(list(errors.values())), f"`{RUNS[name]}`" if gains else "", *of(gains)))
+    done = [row for found in rows.values() for row in found.values()]
+    return [
+        "# Averaged weights and gradient clipping",
+        "",
+        f"Written by `benchmarks/endings.py` on {hardware_of(done)}. CIFAR-10"
+        + (" (files differ from the published ones)" if any(row["note"] for row in done) else "")
+        + f", {steps:,} steps at batch {batch_size}, {precision}; MSE / variance of the test split after the last",
+        "step; ± is one standard error over seeds. A gain is the mean difference to the run of the same seed.",
+        "",
+        *table(COLUMNS, cells),
+    ]
+
+
+def mean(values: Sequence[float]) -> str:
+    """The mean, and its standard error where there is one."""
+    if len(values) < 2:
+        return f"{values[0]:.5f}" if values else ""
+    return f"{statistics.mean(values):.5f} ± {error_of(values):.5f}"
+
+
+def of(gains: Sequence[float]) -> tuple[str, str]:
+    """The last two cells of a row: the mean gain, and its ratio to its standard error."""
+    error = error_of(gains) if len(gains) > 1 else 0.0
+    return mean(gains), f"{statistics.mean(gains) / error:.1f}" if error else ""
+
+
+def error_of(values: Sequence[float]) -> float:
+    """The standard error of the mean."""
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+if __name__ == "__main__":
+    main()
