@@ -6,6 +6,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vqvae.data.base import DIGITS, Dataset, Images, interpolate, to_bytes
 from vqvae.errors import OptionError
@@ -44,19 +45,19 @@ def photos(
     from sklearn.datasets import load_sample_images
 
     rng = np.random.default_rng(0)
-    parts: dict[str, list[np.ndarray]] = {"train": [], "test": []}
-    for photo in load_sample_images().images:  # [H, W, 3] uint8
+    parts: dict[str, list[Tensor]] = {"train": [], "test": []}
+    for photo in map(torch.tensor, load_sample_images().images):  # [H, W, 3] uint8
         edge = photo.shape[1] * 4 // 5
         for split, region in (("train", photo[:, :edge]), ("test", photo[:, edge:])):
             count = -(-(crops if split == "train" else test_crops) // 2)
             tops = rng.integers(region.shape[0] - 31, size=count)
             lefts = rng.integers(region.shape[1] - 31, size=count)
-            windows = np.lib.stride_tricks.sliding_window_view(region, (32, 32), axis=(0, 1))  # [., ., 3, 32, 32]
-            parts[split].append(windows[tops, lefts])
+            windows = region.unfold(0, 32, 1).unfold(1, 32, 1)  # [., ., 3, 32, 32]
+            parts[split].append(windows[torch.from_numpy(tops), torch.from_numpy(lefts)])
     splits = {}
     for split, count in (("train", crops), ("test", test_crops)):
-        stacked = np.stack(parts[split], axis=1).reshape(-1, 3, 32, 32)[:count]  # the photographs alternate
-        splits[split] = Images.unlabeled(torch.from_numpy(np.ascontiguousarray(stacked)))
+        stacked = torch.stack(parts[split], dim=1).reshape(-1, 3, 32, 32)[:count]  # the photographs alternate
+        splits[split] = Images.unlabeled(stacked)
     return Dataset("photos", splits["train"], splits["test"])
 
 
