@@ -89,9 +89,10 @@ ALLOWED: dict[str, set[str]] = {
     },
     "summary": {"autoencoder", "cli", "config", "data", "distributed", "errors", "registry", "runs", "training"},
     "experiment": {
-        "assessment", "autoencoder", "checkpoint", "cli", "config", "data", "devices", "distributed", "errors",
-        "evaluation", "features", "files", "interrupts", "metrics", "objectives", "plots", "presets", "priors",
-        "randomness", "registry", "report", "runs", "schedules", "stage_one", "stage_two", "summary", "training",
+        "assessment", "autoencoder", "checkpoint", "cli", "config", "contracts", "data", "devices", "distributed",
+        "errors", "evaluation", "features", "files", "interrupts", "metrics", "objectives", "plots", "presets",
+        "priors", "randomness", "registry", "report", "runs", "schedules", "stage_one", "stage_two", "summary",
+        "training",
     },
     "commands": {
         "checkpoint", "cli", "compare", "config", "data", "devices", "distributed", "errors", "experiment",

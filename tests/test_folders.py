@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import vqvae
 from tests.helpers import ROOT, run_train
 from vqvae import checkpoint, workers
 from vqvae.__main__ import main
@@ -363,10 +364,14 @@ def test_parts_need_processes_that_share_them(tree, capsys):
 
 LINE = "--dataset folder --data-shards 2 --max-steps 3 --image-size 8 --validation 0.2 --batch-size 8"
 LINE += " --hidden 8 --codes 16 --code-dim 4 --device cpu --lr 3e-4 --name parts --data-dir"
+PRIOR = (
+    "--prior pixelcnn channels=8 blocks=1 head=8 --conditional --checkpoint logs/parts --data-shards 2 --max-steps 3"
+)
+PRIOR += " --batch-size 8 --device cpu --name prior --data-dir"
 
 
-def work(folder: str) -> None:
-    """Train with a cache that no other process sees, and keep the weights and the colors that this process saw."""
+def work(folder: str, line: str) -> None:
+    """Train with a cache that no other process sees; keep the weights, the examples, and the colors that were seen."""
     from vqvae import training
 
     rank, seen, take = os.environ["RANK"], [], training.take
@@ -381,35 +386,47 @@ def work(folder: str) -> None:
     close = training.Loop.close_epoch
 
     def closing(self, *arguments):
-        torch.save((seen, self.module.state_dict(), self.step), Path(folder, f"{rank}.pt"))
+        found = (seen, self.module.state_dict(), self.step, self.examples.clone(), self.labels)
+        torch.save(found, Path(folder, f"{rank}.pt"))
         return close(self, *arguments)
 
     training.take, training.Loop.close_epoch = noted, closing
-    sys.argv = ["train.py", *LINE.split(), str(Path(folder, "tree"))]
+    sys.argv = ["train.py", *line.split(), str(Path(folder, "tree"))]
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
 def test_two_processes_train_on_parts_of_which_each_sees_its_own(tree, tmp_path, monkeypatch):
-    line = [*PAIR, str(Path(__file__)), str(tmp_path)]
-    found = subprocess.run(line, env=environment(), capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert found.returncode == 0, found.stderr
-    assert "part 1 of 2 of the training images" in found.stdout
-    parts = []
+    def on_both(line: str) -> list[tuple]:
+        """What each of two processes found, which are to end with the same weights."""
+        words = [*PAIR, str(Path(__file__)), str(tmp_path), line]
+        found = subprocess.run(words, env=environment(), capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert found.returncode == 0, found.stderr
+        assert "part 1 of 2 of the training images" in found.stdout
+        first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+        assert first[2] == second[2] == 3
+        assert all(torch.equal(value, second[1][name]) for name, value in first[1].items())
+        return [first, second]
+
+    of_ranks, parts, data = on_both(LINE), [], []
     for rank in range(2):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache{rank}"))
         (one,) = caches()
         assert one.part == [rank, 2]
-        parts.append(images_of(load("folder", data_dir=tree, image_size=8, validation=0.2, part=(rank, 2))))
+        data.append(load("folder", data_dir=tree, image_size=8, validation=0.2, part=(rank, 2)))
+        parts.append(images_of(data[-1]))
         assert len(caches()) == 1
     assert not parts[0]["train"] & parts[1]["train"]
-    (seen, weights, step), (others, same, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert step == 3
-    assert all(torch.equal(value, same[name]) for name, value in weights.items())
-    for mine, part in ((seen, parts[0]), (others, parts[1])):
-        steps = [batch for batch in mine if len(batch) == 4]
-        assert len(steps) >= 3
-        assert all(set(batch) <= part["train"] for batch in mine)
+    for (seen, *_), part in zip(of_ranks, parts, strict=True):
+        assert len([batch for batch in seen if len(batch) == 4]) >= 3
+        assert all(set(batch) <= part["train"] for batch in seen)
+
+    count, model = min(len(part.train.images) for part in data), vqvae.load(tmp_path / "logs/parts/checkpoint.pt")
+    codes = torch.cat([model.encode(part.train.images[:count]).int() for part in data])
+    labels = torch.cat([part.train.labels[:count] for part in data])
+    for *_, examples, of_examples in on_both(PRIOR):  # a prior learns from the codes of all parts
+        assert torch.equal(examples, codes)
+        assert torch.equal(of_examples, labels)
 
 
 if __name__ == "__main__":
-    work(sys.argv[1])
+    work(*sys.argv[1:])

@@ -258,9 +258,28 @@ def raise_in_main(problem: type[BaseException]) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(main), ctypes.py_object(problem))
 
 
-def share(batch: Tensor) -> Tensor:
-    """This process's rows of a batch; another process may have one row more."""
-    return batch.tensor_split(world())[rank()]
+def share(batch: Tensor, parts: int = 1) -> Tensor:
+    """This process's rows of a batch; another process may have one row more.
+
+    With several parts of the data, the batch is of this process's part, which the processes with the same part share.
+    """
+    alike = world() // parts
+    return batch.tensor_split(alike)[rank() % alike]
+
+
+def first_of_part(parts: int) -> bool:
+    """Whether this process is the first one with its part of the data."""
+    return rank() % (world() // parts) == 0
+
+
+def of_parts(value: Result, parts: int) -> list[Result]:
+    """The values of the first process of each part of the data; they are pickled."""
+    return gather_objects(value)[:: world() // parts]
+
+
+def rows_of_parts(rows: Tensor, parts: int) -> Tensor:
+    """The rows `[N, ...]` of all parts of the data, one after the other, given those of this process's part."""
+    return gather_rows(share(rows, parts)) if parts > 1 else rows
 
 
 def sum_step(parameters: Iterable[Tensor], metrics: dict[str, Tensor]) -> dict[str, Tensor]:

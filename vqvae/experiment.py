@@ -117,6 +117,8 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
 
     plan.check(len(dataset.train.images))
     plan = plan._replace(augment=augmentation(config.augment, dataset.train.images))
+    if config.checkpoint:
+        plan = plan._replace(data_shards=1)  # every process gets the codes of all parts of the data
     torch.manual_seed(stream(config.seed, "weights"))
     build_stage = stage_two if config.checkpoint else stage_one
     stage, model = build_stage(config, dataset, plan, start)
@@ -358,8 +360,6 @@ def load_shared_data(config: Config, *, rescan: bool = False) -> Dataset:
     if world % parts:
         problem = f"must divide the number of processes, which is {world}; start more of them with torchrun"
         raise OptionError("", "data_shards", parts, problem)
-    if parts > 1 and config.checkpoint:
-        raise OptionError("", "data_shards", parts, "a prior trains on the codes of all images; leave it out")
     with distributed.first_goes_first(parts) as first:
         dataset = load_data(config, rescan=rescan and first)
     if parts == 1:
@@ -444,7 +444,7 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
         raise OptionError("", "prior", config.prior.name, problem)
     # next to the autoencoder, so that every prior trained on its codes finds them; but no checkpoint names a place
     folder = start.folder if isinstance(start, Resumed) else checkpoint.locate(path).parent
-    codes = extract_codes(model, dataset.train.images, folder / "codes-train.npz")
+    codes = extract_codes(model, dataset.train.images, folder / "codes-train.npz", parts=config.data_shards)
     held_out = extract_codes(model, dataset.held_out.images, folder / f"codes-{plan.held_out}.npz")
     module = PriorTraining(model, conditional=config.conditional)
     compiled = choose_compile(config.compile, plan.device, plan.total_steps(len(codes)))
@@ -459,7 +459,7 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
     stage = Stage(
         module,
         codes,
-        dataset.train.labels,
+        distributed.rows_of_parts(dataset.train.labels, config.data_shards),
         evaluate=lambda: module.evaluate(held_out, dataset.held_out.labels, config.seed),
         draw=sample if model.shows_images else None,
         caption="samples",

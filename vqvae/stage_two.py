@@ -75,8 +75,13 @@ class PriorTraining(nn.Module):
         return {"model": self.model.state_dict(), "objective": {}}
 
 
-def extract_codes(model: Autoencoder, images: Tensor, cache: Path, *, batch_size: int | None = None) -> Tensor:
+def extract_codes(
+    model: Autoencoder, images: Tensor, cache: Path, *, batch_size: int | None = None, parts: int = 1
+) -> Tensor:
     """The codes `[N, h, w]` (int32) of images `[N, C, H, W]`, computed once and cached.
+
+    With several parts of the data, the images are of this process's part, and the codes of all parts, one after the
+    other; each part must have N images.
 
     Where the posterior is a distribution, each image has one draw from it: -ELBO scores the prior on draws, and the
     most likely codes are less varied. A cache that is damaged, or was made with other weights or from other images, is
@@ -85,23 +90,24 @@ def extract_codes(model: Autoencoder, images: Tensor, cache: Path, *, batch_size
     bottleneck = model.bottleneck
     if not isinstance(bottleneck, Discrete):
         raise ValueError("extract_codes needs discrete codes; this model's latent is continuous")
-    source = f"{weights_checksum(model)} {fingerprint(images)}{' draws' if bottleneck.stochastic else ''}"
+    seen = " ".join(distributed.of_parts(fingerprint(images), parts))
+    source = f"{weights_checksum(model)} {seen}{' draws' if bottleneck.stochastic else ''}"
     cached = None
     with contextlib.suppress(Exception):  # a damaged archive raises anything
-        cached = _cached(cache, source, (len(images), *bottleneck.grid), bottleneck.num_codes)
+        cached = _cached(cache, source, (parts * len(images), *bottleneck.grid), bottleneck.num_codes)
     (missing,) = distributed.any_of(cached is None)
     if cached is not None and not missing:
         return cached
-    shared = not bottleneck.stochastic  # the draws of all images must be those of one process
-    mine = distributed.share(images) if shared else images
+    mine = distributed.share(images, parts)
+    if bottleneck.stochastic:  # the draws must be those of one process, as many as there are
+        mine = images if distributed.first_of_part(parts) else images[:0]
     found = [torch.empty(0, *bottleneck.grid, dtype=torch.int32)]
     with torch.no_grad(), evaluating(model), seeded(0), images_bar(len(mine), "encoding") as bar:
         for tile in mine.split(batch_size or model.at_once):
             if len(tile):
                 found.append(_codes(model, tile).to("cpu", torch.int32))
                 bar.update(len(tile))
-    codes = torch.cat(found)
-    codes = distributed.gather_rows(codes) if shared else codes
+    codes = distributed.gather_rows(torch.cat(found))
     smallest = np.min_scalar_type(bottleneck.num_codes - 1)
     distributed.on_first(lambda: store_codes(cache, codes.numpy().astype(smallest), source))
     return codes
