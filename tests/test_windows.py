@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -73,6 +74,7 @@ def windows(monkeypatch):
     monkeypatch.setattr(files, "PAUSES", (0.01, 0.01, 0.01))
     monkeypatch.setattr(runs, "fcntl", None)
     monkeypatch.setattr(runs, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking))
+    monkeypatch.setattr(shutil, "_use_fd_functions", False)  # rmtree's way with folders that can be opened
     for name in ABSENT.split():
         monkeypatch.delattr(os, name, raising=False)
     for name in ("SIGALRM", "SIGKILL", "setitimer"):
