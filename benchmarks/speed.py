@@ -43,7 +43,7 @@ from vqvae import cli
 from vqvae.autoencoder import unit_range
 from vqvae.bottlenecks.nearest import BLOCK, TILE_SCORES
 from vqvae.data.batches import batch_indices
-from vqvae.devices import computes_bf16, keep_memory
+from vqvae.devices import IMAGES, computes_bf16, keep_memory
 from vqvae.errors import OptionError, UserError
 from vqvae.files import write_json
 from vqvae.runs import Run
@@ -55,7 +55,8 @@ SIDE = 2048  # of the matrices that measure the peak rate
 def product(kind: str, dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
     """The same matrix product by torch.mm or as a 1x1 convolution; on a CPU the two use different libraries."""
     a, b = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
-    pixels = a.view(1, SIDE, 1, SIDE).permute(0, 3, 1, 2)  # [1, C, H, 1], channels last
+    # [B, C, H, 1], channels last; of fewer images one thread does not take oneDNN's convolution
+    pixels = a.view(min(IMAGES), -1, 1, SIDE).permute(0, 3, 1, 2)
     return {"mm": lambda: a @ b.T, "convolution": lambda: F.conv2d(pixels, b.view(SIDE, SIDE, 1, 1))}[kind]
 
 
