@@ -311,7 +311,7 @@ def test_the_layers_that_are_timed_are_all_convolutions_of_a_step(benchmark, mon
     assert 3 * forward - first == pytest.approx(259.5e6, abs=1e5)  # as PyTorch's counter has it
 
     monkeypatch.setattr(layers, "interleaved", lambda turns, **options: {name: turn() for name, turn in turns.items()})
-    monkeypatch.setattr(layers, "SIDE", 8)
+    monkeypatch.setattr(layers, "SIDE", 16)
     monkeypatch.setattr(layers, "product", lambda kind, *_: lambda: torch.zeros(1))
     monkeypatch.setattr(sys, "argv", ["layers.py", "--batch-size", "1"])
     layers.main()
@@ -356,7 +356,7 @@ def test_training_is_compared_with_both_allocators_and_the_faster_product(benchm
     monkeypatch.setattr(speed, "Contestant", Here)
     monkeypatch.setattr(speed, "compete", compete)
     monkeypatch.setattr(speed, "computes_bf16", lambda: False)
-    monkeypatch.setattr(speed, "SIDE", 8)
+    monkeypatch.setattr(speed, "SIDE", 16)
     monkeypatch.setattr(speed, "BATCH", 2)
     monkeypatch.setattr(speed, "training_step", partial(speed.training_step, batch=2))
     result = speed.training(torch.device("cpu"), 1)
@@ -365,8 +365,19 @@ def test_training_is_compared_with_both_allocators_and_the_faster_product(benchm
     row = result["fp32"]
     assert row["images_per_s"] == 2
     assert row["ratio_vqp"] == row["ratio_plain_same_allocator"] == 1
-    assert row["convolution_gflops"] == pytest.approx(2 * 8**3 / 1e9)
-    assert row["fastest_gemm_fraction"] == pytest.approx(2 * 259.52256e6 / (2 * 8**3))
+    assert row["convolution_gflops"] == pytest.approx(2 * 16**3 / 1e9)
+    assert row["fastest_gemm_fraction"] == pytest.approx(2 * 259.52256e6 / (2 * 16**3))
+
+
+def test_both_products_of_the_peak_rate_are_the_same_product(benchmark, monkeypatch):
+    speed = benchmark("speed")
+    monkeypatch.setattr(speed, "SIDE", 64)
+    results = []
+    for kind in ("mm", "convolution"):
+        torch.manual_seed(0)
+        results.append(speed.product(kind, torch.float64, torch.device("cpu"))())
+    found = results[1].permute(0, 2, 3, 1).reshape(64, 64)
+    assert torch.allclose(found, results[0], atol=1e-9)
 
 
 def test_the_instructions_of_a_cpu_say_if_they_are_emulated(benchmark, monkeypatch):
