@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What averaged weights and gradient clipping gain over the default, as a Markdown table.
 
-  python benchmarks/endings.py --data-dir data --steps 3000 --seeds 3
+  python benchmarks/endings.py --data-dir data --precision bf16 --output results/endings.md
 
 Every run is `train.py --dataset cifar10` with one change. A gain is the difference to the run of the same seed without
 the change. An option should be on by default only where the mean gain is more than two standard errors above 0.
@@ -11,26 +11,32 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from runs import command_line, hardware_of, row_of, table, write
 
-DEFAULT, CONSTANT = "default", "--lr 3e-4"
-RUNS = {  # the flags, and those of the run that it is compared with
-    DEFAULT: None,
-    "--ema-weights 0.999": DEFAULT,
-    "--clip 1": DEFAULT,
-    CONSTANT: DEFAULT,
-    f"{CONSTANT} --ema-weights 0.999": CONSTANT,
+
+class Ending(NamedTuple):
+    flags: str
+    than: str | None = None  # the run that it is compared with
+
+
+RUNS = {
+    "default": Ending(""),
+    "averaged": Ending("--ema-weights 0.999", "default"),
+    "clipped": Ending("--clip 1", "default"),
+    "constant": Ending("--lr 3e-4", "default"),
+    "constant-averaged": Ending("--lr 3e-4 --ema-weights 0.999", "constant"),
 }
-COLUMNS = ("flags", "MSE / variance of each seed", "mean", "compared with", "gain", "gain / s.e.")
-Rows = dict[str, dict[int, dict]]  # by flags and seed
+COLUMNS = ("run", "flags", "MSE / variance of each seed", "mean", "compared with", "gain", "gain / s.e.")
+Rows = dict[str, dict[int, dict]]  # by name and seed
 
 
 def main() -> None:
     parser = command_line(
         __doc__,
         rows=RUNS,
-        steps=3000,
+        steps=2000,
         batch_size=32,
         seeds=(3, "seeds (default: 3)"),
         output="results/endings.md",
@@ -42,9 +48,9 @@ def main() -> None:
     rows: Rows = {name: {} for name in options.only}
     for seed in range(options.seeds):
         for name in options.only:
-            own = [] if name == DEFAULT else name.split()
-            folder = Path(options.logs) / f"endings-{name.replace('--', '').replace(' ', '-')}-seed{seed}"
-            rows[name][seed] = row_of(folder, [*flags, "--seed", str(seed), *own], plot_dir=options.plots)
+            folder = Path(options.logs) / f"endings-{name}-seed{seed}"
+            own = ["--seed", str(seed), *RUNS[name].flags.split()]
+            rows[name][seed] = row_of(folder, flags + own, plot_dir=options.plots)
             write(options.output, report(rows, options.steps, options.batch_size, options.precision))
     print("\n".join(report(rows, options.steps, options.batch_size, options.precision)))
 
@@ -54,10 +60,12 @@ def report(rows: Rows, steps: int, batch_size: int, precision: str) -> list[str]
     cells = []
     for name, found in rows.items():
         errors = {seed: row["nmse"] for seed, row in found.items()}
-        base = {seed: row["nmse"] for seed, row in rows.get(RUNS[name] or "", {}).items()}
+        how, than = RUNS[name]
+        base = {seed: row["nmse"] for seed, row in rows.get(than or "", {}).items()}
         gains = [base[seed] - error for seed, error in errors.items() if seed in base]
         each = ", ".join(f"{error:.5f}" for error in errors.values())
-        cells.append((f"`{name}`", each, mean(list(errors.values())), f"`{RUNS[name]}`" if gains else "", *of(gains)))
+        shown = f"`{how}`" if how else ""
+        cells.append((name, shown, each, mean(list(errors.values())), than or "", *of(gains)))
     done = [row for found in rows.values() for row in found.values()]
     return [
         "# Averaged weights and gradient clipping",

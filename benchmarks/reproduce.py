@@ -124,6 +124,7 @@ def main() -> None:
     add("--list", action="store_true", help="print the rows and what is published for them")
     add("--status", action="store_true", help="print how far each run is")
     add("--data-dir", default="data", help="folder of the data's files")
+    add("--precision", choices=("fp32", "bf16"), help="of training (default: the machine's, as in train.py)")
     add("--logs", default="logs/reproduce", help="folder of the runs (default: logs/reproduce)")
     add("--plots", default="plots/reproduce", help="folder of the plots (default: plots/reproduce)")
     add("--output", help="Markdown file to write after every run, with a JSON file, such as results/reproduced.md")
@@ -166,9 +167,9 @@ def publish(output: Path, done: list[dict[str, Any]]) -> None:
 
 
 def scalars(row: dict[str, Any]) -> dict[str, Any]:
-    """What is published of a row: its numbers and names, and the size of its batches."""
+    """What is published of a row: its numbers and names, the size of its batches, and its precision."""
     return {name: value for name, value in row.items() if isinstance(value, int | float | str)} | {
-        "batch_size": row["settings"]["batch_size"]
+        name: row["settings"][name] for name in ("batch_size", "precision")
     }
 
 
@@ -180,6 +181,8 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict:
     """The metrics of a row's run, which is trained if it is not finished; before it the run that it is a prior of."""
     row = ROWS[name]
     flags = [*shlex.split(row.flags), "--data-dir", options.data_dir, "--seed", str(seed)]
+    if options.precision:
+        flags += ["--precision", options.precision]
     if row.of:
         flags += ["--checkpoint", str(Path(options.logs) / run(row.of, seed, options)["run"])]
     return row_of(Path(options.logs) / f"{name}-seed{seed}", flags, plot_dir=options.plots, plots=True)
@@ -203,7 +206,7 @@ def report(rows: Iterable[dict[str, Any]]) -> list[str]:
             r["row"],
             str(r["seed"]),
             r["data"] + (f" ({r['note']})" if r["note"] else ""),
-            f"{r['step']:,} x {r['batch_size']}",
+            f"{r['step']:,} x {r['batch_size']}" + (", bf16" if r.get("precision") == "bf16" else ""),
             f"{1000 * r['mse']:.3f} ± {1000 * r['mse_se']:.3f}" if "mse" in r else "",
             f"{r['psnr']:.2f} ± {r['psnr_se']:.2f}" if "psnr" in r else "",
             f"{r['perplexity']:.0f} of {r['codebook_size']:,}" if "perplexity" in r else "",
