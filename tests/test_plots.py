@@ -390,3 +390,17 @@ def test_rectangles_and_their_code_maps_leave_no_empty_bands(tmp_path, height, w
     filled = (sheet < 200)[30:].mean(axis=1)
     assert (filled > 0.1).mean() > 0.6  # most rows below the title have pixels of images
     assert sheet.shape[1] < 3 * 208 + 60
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [(0.0131, 0.0284, ["0.016", "0.02", "0.024", "0.028"]), (0.002, 3.0, ["0.01", "0.1", "1"])],
+)
+def test_logarithmic_axes_have_decimals(low, high, labels):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    axes.set(yscale="log", ylim=(low, high))
+    plots._label_plainly(axes)
+    shown = [t for t in axes.yaxis.get_majorticklocs() if low <= t <= high]
+    assert [axes.yaxis.get_major_formatter()(tick, 0) for tick in shown] == labels

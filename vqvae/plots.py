@@ -337,11 +337,24 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None
         margin = 0.05 * (max(shown) - min(shown))
         if margin:
             axes.set_ylim(min(shown) / 1.05 if logarithmic else min(shown) - margin, max(shown) + margin)
+        if logarithmic:
+            _label_plainly(axes)
         axes.legend(frameon=False)
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     _headline(figure, title)
     _save_chart(figure, path)
+
+
+def _label_plainly(axes: Any) -> None:
+    """Label a logarithmic axis with decimals, and within one decade at round numbers: 0.02 rather than 2 x 10^-2."""
+    from matplotlib import ticker
+
+    low, high = axes.get_ylim()
+    if high < 10 * low:
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(5))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _whole_windows(points: Sequence[tuple[int, float]], longest: int) -> list[tuple[int, float]]:
