@@ -1,10 +1,14 @@
 """AdamW and its groups: which parameters decay, and which rate they get."""
 
+import typing
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from vqvae.optimizer import adamw, decay_groups, muon, orthogonal
+from vqvae.config import FIELDS
+from vqvae.contracts import OptimizerName
+from vqvae.optimizer import OPTIMIZERS, adamw, decay_groups, muon, orthogonal
 
 CPU = torch.device("cpu")
 
@@ -148,3 +152,8 @@ def test_muon_goes_on_from_its_state_bitwise_and_leaves_parameters_without_a_gra
         assert torch.equal(module[2].weight, last)
         ends.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     assert torch.equal(*ends)
+
+
+def test_the_optimizers_of_the_flag_the_types_and_the_table_are_the_same():
+    assert typing.get_args(OptimizerName) == tuple(OPTIMIZERS)
+    assert typing.get_args(FIELDS["optimizer"].kind) == ("auto", *OPTIMIZERS)
