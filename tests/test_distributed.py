@@ -230,6 +230,18 @@ def test_one_process_exchanges_nothing():
     assert distributed.gather_objects("one") == ["one"]
 
 
+@pytest.mark.parametrize(("world", "parts"), [(1, 1), (3, 1), (4, 2), (6, 3)])
+def test_the_shares_of_all_processes_make_up_all_parts_in_order(monkeypatch, world, parts):
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    of_parts, shares, firsts = [torch.arange(5) + 10 * part for part in range(parts)], [], 0
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(distributed.share(of_parts[distributed.part_of(parts)], parts))
+        firsts += distributed.first_of_part(parts)
+    assert torch.equal(torch.cat(shares), torch.cat(of_parts))
+    assert firsts == parts
+
+
 def test_noise_differs_between_processes_and_the_first_draws_that_of_one(two):
     seed_step(0, 3)
     assert torch.equal(two[0]["noise"], torch.randn(3))
