@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What averaged weights and gradient clipping gain over the default, as a Markdown table.
+"""The gain of averaged weights and of gradient clipping over the default, as a Markdown table.
 
   python benchmarks/endings.py --data-dir data --precision bf16 --output results/endings.md
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a large folder of images costs: converted, started again, changed, killed, and read in two orders. Linux only.
+"""The cost of a large folder of images: converted, started again, changed, killed, and read in two orders. Linux only.
 
   python benchmarks/folders.py                  100,000 JPEGs of 64 to 256 pixels a side, which need 3 GB of disk
   python benchmarks/folders.py --images 2000    a quick look
@@ -119,7 +119,7 @@ def environment(place: Path, threads: int) -> dict[str, str]:
 
 
 def watched(command: list[str], place: Path, threads: int) -> dict[str, Any]:
-    """What a process prints, and the memory of it and its children at their peak."""
+    """The output of a process, and the memory of it and its children at their peak."""
     with subprocess.Popen(command, env=environment(place, threads), stdout=subprocess.PIPE, text=True) as process:
         resident = own = 0
         while process.poll() is None:

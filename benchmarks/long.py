@@ -36,7 +36,7 @@ class Moment(NamedTuple):
 
 
 def watch(epochs: int, folder: str) -> list[Moment]:
-    """What a run looks like, about once a second, from its first epoch to its last."""
+    """The memory and progress of a run, about once a second, from its first epoch to its last."""
     command = [sys.executable, "train.py", *FLAGS.split(), "--log-dir", folder, "--plot-dir", folder]
     found = list[Moment]()
     child = subprocess.Popen([*command, "--epochs", str(epochs)], cwd=ROOT, stdout=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""What the benchmarks of speed compare: our training step and quantizer, and those of two peers in the same nets.
+"""The contestants in the benchmarks of speed: our training step and quantizer, and those of two peers in the same nets.
 
 plain   the usual PyTorch VQ-VAE: distances with both norms, one-hot matrix products for the codes and for the EMA,
         NCHW, Adam with PyTorch's defaults

@@ -172,7 +172,7 @@ def make(case: Case, steps: int, shape: tuple[int, int, int] = SHAPE) -> Autoenc
 def train(
     case: Case, steps: int, dtype: torch.dtype, resume: dict[str, Any] | None = None, stop: int | None = None
 ) -> dict[str, Any]:
-    """What a process finds when it trains a case: losses, held-out metrics, hashes of its saves, the last state."""
+    """The results of a process that trains a case: losses, held-out metrics, hashes of its saves, the last state."""
     noise = torch.Generator().manual_seed(0)
     model = make(case, steps).to(dtype)
     count, notes = max(steps, ENOUGH) * BATCH, Notes()
@@ -222,7 +222,7 @@ class Job(NamedTuple):
 
 
 def work(folder: Path) -> None:
-    """What each of three processes does: it trains as one of three and of two, and the first one also by itself.
+    """The work of each of three processes: it trains as one of three and of two, and the first one also by itself.
 
     A resumed run is begun by one process, and goes on with three, two and one.
     """
@@ -285,7 +285,7 @@ Results = dict[tuple[int, int], Found]  # by (number of processes, rank)
 
 
 def results(jobs: Sequence[Job]) -> Results:
-    """What each process found, for (number of processes, rank); also of a resumed run, as `resumed`."""
+    """The results of each process, for (number of processes, rank); also of a resumed run, as `resumed`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "jobs.json").write_text(json.dumps(jobs))

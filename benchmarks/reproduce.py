@@ -167,7 +167,7 @@ def publish(output: Path, done: list[dict[str, Any]]) -> None:
 
 
 def scalars(row: dict[str, Any]) -> dict[str, Any]:
-    """What is published of a row: its numbers and names, the size of its batches, and its precision."""
+    """The published part of a row: its numbers and names, the size of its batches, and its precision."""
     return {name: value for name, value in row.items() if isinstance(value, int | float | str)} | {
         name: row["settings"][name] for name in ("batch_size", "precision")
     }

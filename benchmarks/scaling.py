@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What several GPUs exchange in a training step, against what they compute; and a check of the calculation.
+"""The data that several GPUs exchange in a training step, against what they compute; and a check of the calculation.
 
   python benchmarks/scaling.py            the tables of docs/scaling.md
   python benchmarks/scaling.py --check    bytes and seconds of real steps over links with a limited bandwidth
@@ -41,7 +41,7 @@ BYTES = 4  # of a gradient, a sum or a count
 
 
 class Link(NamedTuple):
-    """What connects the processes of a ring."""
+    """The links between the processes of a ring."""
 
     name: str
     processes: int
@@ -179,7 +179,7 @@ def take_steps(case: Case, shape: tuple[int, int, int], batch: int, before: Call
 
 
 def measure(folder: Path, batch: int = 128) -> None:
-    """What each process does: steps of Sonnet's nets by two processes, then by the first one."""
+    """The work of each process: steps of Sonnet's nets by two processes, then by the first one."""
     torch.set_num_threads(1)
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": os.environ["PORTS"].split()[0]}
     distributed.start(torch.device("cpu"))
@@ -211,7 +211,7 @@ def report_measure() -> None:
 
 
 def check(folder: Path) -> None:
-    """What each process does: a few steps with each codebook over a slow link."""
+    """The work of each process: a few steps with each codebook over a slow link."""
     torch.set_num_threads(1)
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": os.environ["PORTS"].split()[0]}
     distributed.start(torch.device("cpu"))

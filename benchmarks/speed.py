@@ -118,7 +118,7 @@ def quantizer_pass(name: str, num_codes: int, vectors: int, device: torch.device
 
 
 def product_of_codes(num_codes: int, vectors: int, device: torch.device) -> Callable[[], None]:
-    """The product of vectors and codes alone, in tiles that stay in a CPU's cache: the least that a search computes."""
+    """Only the product of vectors and codes, in tiles that stay in a CPU's cache: the least that a search computes."""
     z, codebook = torch.randn(vectors, DIM, device=device), torch.randn(num_codes, DIM, device=device)
     columns = min(num_codes, BLOCK) if device.type == "cpu" else num_codes
     tiles = z.split(TILE_SCORES.get(device.type, 1 << 24) // columns)

@@ -227,3 +227,11 @@ def test_these_checks_see_through_disguises():
     assert ours(ast.parse("if TYPE_CHECKING:\n  from vqvae.autoencoder import Elbo")) == set()
     assert ours(ast.parse("if not TYPE_CHECKING:\n  from vqvae.autoencoder import Elbo")) == {"autoencoder"}
     assert list(texts(ast.parse('"""--help"""\nx = f"--{y} --seed"'))) == ["--", " --seed"]
+
+
+@EVERY_MODULE
+def test_docstrings_name_their_subject(name):
+    """A docstring that begins with "What" makes its reader wait for the noun."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    found = [ast.get_docstring(node) or "" for node in ast.walk(MODULES[name]) if isinstance(node, documented)]
+    assert not [text for text in found if text.startswith("What ")]

@@ -1,4 +1,4 @@
-"""Caches of images: listed, removed, and left alone while a process uses them."""
+"""Caches of images: listed, removed, and kept while a process uses them."""
 
 import json
 import os

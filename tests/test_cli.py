@@ -227,7 +227,7 @@ def test_help_teaches_by_examples_and_imports_no_heavy_library(command):
 
 
 def test_models_load_and_train_without_the_libraries_of_other_work():
-    """torch._dynamo alone takes two seconds."""
+    """Importing torch._dynamo takes two seconds."""
     others = {"torch._dynamo", "sklearn", "scipy", "matplotlib", "tensorboard", "torchvision"}
     step = "o = adamw([{'params': [torch.nn.Parameter(torch.zeros(1))]}], torch.device('cpu')); o.zero_grad(); o.step()"
     code = (

@@ -38,7 +38,7 @@ def draw(run: str, *names: str) -> set[str]:
 
 
 def done(capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> str:
-    """What was printed; nothing on stderr, and no warning."""
+    """The printed lines; nothing on stderr, and no warning."""
     out, err = capsys.readouterr()
     assert err == ""
     assert not [str(w.message) for w in recwarn]

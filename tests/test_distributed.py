@@ -121,7 +121,7 @@ def refuse() -> None:
 
 
 def work(folder: Path) -> None:
-    """What each of two processes does: it stores what it finds, then runs train.py."""
+    """The work of each of two processes: it stores what it finds, then runs train.py."""
     distributed.start(torch.device("cpu"))
     number = distributed.rank()
     found: dict[str, Any] = {
@@ -159,7 +159,7 @@ def work(folder: Path) -> None:
 
 
 class Two(NamedTuple):
-    """What two processes found, the folder in which they ran, and what they printed."""
+    """The findings of two processes, the folder in which they ran, and what they printed."""
 
     found: list[dict[str, Any]]
     folder: Path

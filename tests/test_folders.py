@@ -397,7 +397,7 @@ def work(folder: str, line: str) -> None:
 
 def test_two_processes_train_on_parts_of_which_each_sees_its_own(tree, tmp_path, monkeypatch):
     def on_both(line: str) -> list[tuple]:
-        """What each of two processes found, which are to end with the same weights."""
+        """The findings of each of two processes, which are to end with the same weights."""
         words = [*PAIR, str(Path(__file__)), str(tmp_path), line]
         found = subprocess.run(words, env=environment(), capture_output=True, text=True, cwd=tmp_path, check=False)
         assert found.returncode == 0, found.stderr

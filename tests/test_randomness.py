@@ -11,7 +11,7 @@ from vqvae.training import seed_step
 
 
 def on_cpu(number: int) -> int:
-    """What PyTorch's generator of a CPU uses of the number that seeds it."""
+    """The part of a seed that PyTorch's generator of a CPU uses."""
     return number % 2**32
 
 

@@ -1,4 +1,4 @@
-"""What a run prints of itself."""
+"""The lines that a run prints about itself."""
 
 import warnings
 

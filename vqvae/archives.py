@@ -38,7 +38,7 @@ ALWAYS_FITS, RATIO = 2**26, 300  # bytes that arrays may have whatever the file'
 
 
 def read_torch(file: BinaryIO) -> Any:
-    """What torch.save wrote: plain values, dictionaries, lists, tuples and tensors, which come to the CPU.
+    """Read a file of torch.save: plain values, dictionaries, lists, tuples and tensors, which come to the CPU.
 
     torch.load is not used: it reads past the end of a tensor whose size the file exaggerates, and hashes keys and
     allocates byte arrays as the file tells it to.

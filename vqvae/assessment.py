@@ -24,7 +24,7 @@ from vqvae.training import KEPT
 
 
 class Asked(NamedTuple):
-    """What is computed beyond the usual metrics."""
+    """Metrics to compute beyond the usual ones."""
 
     iw_samples: int = 0
     nets: Sequence[Net] = ()  # metrics in their features, of the reconstructions
@@ -35,7 +35,7 @@ class Asked(NamedTuple):
 def assess(
     path: Path, content: dict[str, Any], dataset: Dataset, device: torch.device, asked: Asked = Asked()
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """What the metrics of a checkpoint's model on the test split are of, and these metrics.
+    """The protocol of a checkpoint's evaluation on the test split, and its metrics.
 
     Raises `OptionError` for what the data or the model do not have: labels to probe, images to compare.
     """

@@ -211,7 +211,7 @@ def _checksum(weights: Mapping[str, Tensor]) -> str:
 
 
 def identity_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What an evaluation stores of the model it is of: the run, the step, and a checksum of all weights."""
+    """The identity of a model, which its evaluations store: the run, the step, and a checksum of all weights."""
     return {"run": content["run"], "step": content["step"], "weights": _checksum(content["model"])}
 
 

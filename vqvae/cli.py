@@ -1,4 +1,4 @@
-"""What the command lines share: one-line errors, exit codes, typed values. Imports no torch: `--help` stays quick."""
+"""Shared parts of the command lines: one-line errors, exit codes, typed values. No torch, so that `--help` is quick."""
 
 import argparse
 import contextlib

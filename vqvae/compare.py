@@ -63,7 +63,7 @@ COMPARED = [key for metric in TABLE if metric.heading for key in (metric.name, f
 
 
 class Row(NamedTuple):
-    """What is known of a run."""
+    """A run, with its settings and metrics."""
 
     values: dict[str, Any]  # by column, with standard errors as `<name>_se`; None where unknown
     held_out: dict[str, Any]  # name, shape, count and fingerprint of the held-out images; None where unknown
@@ -185,7 +185,7 @@ def training_seconds(epochs: Iterable[Mapping[str, Any]], step: int, batch_size:
 
 
 def differing_data(rows: Sequence[Row]) -> str | None:
-    """What differs between the runs' data, in one line, or None."""
+    """The differences between the runs' data in one line, or None."""
 
     def differing(kind: Literal["held_out", "trained_on"], key: str) -> str | None:
         found = {value: None for row in rows if (value := getattr(row, kind)[key]) is not None}

@@ -71,7 +71,7 @@ class Latent(NamedTuple):
 
 
 class TrainOutput(NamedTuple):
-    """What a module returns to the training loop."""
+    """The output of a module in the training loop."""
 
     loss: Tensor  # scalar, to descend
     metrics: dict[str, Tensor]  # detached; scalars are means over the batch, others (code usage) sums over it
@@ -92,7 +92,7 @@ class Nets(Protocol):
 
 
 class PriorContext(TypedDict, total=False):
-    """What a bottleneck tells priors of its latent."""
+    """The facts about a bottleneck's latent that priors get."""
 
     num_codes: int
     latent_dim: int
@@ -215,7 +215,7 @@ def check_codes(codes: object, num_codes: int, grid: tuple[int, ...]) -> Tensor:
 
 
 def kind_of(value: object) -> str:
-    """What a value is, for messages: the dtype of a tensor, the type of anything else."""
+    """The kind of a value, for messages: the dtype of a tensor, the type of anything else."""
     if isinstance(value, Tensor):
         return str(value.dtype)
     if type(value).__module__ == "numpy":
@@ -238,7 +238,7 @@ class Prior(Protocol):
 
 
 class Likelihood(nn.Module):
-    """What the decoder's output says about pixels x in [0, 1], `[B, C, H, W]`.
+    """The distribution that the decoder's output gives to pixels x in [0, 1], `[B, C, H, W]`.
 
     Parameters come as `[B, P*C, H, W]`, parameter-major: all channels of the first parameter, then of the second.
     """
@@ -270,7 +270,7 @@ class Likelihood(nn.Module):
 
 
 class Objective(nn.Module):
-    """What training descends. Evaluation never sees it.
+    """The loss of training. Evaluation never sees it.
 
     It owns freezing, stop-gradients and the groups of parameters that the optimizer gets. An objective with a net of
     its own (a perceptual loss, a discriminator) registers it as a submodule and returns its parameters as a group.
@@ -299,7 +299,7 @@ class Objective(nn.Module):
 
 
 class Trainable(Protocol):
-    """What the training loop needs of a module."""
+    """The interface that the training loop needs of a module."""
 
     monitor: str  # the held-out metric whose lowest value makes best.pt
     headline: tuple[str, ...]  # metrics for the terminal, the most important first
@@ -319,4 +319,4 @@ class Trainable(Protocol):
         """Groups for optimizer.py, as of `Objective.parameter_groups`."""
 
     def saved_state(self) -> dict[str, Any]:
-        """What a checkpoint stores of the module: the autoencoder as `model`, and more."""
+        """The state of the module in a checkpoint: the autoencoder as `model`, and more."""

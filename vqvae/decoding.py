@@ -39,7 +39,7 @@ Read = Callable[[], np.ndarray]  # an image as `[C, H, W]` uint8; raises any exc
 
 
 class Shape(NamedTuple):
-    """What every image becomes."""
+    """The shape that every image gets, and how."""
 
     size: Size
     channels: int = 3

@@ -338,7 +338,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def hides_bars() -> bool | None:
-    """What tqdm's `disable` must be: only the first process has a bar, where the output is a terminal (None)."""
+    """The value for tqdm's `disable`: only the first process has a bar, where the output is a terminal (None)."""
     return True if rank() else None
 
 

@@ -136,7 +136,7 @@ def log_prior_of_codes(model: Autoencoder, codes: Tensor, labels: Tensor, condit
 
 
 def facts_of(model: Autoencoder) -> metrics.Facts:
-    """What metrics need to know of a model."""
+    """The facts about a model that metrics need."""
     return metrics.Facts(
         dimensions=model.dimensions,
         data_variance=model.data_variance,

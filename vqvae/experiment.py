@@ -205,7 +205,7 @@ def refuse_idle_weights(given: Mapping[str, Any], config: Config, model: Autoenc
 
 
 def describe_data(dataset: Dataset, model: Autoencoder) -> dict[str, Any]:
-    """What a checkpoint says of the data."""
+    """The description of the data in a checkpoint."""
     return {
         "name": dataset.name,
         "shape": list(model.image_shape),
@@ -219,7 +219,7 @@ def describe_data(dataset: Dataset, model: Autoencoder) -> dict[str, Any]:
 def describe_run(
     config: Config, about: dict[str, Any], dataset: Dataset, model: Autoencoder, plots: Path
 ) -> dict[str, Any]:
-    """What every checkpoint of a run says of it."""
+    """The description of a run in all of its checkpoints."""
     kept = EXAMPLES_KEPT if model.shows_images else POINTS_KEPT
     return {
         "kind": "prior" if config.checkpoint else "autoencoder",

@@ -21,7 +21,7 @@ from vqvae.programs import HALVES, interfaces
 
 
 class Format(NamedTuple):
-    """What an exported folder may hold."""
+    """A format of an exported folder."""
 
     check: Callable[[Mapping[str, Any]], None]  # raises OptionError for a model that it cannot hold, given its content
     write: Callable[[dict[str, Any], Autoencoder, Path], Iterator[str]]  # the files; describes each, once checked

@@ -144,7 +144,7 @@ def is_folder(path: Path) -> bool:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of a model (`kind`, `run`, `step`, `config`, `data`) and its weights (`model`).
+    """Read a model as a checkpoint has it: `kind`, `run`, `step`, `config`, `data`, and its weights (`model`).
 
     The codebook goes on from its vectors, as if each code had been found once so far. Raises `UserError` for a folder
     that is no `VQModel`, or one with parts that the nets `vqgan` lack. Weights in half precision become float32.

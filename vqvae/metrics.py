@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-EVALUATION = "evaluation.json"  # the file beside a checkpoint with its held-out metrics
+EVALUATION = "evaluation.json"  # the file next to a checkpoint with its held-out metrics
 
 
 class Examples(NamedTuple):
-    """What is known of each example of a batch. Stage two knows only `log_prior`."""
+    """The quantities of each example of a batch. Stage two knows only `log_prior`."""
 
     log_prior: "Tensor"  # [B] nats, log p(z)
     log_likelihood: "Tensor | None" = None  # [B] nats, log p(x|z)
@@ -34,7 +34,7 @@ class Examples(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What metrics need to know of a model."""
+    """The facts about a model that metrics need."""
 
     dimensions: int  # C H W
     data_variance: float  # of the training data
@@ -52,7 +52,7 @@ class Features(NamedTuple):
 
 
 class Split(NamedTuple):
-    """What is known of a whole split, or in training of the steps so far."""
+    """The quantities of a whole split, or in training of the steps so far."""
 
     means: Mapping[str, float]  # per-example metrics, averaged
     facts: Facts

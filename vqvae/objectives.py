@@ -82,7 +82,7 @@ def leave_one_out(costs: Tensor, log_q: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbabilisticOptions(ElboOptions):
-    """What the experiments on probabilistic VQ-VAEs vary."""
+    """Options that the experiments on probabilistic VQ-VAEs vary."""
 
     entropy_scale: Annotated[float, Range(0), "weight of log q(z|x) only; 0 drops the entropy bonus"] = 1.0
     sum_over_latents: Annotated[bool, "sum the rate over code positions, as the bound does; otherwise average"] = True

@@ -99,7 +99,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def _factor(gram: Tensor) -> Tensor:
-    """What an iteration multiplies x by, given x x^T."""
+    """The factor by which an iteration multiplies x, given x x^T."""
     factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
     factor.diagonal(dim1=1, dim2=2).add_(3.4445)
     return factor

@@ -54,7 +54,7 @@ Interface = Mapping[str, Any]
 
 
 def interfaces(model: Autoencoder) -> dict[str, Interface]:
-    """What each half takes and returns: for its `input` and its `output`, name, shape, dtype and range.
+    """The input and output of each half: for its `input` and its `output`, name, shape, dtype and range.
 
     A range is the smallest and the largest value, or None where any number may occur. `B` in a shape is any batch size.
     """

@@ -30,7 +30,7 @@ TRUTHS = {"yes": True, "true": True, "on": True, "1": True, "no": False, "false"
 
 @runtime_checkable
 class Rule(Protocol):
-    """What an option's annotation demands of its value."""
+    """A condition on an option's value, given in its annotation."""
 
     def problem(self, value: Any) -> str | None:
         """Why the value is refused ("must be from 0 to 1"), or None."""
@@ -244,7 +244,7 @@ def fields_of(cls: type) -> dict[str, Option]:
 
 
 class Signature(NamedTuple):
-    """What a member's constructor takes."""
+    """The parameters of a member's constructor."""
 
     context: tuple[str, ...]  # parameters without a default
     options: dict[str, Option]  # those of shared dataclasses included

@@ -317,7 +317,7 @@ def codebook(report: Report, path: Path) -> None:
 
 
 def code_patches(model: Autoencoder, bottleneck: Discrete) -> Tensor:
-    """What each of the K codes decodes to among copies of itself, `[K, C, height, width]`: the cell in the center.
+    """The image of each of the K codes, `[K, C, height, width]`: the center of a decoded grid of copies of the code.
 
     In a sequence codes have no position: it is the whole image. Of a large grid the middle is decoded, which is all
     that the net sees from a cell (`vqgan` sees a little more: it is deeper, with attention and norms of the grid).
@@ -590,7 +590,7 @@ PLOTS: dict[str, Plot] = {
     ),
     "posterior_map.png": Plot(
         posterior_map, "Latent plane",
-        "Each dot is a held-out example: classes that form separate clouds are told apart by the latent alone, and the "
+        "Each dot is a held-out example: the latent tells apart classes that form separate clouds, and the "
         "whole should fill the prior.",
     ),
     "latent_grid.png": Plot(

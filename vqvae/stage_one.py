@@ -86,7 +86,7 @@ class AutoencoderTraining(nn.Module):
         return self.objective.parameter_groups(self.model, weight_decay)
 
     def saved_state(self) -> dict[str, Any]:
-        """What a checkpoint stores of this module."""
+        """The state of this module in a checkpoint."""
         return {"model": self.model.state_dict(), "objective": self.objective.state_dict()}
 
     def restore_state(self, content: dict[str, Any]) -> None:

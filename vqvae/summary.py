@@ -1,4 +1,4 @@
-"""What a run prints of itself: a summary at its start, warnings of how it was set up, and how to go on."""
+"""The lines that a run prints about itself: its plan, warnings about its settings, and how to go on."""
 
 import shlex
 import warnings

@@ -210,7 +210,7 @@ def need_images(model: Autoencoder, option: str, value: object) -> None:
 
 
 class Encoded(NamedTuple):
-    """What `encode_shards` did."""
+    """The outcome of `encode_shards`."""
 
     paths: list[Path]  # the files
     images: int  # encoded in this call or before
@@ -293,7 +293,7 @@ def write(file: BinaryIO, model: Autoencoder, codes: np.ndarray, columns: Mappin
 
 
 class Codes(NamedTuple):
-    """What `vqvae encode` wrote."""
+    """The contents of files of `vqvae encode`."""
 
     codes: np.ndarray  # [N, *grid] integers, from 0 to num_codes - 1
     files: list[str]  # [N] the images' paths; empty for a data set

@@ -139,7 +139,7 @@ def seed_step(seed: int, step: int, device: str = "cpu", purpose: Purpose = "noi
 
 
 class Stage(NamedTuple):
-    """What one stage of training consists of."""
+    """The parts of one stage of training."""
 
     module: Any  # an nn.Module that keeps contracts.Trainable
     examples: Tensor  # [N, ...], images or codes

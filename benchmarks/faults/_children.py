@@ -1,4 +1,4 @@
-"""What several sections share: scripts of this package in forked processes, and files that are not whole."""
+"""Parts that several sections share: scripts of this package in forked processes, and files that are not whole."""
 
 import json
 import os

@@ -97,7 +97,7 @@ def prepare(folder: Path) -> dict[str, tuple[str, list[str]]]:
 
 
 def trial(folder: Path, number: int, script: str, words: list[str], kind: str, size: int) -> str:
-    """What was lost, or nothing."""
+    """A description of what was lost, or nothing."""
     here = folder / str(number)
     there = here / "logs" / "run"
     made = folder / "made" / "logs" / "run"

@@ -144,7 +144,7 @@ def wait(processes: list[Process], end: float, patience: float = 0.1) -> list[in
 
 
 def trial(here: Path, draw: random.Random, kind: str, count: int, seconds: float) -> tuple[str, str]:
-    """What the trial does, and what was lost, or nothing."""
+    """The trial in words, and what was lost, or nothing."""
     victim, patience, port = draw.randrange(count), draw.choice([0.1, 10.0]), free_port()
     step, moment = draw.randrange(12), draw.uniform(0, seconds)
     described = (

@@ -135,7 +135,7 @@ class Killed:
             self.expected[every] = content(straight / "logs" / "run")
 
     def trial(self, draw: random.Random, number: int) -> str:
-        """What was lost, or nothing."""
+        """A description of what was lost, or nothing."""
         here = self.folder / str(number)
         here.mkdir()
         every = draw.choice(["1", "300s"])
@@ -214,7 +214,7 @@ class Fresh:
         return Child(words, here, fork=fork, script=script)
 
     def trial(self, draw: random.Random, number: int) -> str:
-        """What was lost, or nothing."""
+        """A description of what was lost, or nothing."""
         name = draw.choice(list(self.commands))
         kind = name, draw.random() < 0.5
         if kind not in self.whole:
@@ -280,7 +280,7 @@ def saved(path: Path) -> dict[str, Any]:
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> str:
-    """What differs, in words."""
+    """The differences in words."""
     same: Callable[[Any, Any], bool] = lambda a, b: torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b  # noqa: E731
     lost = []
     for name, wanted in expected.items():

@@ -45,7 +45,7 @@ def run(trials: int, folder: Path) -> tuple[int, int]:
 
 
 def trial(draw: random.Random, here: Path, begun: Path, expected: dict) -> str:
-    """What was lost, or nothing."""
+    """A description of what was lost, or nothing."""
     kind = draw.choice(["resume", "name", "no name"])
     words = {
         "resume": ["--resume", "../logs/run", "--epochs", "3", "--plot-dir", "../plots"],

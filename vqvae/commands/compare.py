@@ -18,7 +18,7 @@ examples
 columns
 {chr(10).join(explained({column.name: column.explanation for column in compare.COLUMNS}))}
 
-Metrics come from the evaluation.json beside the checkpoint if it is of the checkpoint's weights (`vqvae train
+Metrics come from the evaluation.json next to the checkpoint if it is of the checkpoint's weights (`vqvae train
 --evaluate` writes it). Otherwise they are those of the last epoch in metrics.jsonl, and the run is marked with *.
 Columns that no run has a value for may be left out.
 

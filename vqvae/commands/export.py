@@ -21,7 +21,7 @@ With --format pt2 or onnx the folder then contains
   model.safetensors, config.json  weights and settings; vqvae.load("exported") restores the model
   encoder.pt2 or encoder.onnx     program: uint8 images [B, C, H, W] to codes (int64)
   decoder.pt2 or decoder.onnx     program: codes to float images in [0, 1]
-  README.md                       a model card, with the metrics of evaluation.json if it lies beside the checkpoint
+  README.md                       a model card, with the metrics of evaluation.json if it lies next to the checkpoint
 
 For a continuous latent, the encoder returns the mean of z and the decoder takes z. The programs take any batch size and
 need only torch, or only an ONNX runtime:

@@ -45,12 +45,12 @@ BACKDATED = 10 * 10**9  # ns
 
 
 class Contents(NamedTuple):
-    """What a source contains, before any image is read."""
+    """The contents of a source, before any image is read."""
 
     names: list[str]  # of the images, with `/` between their parts: folders are splits and classes
     labels: list[str | None] | None = None  # names of their classes; None if folders are the classes
     classes: list[str] | None = None  # all names, in the order of their labels; None if the labels are to be ordered
-    stamps: list[str] | None = None  # differ where an image of one name has changed; None if no image changes alone
+    stamps: list[str] | None = None  # differ where an image of one name has changed; None if all change together
 
 
 class Source(Protocol):
@@ -477,7 +477,7 @@ def _write_journal(path: Path, entries: Sequence[Any]) -> None:
 
 
 def _read_journal(path: Path) -> tuple[dict[str, Any], list[Image]]:
-    """What an unfinished conversion is of, and the images that it has. Incomplete lines are left out."""
+    """The source of an unfinished conversion, and the images that it has. Incomplete lines are left out."""
     about: dict[str, Any] = {}
     images = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -340,7 +340,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _key(name: str) -> str:
-    """What the files of one example have in common: the name up to its first dot."""
+    """The part that the names of an example's files share: all up to the first dot."""
     folder, slash, file = name.rpartition("/")
     return f"{folder}{slash}{file.partition('.')[0]}"
 

@@ -14,7 +14,7 @@ SUFFIXES = {
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".heic", ".heif", ".hif", ".avif"),  # some of which need a package, see decoding.py
 }
-# of other programs, beside all names that begin with a dot
+# of other programs, and all names that begin with a dot
 HIDDEN = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
 SPLITS = [{"train", "training"}, {"test", "testing"}, {"val", "valid", "validation"}]  # folders, in any case
 
@@ -23,7 +23,7 @@ SPLIT_WORD = re.compile(rf"({'|'.join(sorted(set.union(*SPLITS), reverse=True))}
 
 
 class Listing(NamedTuple):
-    """What is below a folder. Names are relative to it, with `/` between their parts on every system."""
+    """The files below a folder. Names are relative to it, with `/` between their parts on every system."""
 
     names: list[str]  # of the files, sorted by their parts
     unlisted: dict[str, str]  # names of folders that cannot be listed, and why

@@ -58,7 +58,7 @@ class Masked(CodeTransformer):
 
     Residual blocks of convolutions come before the attention. A position without a code sees nothing until attention
     has learned where its neighbors are; convolutions know. On MNIST's 7x7 codes of 128, 200 steps reached 3.1 bits per
-    code with three blocks alone, and 4.3, in more time, with six layers of attention alone.
+    code with three blocks only, and 4.3, in more time, with six layers of attention only.
     """
 
     sampling_options = (*CodeTransformer.sampling_options, "steps", "choice_temperature")
