@@ -3,8 +3,8 @@
     images -> encoder -> bottleneck -> decoder -> likelihood
                              prior on the latent
 
--ELBO = -log p(x|z) + log q(z|x) - log p(z), in nats per example, for every choice of members. What training descends
-is an objective's affair (objectives.py); nothing here knows of it.
+-ELBO = -log p(x|z) + log q(z|x) - log p(z), in nats per example, for every choice of members. Training may
+minimize another loss (objectives.py), on which nothing here depends.
 
 B batch, S samples, C channels, H W pixels, D code dimension, h w code grid.
 """

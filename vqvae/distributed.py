@@ -1,8 +1,8 @@
 """Several processes that train one model: `torchrun --nproc-per-node 2 train.py ...`, one GPU each, or on the CPU.
 
-Every process holds the whole model and the whole data set, and takes its share of every batch (shares.py). Whatever is
-learned from a batch is reduced over all processes, so their weights stay equal bit for bit. Only the first (rank 0)
-writes. With one process, every function here does nothing and costs nothing.
+Every process has the whole model, and the whole data set or one of several parts of it (`--data-shards`). It takes its
+share of every batch (shares.py). Whatever is learned from a batch is reduced over all processes, so their weights stay
+equal bit for bit. Only the first (rank 0) writes. With one process, every function here does nothing and costs nothing.
 
 A process that dies ends the others (`Peers`): within seconds, with one line, however long they may wait for work.
 """

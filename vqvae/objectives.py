@@ -1,4 +1,4 @@
-"""Objectives: what training descends. One class each; the table at the end names them. Evaluation never sees them."""
+"""Objectives: the losses of training. One class each; the table at the end names them. Evaluation never sees them."""
 
 import math
 from dataclasses import dataclass

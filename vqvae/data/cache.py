@@ -204,11 +204,11 @@ class _Plan(NamedTuple):
 def _convert(
     plan: _Plan, source: Source, shape: Shape, array: Path, index: Path, about: dict[str, Any], rescan: bool
 ) -> dict[str, Any]:
-    """Write the readable images as a .npy file `[all, C, H, W]`, zeros at its end, and its index; returns the index:
+    """Write the readable images as a .npy file `[all, C, H, W]`, zeros at its end, and its index; returns the index.
 
-    the fields of `CachedImages` without the images, where each unreadable one has its `access`, `stamp` and the
-    `reason`; `about`, which says what the cache is of; the `stamps` and checksums (`sums`) of the images; and the time
-    (`written`) of the array, which no program gives it that writes to it.
+    The index has the fields of `CachedImages` without the images, where each unreadable one has its `access`, `stamp`
+    and the `reason`; the recipe (`about`); the `stamps` and checksums (`sums`) of the images; and the modification time
+    of the array (`written`), from which that of any later write differs.
 
     A journal notes the images that are converted, so that a conversion that is killed can be continued. The caches that
     the new one replaces are removed, where locks tell that no process uses them.
@@ -365,7 +365,7 @@ def _counts(sizes: Sequence[int], kept: Sequence[int]) -> list[int]:
 
 
 def _backdate(out: BinaryIO) -> int:
-    """Give an array a time that no later write gives it; returns it, in ns."""
+    """Give an array a modification time in the past, unlike that of any later write; returns it, in ns."""
     out.flush()
     moment = time.time_ns() - BACKDATED
     with contextlib.suppress(OSError):
