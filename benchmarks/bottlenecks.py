@@ -10,10 +10,9 @@ not repeated, and interrupted ones are resumed. The tables are printed; --output
 """
 
 import argparse
-import math
 from pathlib import Path
 
-from runs import command_line, hardware_of, row_of, table, write
+from runs import command_line, hardware_of, row_of, standard_error, table, write
 
 from vqvae.config import Config
 
@@ -120,7 +119,7 @@ def cells(name: str, rows: list[dict]) -> tuple[str, ...]:
         if len(values) == 1:
             error = factor * rows[0][f"{key}_se"] if f"{key}_se" in rows[0] else None
         else:
-            error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+            error = standard_error(values)
         return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
     codes = rows[0]["codes_per_image"]

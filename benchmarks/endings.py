@@ -7,13 +7,13 @@ Every run is `train.py --dataset cifar10` with one change. A gain is the differe
 the change. An option should be on by default only where the mean gain is more than two standard errors above 0.
 """
 
-import math
+import argparse
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from runs import command_line, hardware_of, row_of, table, write
+from runs import command_line, hardware_of, row_of, standard_error, table, write
 
 
 class Ending(NamedTuple):
@@ -51,11 +51,11 @@ def main() -> None:
             folder = Path(options.logs) / f"endings-{name}-seed{seed}"
             own = ["--seed", str(seed), *RUNS[name].flags.split()]
             rows[name][seed] = row_of(folder, flags + own, plot_dir=options.plots)
-            write(options.output, report(rows, options.steps, options.batch_size, options.precision))
-    print("\n".join(report(rows, options.steps, options.batch_size, options.precision)))
+            write(options.output, report(rows, options))
+    print("\n".join(report(rows, options)))
 
 
-def report(rows: Rows, steps: int, batch_size: int, precision: str) -> list[str]:
+def report(rows: Rows, options: argparse.Namespace) -> list[str]:
     """The lines of the report on the runs finished so far."""
     cells = []
     for name, found in rows.items():
@@ -72,8 +72,9 @@ def report(rows: Rows, steps: int, batch_size: int, precision: str) -> list[str]
         "",
         f"Written by `benchmarks/endings.py` on {hardware_of(done)}. CIFAR-10"
         + (" (files differ from the published ones)" if any(row["note"] for row in done) else "")
-        + f", {steps:,} steps at batch {batch_size}, {precision}; MSE / variance of the test split after the last",
-        "step; ± is one standard error over seeds. A gain is the mean difference to the run of the same seed.",
+        + f", {options.steps:,} steps at batch {options.batch_size}, {options.precision}; MSE / variance of the test",
+        "split after the last step; ± is one standard error over seeds. A gain is the mean difference to the run of "
+        "the same seed.",
         "",
         *table(COLUMNS, cells),
     ]
@@ -83,18 +84,13 @@ def mean(values: Sequence[float]) -> str:
     """The mean, and its standard error where there is one."""
     if len(values) < 2:
         return f"{values[0]:.5f}" if values else ""
-    return f"{statistics.mean(values):.5f} ± {error_of(values):.5f}"
+    return f"{statistics.mean(values):.5f} ± {standard_error(values):.5f}"
 
 
 def of(gains: Sequence[float]) -> tuple[str, str]:
     """The last two cells of a row: the mean gain, and its ratio to its standard error."""
-    error = error_of(gains) if len(gains) > 1 else 0.0
+    error = standard_error(gains) if len(gains) > 1 else 0.0
     return mean(gains), f"{statistics.mean(gains) / error:.1f}" if error else ""
-
-
-def error_of(values: Sequence[float]) -> float:
-    """The standard error of the mean."""
-    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 if __name__ == "__main__":

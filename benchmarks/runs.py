@@ -7,7 +7,9 @@ and the version of this package. Rows of other settings or data are thus never t
 import argparse
 import hashlib
 import json
+import math
 import resource
+import statistics
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -124,6 +126,11 @@ def row_of(
 def hardware_of(rows: list[dict]) -> str:
     """The machines that rows were measured on."""
     return "; ".join(sorted({row["hardware"] for row in rows}))
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """The standard error of the mean of two values or more."""
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

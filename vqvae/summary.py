@@ -100,14 +100,14 @@ def closing(folder: Path, plots: Path) -> str:
     """The lines at the end of a run: where it is, and how to look at it."""
     return "\n".join([
         f"done: {folder}, {plots}",
-        f"look   {cli.program('visualize')} --checkpoint {shlex.quote(str(folder / 'checkpoint.pt'))}",
+        f"look   {cli.program('visualize')} --checkpoint {shlex.quote(str(folder / LAST))}",
         f"       tensorboard --logdir {shlex.quote(str(folder.parent))}",
     ])  # fmt: skip
 
 
 def how_to_go_on(folder: Path) -> str:
     """The rest of the line about an interrupted run."""
-    path = folder / "checkpoint.pt"
+    path = folder / LAST
     if not path.exists():
         return "nothing was saved yet; start it again as before"
     return f"saved {path}. Resume with: {cli.program('train')} --resume {shlex.quote(str(folder))}"
