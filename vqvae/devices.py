@@ -59,7 +59,7 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` of x `[..., D]`; in fp32 on a CPU with AVX-512 as a 1x1 convolution, which oneDNN computes.
 
     There PyTorch's matrix product is MKL's, which uses AVX-512 on Intel's CPUs only: oneDNN is twice as fast on others.

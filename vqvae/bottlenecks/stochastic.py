@@ -14,6 +14,7 @@ from vqvae.bottlenecks.base import Projection, vectors_of
 from vqvae.bottlenecks.categorical import drawn_latent, entropy_of, gumbel_softmax
 from vqvae.bottlenecks.nearest import nearest_code
 from vqvae.contracts import Discrete, Latent
+from vqvae.devices import linear
 from vqvae.registry import Count, Range, checked
 
 
@@ -73,8 +74,9 @@ class Stochastic(Discrete):
         """log q(k|x) `[..., K]` of projected vectors `[..., D]`."""
         offset = self.vectors.detach().mean(0)  # distances are differences: far from 0 they would lose digits
         f, codes = f - offset, self.vectors - offset
-        # without ||f||^2, which is the same for every k
-        return ((2 * f @ codes.T - codes.square().sum(1)) / (2 * self.variance())).log_softmax(-1)
+        scaled = codes / self.variance()
+        # without ||f||^2, which is the same for every k; divided by s before the product, which has many more rows
+        return linear(f, scaled, -(codes * scaled).sum(1) / 2).log_softmax(-1)
 
     def quantize(self, features: Tensor) -> Latent:
         f = self.projection(features)
@@ -87,7 +89,7 @@ class Stochastic(Discrete):
         if not self.training:
             return drawn_latent(log_p, self.embed)
         w = gumbel_softmax(log_p, 1, math.exp(-self.anneal * step))[0].to(log_p.dtype)  # [B, h, w, K]
-        z = w @ self.vectors
+        z = linear(w, self.vectors.T)
         uncertainty = entropy_of(log_p).flatten(1).sum(1)
         divergence = (f - z).square().flatten(1).sum(1) / (2 * self.variance())
         return Latent(
