@@ -115,10 +115,10 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
     if config.conditional and not dataset.classes:
         raise OptionError("", "conditional", None, f"the data set {dataset.name} has no labels; leave it out")
 
-    plan.check(len(dataset.train.images))
     plan = plan._replace(augment=augmentation(config.augment, dataset.train.images))
     if config.checkpoint:
         plan = plan._replace(data_shards=1)  # every process gets the codes of all parts of the data
+    plan.check(len(dataset.train.images) * config.data_shards)
     torch.manual_seed(stream(config.seed, "weights"))
     build_stage = stage_two if config.checkpoint else stage_one
     stage, model = build_stage(config, dataset, plan, start)

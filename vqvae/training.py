@@ -69,8 +69,7 @@ class Plan(NamedTuple):
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def check(self, examples: int) -> None:
-        """Raise `OptionError` for a batch that the examples or the processes cannot share."""
-        examples *= self.data_shards
+        """Raise `OptionError` for a batch that the examples, those of all parts, or the processes cannot share."""
         if self.batch_size > examples:
             raise OptionError(
                 "", "batch_size", self.batch_size, f"larger than the {examples} training examples; use a smaller one"
@@ -170,7 +169,7 @@ def fit(
     `resume` is the content of the checkpoint to resume from. `on_start()` is called after every check, when the run's
     files are open. `after_epoch(epoch, step, usage)` draws.
     """
-    plan.check(len(stage.examples))
+    plan.check(len(stage.examples) * plan.data_shards)
     stage.module.train()
     if plan.accumulate > 1 and any(isinstance(m, BatchNorm) and m.training for m in stage.module.modules()):
         problem = "must be 1 with batch norm, which needs the whole batch at once; use other nets, or several processes"
