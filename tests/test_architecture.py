@@ -99,7 +99,7 @@ ALLOWED: dict[str, set[str]] = {
         "export", "files", "metrics", "presets", "registry", "report", "tokens",
     },
     "__main__": {"__init__", "cli", "errors", "interrupts"},
-    "layers": {"bottlenecks", "contracts", "errors", "registry"},
+    "layers": {"bottlenecks", "contracts", "devices", "errors", "registry"},
     "__init__": {"checkpoint", "layers"},
 }  # fmt: skip
 HEAVY = {"matplotlib", "sklearn", "scipy", "tensorboard", "torchvision", "imageio", "PIL", "triton"}

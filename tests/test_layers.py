@@ -1,12 +1,18 @@
 """Bottlenecks as layers of other models."""
 
+import copy
+import pickle
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import vqvae
 from vqvae import FSQ, LFQ, VQ, Quantizer, ResidualVQ, SimVQ
+from vqvae.bottlenecks import BOTTLENECKS
 from vqvae.layers import LAYERS
+from vqvae.registry import signature
 
 FORMS = {"grid": (6, 12, 5, 4), "sequence": (6, 20, 12)}  # of inputs with 12 channels
 
@@ -134,6 +140,38 @@ def test_a_layer_takes_the_type_of_its_weights(name, dtype):
     assert all(value.dtype == dtype for value in quantize.state_dict().values() if value.is_floating_point())
 
 
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("options", [{}, {"code_dim": 6}])
+def test_a_layer_computes_in_the_type_of_its_weights_whatever_the_input_and_autocast(name, options):
+    if options and "code_dim" not in signature(BOTTLENECKS[name]).options:
+        pytest.skip("has no code_dim")
+    x = batch().bfloat16()
+    outputs = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        quantize = Quantizer(name, 12, **options)
+        for training, given in ((True, x), (False, x), (False, x.float())):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                out = quantize.train(training)(given)
+            assert out.z.dtype == given.dtype
+            assert out.loss.dtype == torch.float32
+            outputs.append(out)
+    for narrow, wide in (outputs[1:3], outputs[4:6]):  # in evaluation, of the same numbers in two types
+        assert torch.equal(narrow.codes, wide.codes)
+        assert torch.equal(narrow.z, wide.z.bfloat16())
+    assert all(torch.equal(a.codes, b.codes) for a, b in zip(outputs[:3], outputs[3:], strict=True))
+
+
+def test_a_layer_is_pickled_and_copied():
+    quantize, x = VQ(12, 8), batch()
+    quantize(x)
+    for other in (pickle.loads(pickle.dumps(quantize)), copy.deepcopy(quantize)):
+        assert torch.equal(other.eval()(x).z, quantize.eval()(x).z)
+        other.load_state_dict(VQ(12, 8).state_dict())
+        assert other.train()(x).codes.shape == (6, 5, 4)
+        assert other.steps == 1
+
+
 @pytest.mark.parametrize("shape", [(6, 5, 4, 12), (6, 12), (6, 12, 20), (1, 6, 12, 5, 4)])
 def test_inputs_of_other_shapes_are_refused(shape):
     with pytest.raises(ValueError, match=r"must be \[B, 12, h, w\] or \[B, N, 12\]"):
@@ -145,7 +183,9 @@ def test_inputs_of_other_shapes_are_refused(shape):
     [
         (torch.full((2, 3), 8), "codes must be from 0 to 7, not 8 to 8"),
         (torch.full((2, 3), -1), "codes must be from 0 to 7, not -1 to -1"),
-        (torch.zeros(2, 3, 4, 1), r"the codes are \[2, 3, 4, 1\]; they must be \[B, h, w\] or \[B, N\]"),
+        (np.zeros((2, 3), int), "codes must be a tensor of integers, not "),
+        ([[1, 2]], "codes must be a tensor of integers, not "),
+        (torch.zeros(2, 3, 4, 1).int(), r"the codes are \[2, 3, 4, 1\]; they must be \[B, h, w\] or \[B, N\]"),
     ],
 )
 def test_codes_out_of_range_are_refused(codes, message):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vqvae.bottlenecks import BOTTLENECKS
-from vqvae.contracts import Discrete, check_codes, dtype_of
+from vqvae.contracts import Discrete, Latent, check_codes, dtype_of
+from vqvae.devices import full_precision
 from vqvae.errors import OptionError
 from vqvae.registry import Choice, Member, Slot, build, signature
 
@@ -31,6 +32,10 @@ class Quantized(NamedTuple):
     stats: dict[str, Tensor]  # detached scalars to monitor
 
 
+def _count_again(layer: Any, _: Any) -> None:
+    layer._step = None
+
+
 class Quantizer(nn.Module):
     """Any bottleneck with codes as a layer, for features `[B, D, h, w]` or sequences `[B, N, D]`.
 
@@ -39,7 +44,8 @@ class Quantizer(nn.Module):
     what is loaded goes on: only a layer that was never trained fits its start.
 
     Vectors of another dimension than `code_dim` (default: D) go through a 1x1 convolution, and z through another one
-    back to D channels.
+    back to D channels. The layer computes in the type of its weights or of the input, whichever is wider, within
+    autocast too; z has the type of the input.
 
         quantize = Quantizer("residual", 64, num_codes=256, quantizers=4)
         out = quantize(features)
@@ -82,7 +88,7 @@ class Quantizer(nn.Module):
         self.levels = self.bottleneck.grid[1]  # Q
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._step: int | None = None  # steps as a plain number, which no GPU has to be waited for
-        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "_step", None))
+        self.register_load_state_dict_post_hook(_count_again)
 
     @property
     def num_codes(self) -> int:
@@ -106,30 +112,37 @@ class Quantizer(nn.Module):
         features = x.mT.unsqueeze(3) if x.dim() == 3 else x
         if not x[:1].numel() and (self.training or len(x)):
             raise ValueError(f"the input is {list(x.shape)}; it must have at least one vector")
-        if self.training:
-            step = int(self.steps) if self._step is None else self._step
-            if step == 0:
-                self.bottleneck.initialize(features.detach())
-            latent = self.bottleneck(features, step)
-            self._step = step + 1
-            self.steps.add_(1)
-        else:
-            latent = self.bottleneck.quantize(features)
+        with full_precision(x):
+            features = features.to(torch.promote_types(x.dtype, dtype_of(self)))
+            latent = self._latent(features)
+            z = self._output(latent.need_z().to(features.dtype), sequence=x.dim() == 3)
         codes = latent.need_codes().unflatten(2, (-1, self.levels))  # [B, h, w, Q]
         codes = codes.squeeze(2) if x.dim() == 3 else codes
-        z = self._output(latent.need_z().to(x.dtype), sequence=x.dim() == 3)
-        return Quantized(z, codes.squeeze(-1) if self.levels == 1 else codes, latent.loss, latent.stats)
+        codes = codes.squeeze(-1) if self.levels == 1 else codes
+        return Quantized(z.to(x.dtype), codes, latent.loss, latent.stats)
+
+    def _latent(self, features: Tensor) -> Latent:
+        """The latent of features `[B, D, h, w]`; in training, the bottleneck is updated."""
+        if not self.training:
+            return self.bottleneck.quantize(features)
+        step = int(self.steps) if self._step is None else self._step
+        if step == 0:
+            self.bottleneck.initialize(features.detach())
+        latent = self.bottleneck(features, step)
+        self._step = step + 1
+        self.steps.add_(1)
+        return latent
 
     def decode(self, codes: Tensor) -> Tensor:
         """z of codes as `forward` returns them, `[B, D, h, w]` or `[B, N, D]`.
 
         Raises ValueError for codes that are no integers or out of range, and for other shapes.
         """
+        codes = check_codes(codes, self.num_codes, tuple(getattr(codes, "shape", ())[1:]))
         levels = f", {self.levels}" if self.levels > 1 else ""
         axes = codes.dim() - bool(levels)
         if axes not in (2, 3) or (levels and codes.shape[-1] != self.levels):
             raise ValueError(f"the codes are {list(codes.shape)}; they must be [B, h, w{levels}] or [B, N{levels}]")
-        codes = check_codes(codes, self.num_codes, tuple(codes.shape[1:]))
         codes = codes if levels else codes.unsqueeze(-1)
         grid = codes.unsqueeze(2) if axes == 2 else codes  # [B, h, w, Q]
         return self._output(self.bottleneck.embed(grid.flatten(2)).to(dtype_of(self)), sequence=axes == 2)

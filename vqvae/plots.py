@@ -277,6 +277,7 @@ def usage_chart(usage: Tensor, path: Path, *, title: str, names: Sequence[str] =
         axes.fill_between(np.arange(len(share)), share, step="mid", color=f"C{level}", alpha=0.6, label=label)
     axes.axhline(1 / shares.shape[1], color="#cc6677", linestyle="--", label=f"uniform usage, 1 / {shares.shape[1]}")
     axes.set(xlabel="codes, by decreasing usage", ylabel="share of held-out positions", xlim=(0, shares.shape[1]))
+    axes.set_ylim(bottom=0)
     note = "perplexity: effective number of codes"
     _plain(axes.legend(loc="upper right", frameon=False, title=note, alignment="right"))
     _headline(figure, title)
