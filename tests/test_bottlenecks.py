@@ -152,6 +152,21 @@ def test_centers_of_few_different_vectors_differ(rows, many, monkeypatch):
     assert torch.cdist(rows, centers).min(dim=1).values.max() < 0.5
 
 
+def test_kmeans_gives_the_same_centers_each_time_with_many_threads(monkeypatch):
+    vectors, before = torch.randn(20_000, 64), torch.get_num_threads()
+    found = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")  # scikit-learn takes no more threads than there are cores otherwise
+    torch.set_num_threads(4)
+    try:
+        for _ in range(4):
+            torch.manual_seed(1)
+            found.append(kmeans_codebook(vectors, 64))
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(centers, found[0]) for centers in found)
+
+
 def test_mini_batches_find_separated_clusters(monkeypatch):
     monkeypatch.setattr(codebook, "MANY_CODES", 8)
     centers = torch.eye(8, 15) * 10

@@ -253,6 +253,27 @@ def test_a_tar_file_that_announces_a_terabyte_is_one_line(tmp_path):
         load("webdataset", data_dir=tmp_path / "a.tar", image_size=8)
 
 
+def test_a_table_that_decompresses_to_far_more_than_the_file_is_one_line(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"image": [bytes(80 * 2**20)]})
+    parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 100_000
+    with pytest.raises(UserError, match="a.parquet: .*it decompresses to .* bytes, which is far more than the file"):
+        load("parquet", data_dir=tmp_path / "a.parquet", image_size=8)
+
+
+def test_a_tar_file_with_a_size_below_0_is_one_line(tmp_path):
+    header = bytearray(tarfile.TarInfo("0.png").tobuf())
+    header[124:136] = b"\xff" + (-512).to_bytes(11, "big", signed=True)  # base 256
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    write_tar(tmp_path / "a.tar", {"1.png": b"an image"})
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[:1024] + bytes(header) + bytes(1024))
+    with pytest.raises(UserError, match=r"a.tar: no .tar file of images"):
+        load("webdataset", data_dir=tmp_path / "a.tar", image_size=8)
+
+
 def test_other_images_of_an_example_are_left_out(tmp_path):
     image = io.BytesIO()
     Image.new("RGB", (8, 8)).save(image, "PNG")

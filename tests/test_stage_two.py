@@ -124,6 +124,13 @@ def test_codes_are_cached_with_what_they_come_from(tmp_path):
     assert np.array_equal(np.load(cache)["codes"], 6 - codes)
 
 
+def test_codes_are_used_where_their_cache_cannot_be_written(tmp_path):
+    model, batch = make().eval(), images(5)
+    with pytest.warns(UserWarning, match="cannot be written: the next prior will encode the images again"):
+        codes = extract_codes(model, batch, tmp_path)  # a folder has this name
+    assert torch.equal(codes.long(), model.encode(batch))
+
+
 def test_stage_two_trains_on_draws_where_the_posterior_is_a_distribution(tmp_path):
     model = make(bottleneck="gumbel").train()
     batch = images(1).expand(2000, -1, -1, -1)  # the same image, many times
@@ -264,6 +271,18 @@ def test_a_masked_prior_and_a_stochastic_posterior_have_no_importance_weighted_b
         evaluate(model, batch, LABELS[:4], iw_samples=2)
     exact = evaluate(make(prior="masked").eval(), batch, LABELS[:4], iw_samples=2)
     assert exact["iw_bound"] == pytest.approx(exact["neg_elbo"])
+
+
+def test_a_model_without_an_importance_weighted_bound_is_evaluated_without_one(there, capsys):
+    line = "--bottleneck gumbel --prior masked layers=1 width=8 heads=2 --max-steps 1 --name run"
+    assert run_train(*line.split()) == 0
+    for draws in ("", "--iw-samples 0"):
+        assert train(f"--evaluate --checkpoint logs/run {draws}") == 0
+        content = json.loads(Path("logs/run/evaluation.json").read_text())
+        assert content["iw_samples"] == 0
+        assert "iw_bound" not in content
+    assert train("--evaluate --checkpoint logs/run --iw-samples 3") == 2
+    assert "--iw-samples 3: the prior only bounds log p(z)" in capsys.readouterr().err
 
 
 def test_a_prior_can_train_jointly_with_the_autoencoder(there):

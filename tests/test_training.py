@@ -1,6 +1,8 @@
 """The loop, on a module of four numbers: what it logs and saves, and how it resumes after a stop."""
 
+import copy
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -13,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from tests.checkpoints import content
+from tests.helpers import choose, training
 from vqvae import checkpoint
 from vqvae.contracts import TrainOutput
 from vqvae.errors import OptionError, UserError
 from vqvae.optimizer import decay_groups
-from vqvae.runs import Run
+from vqvae.runs import NullRun, Run
 from vqvae.schedules import Plateau, Schedule
-from vqvae.training import AfterEpoch, Means, Plan, Stage, fit, seed_step, take
+from vqvae.training import MOST_SKIPPED, AfterEpoch, Loop, Means, Plan, Stage, fit, seed_step, take
 
 EXAMPLES = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(20)
@@ -401,6 +404,33 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
     with pytest.raises(UserError, match="the training loss (is|was) .* at step .* lower lr"):
         train(tmp_path / "run", plan(lr=Schedule.parse("linear:0.1:1e38:4"), epochs=40, checkpoint_every=(1, None)))
     assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["model"]["point"].isfinite().all()
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_a_skipped_update_leaves_no_trace(codebook, tmp_path):
+    options = {"codebook": codebook, "revive": 0.9, "decay": 0.5, "warmup": False, "init": "normal"}
+    module = training(bottleneck=choose("bottleneck", "vq", **options), nets="henrhoi")  # with batch norm
+    examples = torch.rand(20, 3, 8, 8)
+    loop = Loop(module, examples, LABELS, plan(on_nan="skip"), NullRun(tmp_path), {})
+    for _ in range(4):
+        loop.train_step(torch.arange(6))
+    before = copy.deepcopy([module.state_dict(), loop.optimizer.state_dict()])
+    examples[7] = math.nan
+    loop.train_step(torch.arange(4, 10))
+    assert loop.skipped == 1
+    after = [module.state_dict(), loop.optimizer.state_dict()]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    loop.train_step(torch.arange(6))
+    assert loop.skipped == 0
+    loop.need_finite()
+
+
+def test_updates_are_skipped_in_a_row_at_most_so_often(tmp_path):
+    loop = Loop(Toy(), EXAMPLES * math.nan, LABELS, plan(on_nan="skip"), NullRun(tmp_path), {})
+    for _ in range(MOST_SKIPPED):
+        loop.train_step(torch.arange(6))
+    with pytest.raises(UserError, match=f"{MOST_SKIPPED} steps in a row .* not finite; .* Try a lower lr$"):
+        loop.train_step(torch.arange(6))
 
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):

@@ -244,6 +244,11 @@ def expect(value: Any, kind: type) -> Any:
     return value
 
 
+def most_bytes(size: int) -> int:
+    """How many bytes a file of this size may decompress to."""
+    return max(ALWAYS_FITS, RATIO * size)
+
+
 def array_names(file: BinaryIO) -> list[str]:
     """The names of the arrays in an npz file."""
     return [name.removesuffix(".npy") for name in _members(file) if name.endswith(".npy")]
@@ -251,7 +256,7 @@ def array_names(file: BinaryIO) -> list[str]:
 
 def read_arrays(file: BinaryIO, names: Collection[str]) -> dict[str, np.ndarray]:
     """The arrays of these names, of numbers or text, in an npz file. The others are not read."""
-    left = max(ALWAYS_FITS, RATIO * size_of(file))
+    left = most_bytes(size_of(file))
     members, arrays = _members(file), {}
     with zipfile.ZipFile(file) as archive:
         for name in names:

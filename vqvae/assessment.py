@@ -12,7 +12,7 @@ from vqvae.autoencoder import Autoencoder
 from vqvae.config import Config
 from vqvae.data import Dataset
 from vqvae.errors import OptionError
-from vqvae.evaluation import evaluate
+from vqvae.evaluation import evaluate, weighable
 from vqvae.features import Net
 from vqvae.files import write_json
 from vqvae.probe import probe
@@ -23,10 +23,13 @@ from vqvae.schedules import parse_rate
 from vqvae.training import KEPT
 
 
+USUAL_DRAWS = 100
+
+
 class Asked(NamedTuple):
     """Metrics to compute beyond the usual ones."""
 
-    iw_samples: int = 0
+    iw_samples: int | None = 0  # None: `USUAL_DRAWS` if the model has the bound
     nets: Sequence[Net] = ()  # metrics in their features, of the reconstructions
     samples: int = 0  # and of so many draws of the prior
     probed: bool = False  # what the latents tell of labels
@@ -47,7 +50,8 @@ def assess(
         problem = f"compares images, and the data set {dataset.name} has points; leave it out"
         raise OptionError("", "metrics", None, problem)
     draws = drawn(model, asked.samples, test.labels if config.conditional else None, config.seed)
-    results = evaluate(model, *test, iw_samples=asked.iw_samples, seed=config.seed, nets=asked.nets, samples=draws)
+    iw_samples = (USUAL_DRAWS if weighable(model) else 0) if asked.iw_samples is None else asked.iw_samples
+    results = evaluate(model, *test, iw_samples=iw_samples, seed=config.seed, nets=asked.nets, samples=draws)
     protocols = [protocol_of(config, dataset, model), *(net.protocol for net in asked.nets)]
     if asked.samples:
         protocols.append(f"{asked.samples:,} samples at temperature 1")
@@ -70,7 +74,7 @@ def assess(
         "prior": config.prior.name,
         "images": len(test.images),
         "seed": config.seed,
-        "iw_samples": asked.iw_samples,
+        "iw_samples": iw_samples,
     }
     return about, results
 

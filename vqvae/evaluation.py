@@ -23,6 +23,14 @@ from vqvae.randomness import stream
 MOST_POINTS = 2**16  # posterior means that are kept for the plot of a latent plane
 
 
+def weighable(model: Autoencoder) -> bool:
+    """Whether the model has an importance-weighted bound.
+
+    It has none of draws that differ if the prior's log p is itself the estimate of a bound: the mean would exceed it.
+    """
+    return model.prior.exact or not model.bottleneck.stochastic
+
+
 @torch.no_grad()
 def evaluate(
     model: Autoencoder,
@@ -47,10 +55,9 @@ def evaluate(
     the metrics in their features, of the reconstructions and of `samples`: batches of images `[B, C, H, W]` in [0, 1]
     that the model drew.
 
-    Raises `OptionError` for `iw_samples` of draws that differ, where the prior's log p is itself the estimate of a
-    bound: their importance-weighted mean would be none.
+    Raises `OptionError` for `iw_samples` of a model that has no such bound (`weighable`).
     """
-    if iw_samples and model.bottleneck.stochastic and not model.prior.exact:
+    if iw_samples and not weighable(model):
         problem = (
             "the prior only bounds log p(z), and importance weights would exceed the bound; use 0, or another prior"
         )

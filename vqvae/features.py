@@ -186,7 +186,8 @@ def _lpips(words: Sequence[str], files: Sequence[Weights], device: torch.device)
     if not found:
         raise _missing("lpips", "torchvision's AlexNet or VGG-16, alexnet-owt-7be5be79.pth or vgg16-397923af.pth")
     name, file = next(iter(found.items()))
-    with warnings.catch_warnings(action="ignore"):  # the library calls torchvision as it was called before 0.13
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the library calls torchvision as it was called before 0.13
         net = library.LPIPS(net=name, pnet_rand=True, verbose=False)
     # the layers of torchvision's `features`, kept in slices
     published = {key: f"features.{key.partition('.')[2]}" for key in net.net.state_dict()}

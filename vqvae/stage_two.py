@@ -8,6 +8,7 @@ B batch, N images, h w code grid, K codes.
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from vqvae.checkpoint import weights_checksum
 from vqvae.contracts import Discrete, TrainOutput
 from vqvae.data.base import fingerprint
 from vqvae.evaluation import evaluate_prior, facts_of, log_prior_of_codes, seeded
-from vqvae.files import open_file, whole_file
+from vqvae.files import NotWritten, open_file, whole_file
 from vqvae.optimizer import decay_groups
 from vqvae.progress import images_bar
 
@@ -85,7 +86,8 @@ def extract_codes(
 
     Where the posterior is a distribution, each image has one draw from it: -ELBO scores the prior on draws, and the
     most likely codes are less varied. A cache that is damaged, or was made with other weights or from other images, is
-    replaced. Several processes share the images, and the first one writes the cache.
+    replaced. Where none can be written, a warning says so. Several processes share the images, and the first one writes
+    the cache.
     """
     bottleneck = model.bottleneck
     if not isinstance(bottleneck, Discrete):
@@ -109,7 +111,14 @@ def extract_codes(
                 bar.update(len(tile))
     codes = distributed.gather_rows(torch.cat(found))
     smallest = np.min_scalar_type(bottleneck.num_codes - 1)
-    distributed.on_first(lambda: store_codes(cache, codes.numpy().astype(smallest), source))
+
+    def store() -> None:
+        try:
+            store_codes(cache, codes.numpy().astype(smallest), source)
+        except NotWritten:  # of another user, or on a disk that may only be read
+            warnings.warn(f"{cache} cannot be written: the next prior will encode the images again", stacklevel=2)
+
+    distributed.on_first(store)
     return codes
 
 

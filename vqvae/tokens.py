@@ -406,13 +406,16 @@ def _joined(paths: list[Path], contents: list[dict[str, np.ndarray]]) -> Codes:
         files, labels = content["files"], content.get("labels")
         if files.size and (files.dtype.kind != "U" or files.shape != (len(codes),)):
             raise UserError(_names_problem(path, len(codes)))
-        if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (len(codes),)):
-            raise UserError(f"{path}: labels must be {len(codes)} integers; encode again")
-    labeled = [content["labels"] for content in contents if "labels" in content]
+        whole = labels is not None and labels.dtype.kind in "iu" and labels.shape == (len(codes),)
+        if not whole and labels is not None and labels.shape != (0,):
+            raise UserError(f"{path}: labels must be {len(codes)} integers, or empty")
+    known = [content["labels"].astype(np.int64) for content in contents if "labels" in content]
+    joined = np.concatenate(known) if known else np.empty(0)
+    count = sum(len(content["codes"]) for content in contents)
     return Codes(
         np.concatenate([content["codes"] for content in contents]),
         [name for content in contents for name in content["files"].tolist()],
-        np.concatenate(labeled) if len(labeled) == len(contents) else None,
+        joined if len(known) == len(contents) and len(joined) == count else None,
         int(first["num_codes"]),
         tuple(first["image_shape"].reshape(-1).tolist()),
         str(first["model"]),

@@ -7,9 +7,10 @@ of every batch, whose size does not depend on their number, and the steps are th
 
 import contextlib
 import copy
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -304,7 +305,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step) * group["lr_scale"]
         skips = plan.on_nan == "skip"
-        before = [buffer.clone() for buffer in self.module.buffers()] if skips else []
+        before = [tensor.detach().clone() for tensor in self._changed_by_forward()] if skips else []
         monitored = shares.descend(lambda rows: self.forward(index[rows]), len(index), plan.accumulate)
         monitored = self.module.of_batch(distributed.sum_step(self.module.parameters(), monitored))
         norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
@@ -333,13 +334,18 @@ class Loop:
         with autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
             return TrainOutput(*self.module(batch, labels, self.step))
 
-    def _skip(self, buffers: list[Tensor]) -> None:
-        """Undo what the forward pass did to the buffers (EMA codebooks, batch norm) and take no update."""
+    def _changed_by_forward(self) -> Iterator[Tensor]:
+        """The tensors that a forward pass may change: codebooks (EMA, revival) and statistics of batch norm."""
+        return itertools.chain(self.module.buffers(), self.module.parameters())
+
+    @torch.no_grad()
+    def _skip(self, before: list[Tensor]) -> None:
+        """Undo what the forward pass changed, and take no update."""
         self.skipped += 1
         if self.skipped > MOST_SKIPPED:
             raise UserError(f"{MOST_SKIPPED} steps in a row up to step {self.step} were not finite; {self._kept()}")
-        for buffer, value in zip(self.module.buffers(), buffers, strict=True):
-            buffer.copy_(value)
+        for tensor, value in zip(self._changed_by_forward(), before, strict=True):
+            tensor.copy_(value)
         self.progress.write(f"step {self.step}: the loss or the gradient is not finite; the update is skipped")
 
     def need_finite(self) -> None:
@@ -354,7 +360,7 @@ class Loop:
 
     def _kept(self) -> str:
         kept = f"checkpoint.pt of step {self.saved_step} is kept" if self.saved_step else "no checkpoint was saved yet"
-        return f"{kept}. Try a lower lr, or on_nan=skip"
+        return f"{kept}. Try a lower lr" + (", or on_nan=skip" if self.plan.on_nan == "stop" else "")
 
     def log_window(self) -> None:
         """Log the metrics' means since the last time. Within an epoch, only this waits for the device."""

@@ -259,9 +259,12 @@ def _with_jittered_copies(points: Tensor, count: int) -> Tensor:
 def _kmeans(points: Tensor, num_codes: int, seed: int) -> Tensor:
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
 
     kmeans = KMeans(num_codes, init="k-means++", n_init=1, max_iter=10, random_state=seed, algorithm="lloyd")
-    with warnings.catch_warnings():
+    # The threads' sums are added in the order in which they are ready, which changes the result from three threads on.
+    threads = min(2, torch.get_num_threads())
+    with warnings.catch_warnings(), threadpool_limits(threads, user_api="openmp"):
         warnings.simplefilter("ignore", ConvergenceWarning)  # of fewer distinct vectors than codes
         kmeans.fit(points.numpy())
     return torch.from_numpy(kmeans.cluster_centers_)

@@ -51,8 +51,8 @@ def main(argv: list[str]) -> int:
     add("--rescan", action="store_true", help="convert all images of the data again, whatever their sizes and times")
     add("--list", metavar="WHAT", help="print data, nets, bottlenecks, priors, likelihoods, objectives or presets")
     add("--evaluate", action="store_true", help="print the metrics of --checkpoint on the test split")
-    draws = cli.value("iw_samples", int, Range(1, 1_000_000))
-    help = "draws for --evaluate's importance-weighted bound (default: 100)"
+    draws = cli.value("iw_samples", int, Range(0, 1_000_000))
+    help = "draws for --evaluate's importance-weighted bound (default: 100 if the model has one)"
     add("--iw-samples", metavar="S", type=draws, help=help)
     add("--probe", action="store_true", help="add to --evaluate what the latents tell of labels: a linear probe")
     named = cli.value("metrics", Literal[metrics.WORDS])
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
         from vqvae import experiment
 
         asked = experiment.Asked(
-            iw_samples=given.pop("iw_samples", 100),
+            iw_samples=given.pop("iw_samples", None),
             samples=given.pop("samples", 0),
             probed=given.pop("probe", False),
         )

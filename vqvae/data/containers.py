@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from vqvae.archives import array_names, read_arrays
+from vqvae.archives import array_names, most_bytes, read_arrays
 from vqvae.data.base import Dataset
 from vqvae.data.cache import Contents, ImageOptions, Reading, dataset
 from vqvae.data.listing import SUFFIXES, Listing, list_files, split_of, stamp
@@ -193,7 +193,11 @@ def _parts(file: BinaryIO) -> list[Part]:
 
 
 class Parquet(Containers):
-    """Tables with a column of encoded images."""
+    """Tables with a column of encoded images.
+
+    A table says what its columns decompress to, which is bounded. A page that says something else than its table can
+    still make pyarrow allocate 2 GiB.
+    """
 
     kind, suffix = "parquet", ".parquet"
 
@@ -204,7 +208,18 @@ class Parquet(Containers):
         except ImportError:
             problem = "needs the package pyarrow: pip install 'vqvae[data]'"
             raise OptionError("", "dataset", self.kind, problem) from None
-        self._open_table = pyarrow.parquet.ParquetFile
+        self._parquet_file = pyarrow.parquet.ParquetFile
+
+    def _open_table(self, file: BinaryIO) -> Any:
+        """A pyarrow.parquet.ParquetFile. Raises `ValueError` for a table that is far larger than the file."""
+        table, size = self._parquet_file(file), size_of(file)
+        about = table.metadata
+        if about.num_rows > size:
+            raise ValueError(f"{about.num_rows:,} rows are far more than the file")
+        total = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+        if total > most_bytes(size):
+            raise ValueError(f"it decompresses to {total:,} bytes, which is far more than the file")
+        return table
 
     def contents(self) -> Contents:
         names, labels = list[str](), list[str | None]()
@@ -214,8 +229,6 @@ class Parquet(Containers):
             with self.open(container.path) as file:
                 table = self._open_table(file)
                 columns = _Columns.of(table.schema_arrow)
-                if table.metadata.num_rows > size_of(file):
-                    raise ValueError(f"{table.metadata.num_rows:,} rows are far more than the file")
                 paths, found = (
                     _column(table, name) if name else [None] * table.metadata.num_rows
                     for name in (columns.path, columns.label)
@@ -318,6 +331,8 @@ def _members(file: BinaryIO) -> tuple[dict[str, tuple[int, int]], dict[str, str 
     with tarfile.open(fileobj=_Bounded(file), mode="r:") as tar:  # type: ignore[call-overload]
         while member := tar.next():
             tar.members.clear()  # it would keep all of them
+            if tar.offset <= member.offset:  # after a negative size it would read the same header for ever
+                raise ValueError(f"{member.name} has a size below 0")
             name = member.name.removeprefix("./").lstrip("/")
             hidden = any(part.startswith(".") for part in name.split("/"))
             if hidden or not member.isreg() or member.issparse():
