@@ -22,7 +22,6 @@ from vqvae.runs import BEST, LAST, NullRun, Run
 from vqvae.schedules import parse_rate
 from vqvae.training import KEPT
 
-
 USUAL_DRAWS = 100
 
 
