@@ -39,6 +39,7 @@ from vqvae.config import (
     configure,
     default_name,
     interval,
+    typed,
     validation_share,
 )
 from vqvae.contracts import OptimizerName
@@ -52,7 +53,7 @@ from vqvae.files import make_folder, remove_parts, write_json
 from vqvae.presets import PRESETS
 from vqvae.priors import PRIORS
 from vqvae.randomness import generator, stream
-from vqvae.registry import brief, build
+from vqvae.registry import brief, build, resolve
 from vqvae.runs import Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
 from vqvae.schedules import parse_rate
 from vqvae.stage_one import AutoencoderTraining
@@ -67,7 +68,8 @@ LISTINGS = {
 EXAMPLES_KEPT, POINTS_KEPT = 64, 2000  # held-out images or points in a checkpoint, so that plots need no data
 MAPS_SHOWN = 16  # held-out images whose codes TensorBoard shows
 SHARED_BY_STAGES = (
-    "validation", "device", "precision", "seed", "log_dir", "plot_dir", "log_every", "max_steps", "max_minutes"
+    "batch_size", "validation", "device", "precision", "compile", "seed", "on_nan", "data_shards", "log_dir",
+    "plot_dir", "log_every", "checkpoint_every", "save_every", "max_steps", "max_minutes",
 )  # fmt: skip
 
 
@@ -79,16 +81,27 @@ def run(given: dict[str, Any], resume: str | None = None) -> int:
     try:
         folder = train(given, resume, rescan=rescan)
         if folder and second and interrupts.received is None:
-            folder = train(second | {"name": f"{folder.name}-prior", "checkpoint": str(folder / "checkpoint.pt")})
+            folder = train(second | {"name": _second_name(folder.name), "checkpoint": str(folder / "checkpoint.pt")})
     finally:
         distributed.stop()
     return 0 if folder else 130
 
 
 def _second_stage(given: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a preset's second stage: its own, what was typed for the prior, and where and how long to run."""
+    """Settings of a preset's second stage: its own, what was typed for the prior, and where and how long to run.
+
+    Raises `OptionError` now for what would be refused after the first stage.
+    """
     own: dict[str, Any] = {key: given.pop(key) for key in ("prior", "conditional", "patience") if key in given}
-    return {**settings, **own, **{key: given[key] for key in SHARED_BY_STAGES if key in given}}
+    second = typed({**settings, **own, **{key: given[key] for key in SHARED_BY_STAGES if key in given}})
+    resolve(SLOTS["prior"], second["prior"])
+    if name := given.get("name"):
+        refuse_saved(Path(second.get("log_dir", Config.log_dir), _second_name(name)))
+    return second
+
+
+def _second_name(first: str) -> str:
+    return f"{first}-prior"
 
 
 def train(given: Mapping[str, Any], resume: str | None = None, *, rescan: bool = False) -> Path | None:
