@@ -19,8 +19,9 @@ from runs import table
 from torch import Tensor
 
 from vqvae import experiment
-from vqvae.autoencoder import evaluating, unit_range
+from vqvae.autoencoder import unit_range
 from vqvae.config import Config, Fresh, configure
+from vqvae.contracts import evaluating
 from vqvae.data import Dataset
 from vqvae.data.batches import batch_indices
 from vqvae.registry import Choice

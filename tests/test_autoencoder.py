@@ -262,6 +262,11 @@ def test_images_do_not_depend_on_how_many_are_computed_together(monkeypatch):
     codes = model.encode(batch)
     assert torch.allclose(model.decode(codes), expected, atol=1e-5)
     monkeypatch.setattr(Autoencoder, "at_once", 3)
+    sizes = []
+    model.encoder.register_forward_hook(lambda module, inputs, features: sizes.append(len(features)))
+    assert torch.equal(model.encode(batch), codes)
+    assert sizes == [3, 3, 1]
+    assert model.encode(batch[:0]).shape == codes[:0].shape
     assert torch.allclose(model.reconstruct(batch), expected, atol=1e-5)
     assert torch.allclose(model.decode(codes), expected, atol=1e-5)
     assert model.decode(codes[:0]).shape == (0, 1, 8, 8)

@@ -116,6 +116,14 @@ def kmeans() -> Tensor:
     return kmeans_codebook(ROWS if distributed.world() == 1 else ROWS.split(33)[distributed.rank()], num_codes=5)
 
 
+def test_a_group_that_cannot_send_from_the_cpu_sends_from_the_gpu(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for backends, carrier in (("cuda:nccl", cuda), ("cpu:gloo,cuda:nccl", cpu), ("cpu:gloo,cuda:gloo", cpu)):
+        monkeypatch.setattr(torch.distributed, "get_backend_config", lambda found=backends: found)
+        assert distributed._carrier(cpu) == carrier
+        assert distributed._carrier(cuda) == cuda
+
+
 def refuse() -> None:
     raise OptionError("vq", "decay", 2, "must be from 0 to below 1", slot="bottleneck")
 

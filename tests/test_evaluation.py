@@ -10,7 +10,8 @@ from scipy.special import ndtr
 from tests.checkpoints import unambiguous
 from tests.helpers import choose, fitting, images, make
 from vqvae.autoencoder import Autoencoder, unit_range
-from vqvae.evaluation import evaluate, evaluating
+from vqvae.contracts import evaluating
+from vqvae.evaluation import evaluate
 
 LABELS = torch.zeros(10, dtype=torch.int64)
 PLANE = choose("bottleneck", "gaussian", latents=2)

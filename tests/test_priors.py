@@ -313,6 +313,20 @@ def test_sampling_restores_the_mode_and_reports_progress():
     assert seen == [(i + 1, 20) for i in range(20)]
 
 
+@pytest.mark.parametrize("name", ["pixelcnn", "masked"])
+def test_an_interrupted_draw_leaves_every_mode_as_it_was(name):
+    prior = make(name).train()
+    first = next(iter(prior.children())).eval()
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prior.sample(2, progress=stop)
+    assert prior.training
+    assert not first.training
+
+
 def test_a_conditional_prior_requires_labels():
     prior = make("pixelcnn", num_classes=2)
     with pytest.raises(ValueError, match="needs labels from 0 to 1"):

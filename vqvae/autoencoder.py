@@ -12,14 +12,14 @@ B batch, S samples, C channels, H W pixels, D code dimension, h w code grid.
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vqvae.bottlenecks import BOTTLENECKS
-from vqvae.contracts import Bottleneck, Discrete, Latent, Likelihood, check_codes, dtype_of, kind_of
+from vqvae.contracts import Bottleneck, Discrete, Latent, Likelihood, check_codes, dtype_of, evaluating, kind_of
 from vqvae.devices import full_precision
 from vqvae.errors import OptionError
 from vqvae.likelihoods import LIKELIHOODS
@@ -33,7 +33,7 @@ SLOTS = {
     "prior": Slot("prior", PRIORS),
     "likelihood": Slot("likelihood", LIKELIHOODS),
 }
-# of the images that are evaluated together
+# of one evaluation batch
 MOST_PIXELS = 2**20
 MOST_PARAMETERS = 2**26  # of the likelihood's distributions: 256 MB
 
@@ -147,7 +147,7 @@ class Autoencoder(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """The codes `[B, h, w]` (int64) of images `[B, C, H, W]`, uint8 or float in [0, 1]."""
         self._need_codes("encode")
-        return self.quantize(self._pixels(images)).need_codes()
+        return torch.cat([self.quantize(tile).need_codes() for tile in self._tiles(self._pixels(images))])
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images `[B, C, H, W]`, encoded and decoded again (float in [0, 1])."""
-        tiles = self._pixels(images).split(self.at_once)
+        tiles = self._tiles(self._pixels(images))
         return torch.cat([self.decode_latents(self.quantize(tile).need_z()) for tile in tiles])
 
     @torch.no_grad()
@@ -167,15 +167,13 @@ class Autoencoder(nn.Module):
         """The mean `[B, D, 1, 1]` of q(z|x) for images `[B, C, H, W]`, for models with a continuous latent."""
         if self.discrete is not None:
             raise ValueError("posterior_mean needs a continuous latent; this model has codes, which encode gives")
-        return self.quantize(self._pixels(images)).need_z()
+        return torch.cat([self.quantize(tile).need_z() for tile in self._tiles(self._pixels(images))])
 
     @torch.no_grad()
     def decode_latents(self, z: Tensor) -> Tensor:
         """The likelihood's images `[B, C, H, W]` for latents `[B, D, h, w]`."""
-        # an exported program for any number of images cannot loop over them
-        tiles = (z,) if torch.compiler.is_exporting() else z.split(self.at_once)
         with self._unchanged():
-            params = (self.decoder(tile.to(dtype_of(self.decoder))).float() for tile in tiles)
+            params = (self.decoder(tile.to(dtype_of(self.decoder))).float() for tile in self._tiles(z))
             return torch.cat([self.likelihood.center(p) for p in params])
 
     @torch.no_grad()
@@ -188,6 +186,11 @@ class Autoencoder(nn.Module):
         """
         draws = self.prior.sample(n, **options)
         return self.decode_latents(draws if self.discrete is None else _wide(self.discrete).embed(draws))
+
+    def _tiles(self, rows: Tensor) -> Sequence[Tensor]:
+        """Rows `[B, ...]` in parts that are evaluated one after the other."""
+        # an exported program for any number of images cannot loop over them
+        return (rows,) if torch.compiler.is_exporting() else rows.split(self.at_once)
 
     # what it is
 
@@ -232,18 +235,6 @@ class Autoencoder(nn.Module):
         if may_stray and x.numel() and not (x.min() >= 0 and x.max() <= 1):
             raise ValueError("images of floats must lie in [0, 1]; give uint8 for 0 to 255")
         return x
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every submodule gets its own mode back."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 def unit_range(images: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ Context names that a member's constructor may ask for (see registry.py):
 B batch, S samples, C channels, H W pixels, D code dimension, K codes, h w code grid.
 """
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict
 
 import torch
@@ -188,6 +189,18 @@ def count_codes(codes: Tensor, num_codes: int) -> Tensor:
     codes = codes.flatten()  # torch.bincount synchronizes with the GPU
     ones = torch.ones(len(codes), device=codes.device)
     return torch.zeros(num_codes, device=codes.device).index_add_(0, codes, ones)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every submodule gets its own mode back."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:

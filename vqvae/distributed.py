@@ -317,18 +317,25 @@ def sum_over(tensor: Tensor) -> Tensor:
 
 def broadcast(tensor: Tensor) -> Tensor:
     """The first process's tensor; those of the others must have its shape and type."""
-    if world() > 1:
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-        dist.broadcast(tensor, src=0)
-    return tensor
+    if world() == 1:
+        return tensor
+    sent = tensor.to(_carrier(tensor.device)).clone(memory_format=torch.contiguous_format)
+    dist.broadcast(sent, src=0)
+    return sent.to(tensor.device)
+
+
+def _carrier(device: torch.device) -> torch.device:
+    """The device from which the processes can send: a group of nccl only, which others may have made, has no CPU."""
+    backends = dist.get_backend_config()  # such as cpu:gloo,cuda:nccl
+    return device if f"{device.type}:" in backends else torch.device("cuda")
 
 
 def gather_rows(rows: Tensor) -> Tensor:
     """The rows `[N_rank, ...]` of all processes in order of rank; N may differ between them."""
     if world() == 1:
         return rows
-    counts = [torch.zeros((), dtype=torch.int64) for _ in range(world())]
-    dist.all_gather(counts, torch.tensor(len(rows)))
+    counts = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(world())]
+    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device))
     # processes can only exchange equal shapes: each sends as many rows as the longest has
     padded = rows.new_zeros(max(map(int, counts)), *rows.shape[1:])
     padded[: len(rows)] = rows

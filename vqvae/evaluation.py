@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from vqvae import distributed, metrics, shares
-from vqvae.autoencoder import Autoencoder, Elbo, evaluating, unit_range
-from vqvae.contracts import Latent
+from vqvae.autoencoder import Autoencoder, Elbo, unit_range
+from vqvae.contracts import Latent, evaluating
 from vqvae.errors import OptionError
 from vqvae.features import Net
-from vqvae.randomness import stream
+from vqvae.randomness import forked, stream
 
 MOST_POINTS = 2**16  # posterior means that are kept for the plot of a latent plane
 
@@ -63,7 +63,7 @@ def evaluate(
         )
         raise OptionError("", "iw_samples", iw_samples, problem)
     totals = metrics.Totals()
-    with evaluating(model), seeded(seed):
+    with evaluating(model), seeded(seed, model.device):
         for batch, batch_labels in shares.batches(batch_size or model.at_once, images, labels):
             x, y = unit_range(batch.to(model.device)), batch_labels.to(model.device)
             features = model.features(x)
@@ -129,7 +129,7 @@ def evaluate_prior(
     A prior that estimates a bound of log p draws from generators seeded with `seed`.
     """
     totals = metrics.Totals()
-    with evaluating(model.prior), seeded(seed):
+    with evaluating(model.prior), seeded(seed, model.device):
         for batch, batch_labels in shares.batches(batch_size, codes, labels):
             log_prior = log_prior_of_codes(model, batch.to(model.device), batch_labels.to(model.device), conditional)
             totals.add(metrics.of_examples(metrics.Examples(log_prior)))
@@ -154,9 +154,9 @@ def facts_of(model: Autoencoder) -> metrics.Facts:
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random draws that depend on the seed only; the generators get their states back."""
-    with torch.random.fork_rng():
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Random draws, on the CPU and the device, that depend on the seed only; the generators get their states back."""
+    with forked(device):
         torch.manual_seed(stream(seed, "evaluation"))
         shares.seed(stream(seed, "evaluation"))
         yield

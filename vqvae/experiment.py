@@ -52,7 +52,7 @@ from vqvae.features import load_nets
 from vqvae.files import make_folder, remove_parts, write_json
 from vqvae.presets import PRESETS
 from vqvae.priors import PRIORS
-from vqvae.randomness import generator, stream
+from vqvae.randomness import forked, generator, stream
 from vqvae.registry import brief, build, resolve
 from vqvae.runs import Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
 from vqvae.schedules import parse_rate
@@ -163,7 +163,7 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
 
     with contextlib.closing(run):
         try:
-            log_images = image_logger(stage, run, images_folder)
+            log_images = image_logger(stage, run, images_folder, plan.device)
             results = fit(stage, plan, run, on_start=on_start, after_epoch=log_images, resume=resumed)
         except KeyboardInterrupt as stopped:  # before the first step, or the second one
             stopped.args = (summary.how_to_go_on(folder),)
@@ -487,7 +487,7 @@ def draw_originals(stage: Stage, run: Run | NullRun, originals: Tensor, folder: 
         plots.image_grid(originals, folder / "original.png", title=f"{printable(run.folder.name)}: held-out originals")
 
 
-def image_logger(stage: Stage, run: Run | NullRun, folder: Path) -> AfterEpoch:
+def image_logger(stage: Stage, run: Run | NullRun, folder: Path, device: torch.device) -> AfterEpoch:
     """A function that draws the stage's images after an epoch, and the code usage for TensorBoard."""
     draw = stage.draw
 
@@ -499,7 +499,7 @@ def image_logger(stage: Stage, run: Run | NullRun, folder: Path) -> AfterEpoch:
         if draw is None:
             return
         stage.module.eval()
-        with torch.random.fork_rng():
+        with forked(device):
             images = draw().cpu()
             if stage.code_maps is not None:
                 run.log_images("code_maps", plots.montage(stage.code_maps()), step)

@@ -1,5 +1,6 @@
 """Random numbers: every use has a stream of its own, a function of (seed, purpose, index)."""
 
+import contextlib
 import hashlib
 from typing import Literal, get_args
 
@@ -34,6 +35,11 @@ def stream(seed: int, purpose: Purpose, index: int = 0, *, process: int = 0) -> 
 def generator(seed: int, purpose: Purpose, index: int = 0, *, device: torch.device | str = "cpu") -> torch.Generator:
     """A new generator at the beginning of its stream."""
     return torch.Generator(device).manual_seed(stream(seed, purpose, index))
+
+
+def forked(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Give the global generators of the CPU and of a device their states back, at the end of a block."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])  # by default those of all GPUs
 
 
 def seed_globally(seed: int, purpose: Purpose, index: int = 0, *, process: int = 0, device: str = "cpu") -> None:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from vqvae import distributed, metrics
 from vqvae.archives import read_arrays
-from vqvae.autoencoder import Autoencoder, evaluating, unit_range
+from vqvae.autoencoder import Autoencoder, unit_range
 from vqvae.checkpoint import weights_checksum
-from vqvae.contracts import Discrete, TrainOutput
+from vqvae.contracts import Discrete, TrainOutput, evaluating
 from vqvae.data.base import fingerprint
 from vqvae.evaluation import evaluate_prior, facts_of, log_prior_of_codes, seeded
 from vqvae.files import NotWritten, open_file, whole_file
@@ -104,7 +104,7 @@ def extract_codes(
     if bottleneck.stochastic:  # the draws must be those of one process, as many as there are
         mine = images if distributed.first_of_part(parts) else images[:0]
     found = [torch.empty(0, *bottleneck.grid, dtype=torch.int32)]
-    with torch.no_grad(), evaluating(model), seeded(0), images_bar(len(mine), "encoding") as bar:
+    with torch.no_grad(), evaluating(model), seeded(0, model.device), images_bar(len(mine), "encoding") as bar:
         for tile in mine.split(batch_size or model.at_once):
             if len(tile):
                 found.append(_codes(model, tile).to("cpu", torch.int32))

@@ -57,7 +57,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     checkpoint, folder = path("checkpoint"), path("plot_dir", "folder")
     help = "logs/<run>/checkpoint.pt, or the folder logs/<run>"
     add("--checkpoint", metavar="PATH", required=True, type=checkpoint, help=help)
-    help = "draw into DIR/<run> (default: the folder that training drew into)"
+    help = "draw into DIR/<run> (default: plots/<run>)"
     add("--plot-dir", metavar="DIR", type=folder, help=help)
     add("--only", metavar="PLOT", nargs="+", help="draw only these plots, such as codebook.png usage.png")
     count = cli.value("samples", int, Range(1, 10_000))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae.contracts import Latent
+from vqvae.contracts import Latent, evaluating
 from vqvae.priors.base import CodePrior, check_count, draw, guided, uniform_numbers
 
 
@@ -90,8 +90,6 @@ class AutoregressivePrior(CodePrior):
         how = self.check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
         kept, rows = self.check_given(n, given)
         labels = self.sample_labels(n, labels)
-        training = self.training
-        self.eval()
         h, w = self.grid
         device = self.anchor.device
         uniform = uniform_numbers(h * w, n, generator=generator, device=device)
@@ -99,17 +97,17 @@ class AutoregressivePrior(CodePrior):
         make: Callable[[int, Tensor | None], Stepper] = partial(NaiveStepper, self) if naive else self.stepper
         guides = how.guidance != 1
         stepper = GuidedStepper(make(2 * n, self.with_and_without(labels)), how.guidance) if guides else make(n, labels)
-        for position in range(h * w):
-            row, column = divmod(position, w)
-            logits = stepper.logits(row, column)
-            if row < rows:
-                codes[:, row, column] = kept[:, row, column]
-            else:
-                codes[:, row, column] = draw(logits, uniform[position], how)
-            stepper.append(row, column, codes[:, row, column])
-            if progress:
-                progress(position + 1, h * w)
-        self.train(training)
+        with evaluating(self):
+            for position in range(h * w):
+                row, column = divmod(position, w)
+                logits = stepper.logits(row, column)
+                if row < rows:
+                    codes[:, row, column] = kept[:, row, column]
+                else:
+                    codes[:, row, column] = draw(logits, uniform[position], how)
+                stepper.append(row, column, codes[:, row, column])
+                if progress:
+                    progress(position + 1, h * w)
         return codes
 
 

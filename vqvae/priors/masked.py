@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vqvae import shares
-from vqvae.contracts import Latent
+from vqvae.contracts import Latent, evaluating
 from vqvae.priors.autoregressive import look_up
 from vqvae.priors.base import LabelDrop, Sampling, check_count, draw, guided, number, uniform_numbers
 from vqvae.priors.transformer import CodeTransformer, TransformerOptions
@@ -165,8 +165,6 @@ class Masked(CodeTransformer):
         )  # fmt: skip
         kept, rows = self.check_given(n, given)
         labels = self.sample_labels(n, labels)
-        training = self.training
-        self.eval()
         device = self.anchor.device
 
         def uniform(count: int) -> Tensor:
@@ -176,17 +174,17 @@ class Masked(CodeTransformer):
         length, first = codes.shape[1], rows * self.grid[1]
         unknown = torch.arange(first, length, device=device).expand(n, -1)  # [n, positions without a code]
         counts = schedule(length - first, int(steps))
-        for step, left in enumerate(counts, 1):
-            u = unknown.shape[1]
-            drawn, score = self._draw_unknown(codes, unknown, labels, uniform(u), how)
-            noise = -(-uniform(u).clamp(min=torch.finfo(torch.float32).tiny).log()).log()
-            score = score + choice_temperature * (1 - step / len(counts)) * noise
-            chosen, rest = score.argsort(dim=1, descending=True, stable=True).split([u - left, left], dim=1)
-            codes.scatter_(1, unknown.gather(1, chosen), drawn.gather(1, chosen))
-            unknown = unknown.gather(1, rest)
-            if progress:
-                progress(length - left, length)
-        self.train(training)
+        with evaluating(self):
+            for step, left in enumerate(counts, 1):
+                u = unknown.shape[1]
+                drawn, score = self._draw_unknown(codes, unknown, labels, uniform(u), how)
+                noise = -(-uniform(u).clamp(min=torch.finfo(torch.float32).tiny).log()).log()
+                score = score + choice_temperature * (1 - step / len(counts)) * noise
+                chosen, rest = score.argsort(dim=1, descending=True, stable=True).split([u - left, left], dim=1)
+                codes.scatter_(1, unknown.gather(1, chosen), drawn.gather(1, chosen))
+                unknown = unknown.gather(1, rest)
+                if progress:
+                    progress(length - left, length)
         return codes.view(n, *self.grid)
 
     def _draw_unknown(
