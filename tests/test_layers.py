@@ -172,6 +172,22 @@ def test_a_layer_is_pickled_and_copied():
         assert other.steps == 1
 
 
+@pytest.mark.parametrize("name", ["vq", "fsq"])
+def test_a_model_with_a_layer_can_be_compiled(name):
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 12, 1), Quantizer(name, 12))
+        called = torch.compile(model, backend="eager") if compiled else model
+        for _ in range(3):
+            out = called(torch.randn(4, 3, 5, 5))
+            (out.z.sum() + out.loss).backward()
+        model.eval()
+        found.append((called(torch.ones(4, 3, 5, 5)).codes, model[0].weight.grad, model[1].state_dict()))
+    torch.testing.assert_close(*found)
+    assert found[1][2]["steps"] == 3
+
+
 @pytest.mark.parametrize("shape", [(6, 5, 4, 12), (6, 12), (6, 12, 20), (1, 6, 12, 5, 4)])
 def test_inputs_of_other_shapes_are_refused(shape):
     with pytest.raises(ValueError, match=r"must be \[B, 12, h, w\] or \[B, N, 12\]"):

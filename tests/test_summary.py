@@ -1,6 +1,7 @@
 """The lines that a run prints about itself."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -36,13 +37,16 @@ def test_a_length_that_was_asked_for_or_is_enough_gives_no_warning(length):
 def test_the_last_lines_can_be_pasted(tmp_path):
     lines = summary.closing(tmp_path / "my run", tmp_path / "plots" / "my run").splitlines()
     assert lines[0] == f"done: {tmp_path}/my run, {tmp_path}/plots/my run"
-    assert lines[1].endswith(f" --checkpoint '{tmp_path}/my run/checkpoint.pt'")
+    assert lines[1].endswith(f" --checkpoint '{tmp_path}/my run/checkpoint.pt' --plot-dir {tmp_path}/plots")
+    default = summary.closing(tmp_path / "run", Path("plots/run")).splitlines()
+    assert default[1].endswith("/run/checkpoint.pt")
     assert lines[2].split() == ["tensorboard", "--logdir", str(tmp_path)]
 
 
 def test_an_interrupted_run_names_the_way_to_go_on(tmp_path):
     folder = tmp_path / "my run"
     folder.mkdir()
-    assert summary.how_to_go_on(folder) == "nothing was saved yet; start it again as before"
+    assert summary.how_to_go_on(folder, Path("plots/run")) == "nothing was saved yet; start it again as before"
     (folder / "checkpoint.pt").touch()
-    assert summary.how_to_go_on(folder).endswith(f" --resume '{folder}'")
+    assert summary.how_to_go_on(folder, Path("plots/run")).endswith(f" --resume '{folder}'")
+    assert summary.how_to_go_on(folder, Path("my plots/run")).endswith(" --plot-dir 'my plots'")

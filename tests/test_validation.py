@@ -17,6 +17,7 @@ from vqvae.compare import read_run
 from vqvae.config import Config, validation_share
 from vqvae.data import Dataset, Images, load
 from vqvae.errors import OptionError
+from vqvae.progress import WIDTH
 
 
 def numbered(n: int, *, shuffled: bool = False) -> Dataset:
@@ -130,7 +131,8 @@ def test_the_validation_split_is_watched_and_the_test_split_evaluated_once_at_th
     assert "digits: 40 train, 10 validation, 50 test, 1x16x16" in out
     assert "validation MSE" in out
     assert "best.pt is epoch 1, of the lowest validation -ELBO" in out
-    assert out.index("test   best.pt: MSE") < out.index("test   checkpoint.pt: MSE")
+    assert out.index("test   best: MSE") < out.index("test   last: MSE")
+    assert all(len(line) <= WIDTH for line in out.splitlines() if line.startswith("test"))
     assert [row["split"] for row in rows("run", "epoch")] == ["validation"] * 3
     assert [(row["split"], row["step"]) for row in rows("run", "test")] == [("test", 2), ("test", 6)]
     assert checkpoint.read("logs/run")["best"] == 1.0

@@ -16,7 +16,7 @@ from vqvae.evaluation import evaluate, weighable
 from vqvae.features import Net
 from vqvae.files import write_json
 from vqvae.probe import probe
-from vqvae.progress import columns
+from vqvae.progress import WIDTH, columns
 from vqvae.randomness import generator
 from vqvae.runs import BEST, LAST, NullRun, Run
 from vqvae.schedules import parse_rate
@@ -86,8 +86,7 @@ def assess_end(run: Run | NullRun, dataset: Dataset, headline: Sequence[str], de
     """
 
     def saved() -> dict[str, dict[str, Any]]:
-        names = [name for name in (LAST, BEST) if (run.folder / name).exists()]
-        return {name: checkpoint.read(run.folder / name) for name in names}
+        return {name: checkpoint.read(run.folder / name) for name in (LAST, BEST) if (run.folder / name).exists()}
 
     contents = distributed.on_first(saved)  # the other processes may not see the first one's files
     if contents[LAST]["step"] == contents.get(BEST, contents[LAST])["step"]:
@@ -96,10 +95,16 @@ def assess_end(run: Run | NullRun, dataset: Dataset, headline: Sequence[str], de
         about, results = assess(run.folder / name, content, dataset, device)
         values = {f"held_out_{key}": value for key, value in results.items()}
         run.log("test", content["step"], content["epoch"], values, held_out="test")
-        shown = columns(tuple(headline), results, "test")
-        print(f"test   {name}: {metrics.line(tuple(shown), results)}")
+        names = columns(tuple(headline), results, "test")
+        print(_fitting(f"test   {'last' if name == LAST else 'best'}: ", names, results))
     distributed.on_first(lambda: write_json(run.folder / metrics.EVALUATION, metrics.for_json(about | results)))
     return results
+
+
+def _fitting(start: str, names: Sequence[str], results: dict[str, float]) -> str:
+    """A line with as many of the metrics as fit the terminal, the first ones."""
+    lines = (start + metrics.line(tuple(names[:count]), results) for count in range(len(names), 0, -1))
+    return next((line for line in lines if len(line) <= WIDTH), start)
 
 
 def protocol_of(config: Config, dataset: Dataset, model: Autoencoder) -> str:

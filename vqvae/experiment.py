@@ -141,7 +141,8 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
     else:
         refuse_idle_weights(given, config, model)
     folder, plot_folder = choose_folders(given, config, start, lock)
-    distributed.on_loss(lambda: summary.how_to_go_on(folder))
+    shown_plots = Path(config.plot_dir) / plot_folder.name  # as it was typed
+    distributed.on_loss(lambda: summary.how_to_go_on(folder, shown_plots))
     facts = describe_run(config, about, dataset, model, plot_folder)
     run = Run(folder, facts, lock, compared(config)) if distributed.rank() == 0 else NullRun(folder)
     images_folder = plot_folder / "generated_samples"
@@ -166,7 +167,7 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
             log_images = image_logger(stage, run, images_folder, plan.device)
             results = fit(stage, plan, run, on_start=on_start, after_epoch=log_images, resume=resumed)
         except KeyboardInterrupt as stopped:  # before the first step, or the second one
-            stopped.args = (summary.how_to_go_on(folder),)
+            stopped.args = (summary.how_to_go_on(folder, shown_plots),)
             raise
         if results is not None:
             try:
@@ -177,9 +178,9 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
         run.close(results)
     distributed.barrier()  # a second stage reads what the first process wrote
     if results is None:
-        print(f"interrupted; {summary.how_to_go_on(folder)}")
+        print(f"interrupted; {summary.how_to_go_on(folder, shown_plots)}")
         return None
-    print(summary.closing(folder, Path(config.plot_dir) / plot_folder.name))
+    print(summary.closing(folder, shown_plots))
     return folder
 
 

@@ -115,17 +115,17 @@ class Quantizer(nn.Module):
             raise ValueError(f"the input is {list(x.shape)}; it must have at least one vector")
         with full_precision(x):
             features = features.to(torch.promote_types(x.dtype, dtype_of(self)))
-            latent = self._latent(features)
+            latent = self._train(features) if self.training else self.bottleneck.quantize(features)
             z = self._output(latent.need_z().to(features.dtype), sequence=x.dim() == 3)
         codes = latent.need_codes().unflatten(2, (-1, self.levels))  # [B, h, w, Q]
         codes = codes.squeeze(2) if x.dim() == 3 else codes
         codes = codes.squeeze(-1) if self.levels == 1 else codes
         return Quantized(z.to(x.dtype), codes, latent.loss, latent.stats)
 
-    def _latent(self, features: Tensor) -> Latent:
-        """The latent of features `[B, D, h, w]`; in training, the bottleneck is updated."""
-        if not self.training:
-            return self.bottleneck.quantize(features)
+    def _train(self, features: Tensor) -> Latent:
+        """The latent of features `[B, D, h, w]`, with which the bottleneck is updated."""
+        if torch.compiler.is_compiling():  # k-means cannot be compiled, and every step would be compiled again
+            return torch.compiler.disable(self._train)(features)
         step = int(self.steps) if self._step is None else self._step
         if step == 0:
             self.bottleneck.initialize(features.detach())

@@ -46,6 +46,7 @@ class Progress:
             dynamic_ncols=True,
             disable=True if quiet else None,
             leave=False,
+            delay=1e-9,  # drawn with the first step or other work, below the lines that describe the run
         )
 
     def write(self, text: str) -> None:

@@ -54,7 +54,8 @@ def describe_latent(model: Autoencoder) -> str:
     codes = model.discrete
     h, w = codes.grid
     uncounted = "" if codes.counted else "; their use is counted in evaluation only"
-    return f"{h}x{w} codes of {codes.num_codes:,}: {codes.tokens:,} tokens, {codes.bits:,.0f} bits{uncounted}"
+    tokens = "1 token" if codes.tokens == 1 else f"{codes.tokens:,} tokens"
+    return f"{h}x{w} codes of {codes.num_codes:,}: {tokens}, {codes.bits:,.0f} bits{uncounted}"
 
 
 def warn_of_few_updates(config: Config, plan: Plan, examples: int) -> None:
@@ -100,17 +101,23 @@ def closing(folder: Path, plots: Path) -> str:
     """The lines at the end of a run: where it is, and how to look at it."""
     return "\n".join([
         f"done: {folder}, {plots}",
-        f"look   {cli.program('visualize')} --checkpoint {shlex.quote(str(folder / LAST))}",
+        f"look   {cli.program('visualize')} --checkpoint {shlex.quote(str(folder / LAST))}{_flag_of(plots.parent)}",
         f"       tensorboard --logdir {shlex.quote(str(folder.parent))}",
     ])  # fmt: skip
 
 
-def how_to_go_on(folder: Path) -> str:
-    """The rest of the line about an interrupted run."""
+def how_to_go_on(folder: Path, plots: Path) -> str:
+    """The rest of the line about an interrupted run; `plots` is its folder of plots."""
     path = folder / LAST
     if not path.exists():
         return "nothing was saved yet; start it again as before"
-    return f"saved {path}. Resume with: {cli.program('train')} --resume {shlex.quote(str(folder))}"
+    command = f"{cli.program('train')} --resume {shlex.quote(str(folder))}{_flag_of(plots.parent)}"
+    return f"saved {path}. Resume with: {command}"
+
+
+def _flag_of(plot_dir: Path) -> str:
+    """The flag for a folder of plots that is not the default: a checkpoint may come from anywhere and names none."""
+    return "" if plot_dir == Path(Config.plot_dir) else f" --plot-dir {shlex.quote(str(plot_dir))}"
 
 
 def how_to_evaluate(folder: Path) -> str:
