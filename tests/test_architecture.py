@@ -67,7 +67,8 @@ ALLOWED: dict[str, set[str]] = {
     "decoding": {"files", "registry"},
     "workers": {"decoding", "errors"},
     "checkpoint": {
-        "archives", "autoencoder", "config", "errors", "evaluation", "files", "foreign", "objectives", "registry",
+        "archives", "autoencoder", "config", "errors", "evaluation", "files", "foreign", "metrics", "objectives",
+        "registry",
     },
     "foreign": {"autoencoder", "config", "contracts", "errors", "files", "likelihoods", "nets", "registry"},
     "tokens": {

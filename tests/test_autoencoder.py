@@ -256,6 +256,18 @@ def test_fewer_images_with_more_pixels_or_parameters_are_evaluated_together(side
     assert make((3, side, side), likelihood=likelihood).at_once == count
 
 
+@pytest.mark.parametrize("bottleneck", ["residual", "hierarchy", "multiscale"])
+def test_images_of_the_first_levels_of_codes(bottleneck):
+    model, batch = make((1, 8, 8), bottleneck=bottleneck).eval(), images(3, (1, 8, 8))
+    codes = model.encode(batch)
+    levels = len(model.discrete.maps(codes))
+    assert torch.equal(model.decode(codes, levels=levels), model.decode(codes))
+    assert not torch.equal(model.decode(codes, levels=1), model.decode(codes))
+    for wrong in (0, levels + 1):
+        with pytest.raises(ValueError, match=f"levels must be from 1 to {levels}, not {wrong}"):
+            model.decode(codes, levels=wrong)
+
+
 def test_images_do_not_depend_on_how_many_are_computed_together(monkeypatch):
     model, batch = make((1, 8, 8)).eval(), images(7, (1, 8, 8))
     expected = model.reconstruct(batch)

@@ -84,19 +84,33 @@ def test_an_export_finds_the_evaluation_beside_the_checkpoint_and_states_the_lic
 
 
 def test_an_evaluation_is_found_by_the_weights_it_is_of(tmp_path):
-    path, saved = tmp_path / "evaluation.json", content()
+    path, run, saved = tmp_path / "evaluation.json", tmp_path / "checkpoint.pt", content()
     about = checkpoint.identity_of(saved)
-    assert checkpoint.read_evaluation(path, saved) is None
+    assert checkpoint.read_evaluation(run, saved) is None
     path.write_text(json.dumps(NUMBERS | about))
-    assert checkpoint.read_evaluation(path, saved) == NUMBERS | about
+    assert checkpoint.read_evaluation(run, saved) == NUMBERS | about
     again = content(make())  # made again: another seed, with the same name and step
     assert (again["run"], again["step"]) == (saved["run"], saved["step"])
-    assert checkpoint.read_evaluation(path, again) is None
+    assert checkpoint.read_evaluation(run, again) is None
     for key, other in (("step", 2), ("run", "other"), ("weights", None)):
         path.write_text(json.dumps(NUMBERS | about | {key: other}))
-        assert checkpoint.read_evaluation(path, saved) is None
+        assert checkpoint.read_evaluation(run, saved) is None
     path.write_text(json.dumps(NUMBERS | {"run": saved["run"]}))  # of an earlier version, without a checksum
-    assert checkpoint.read_evaluation(path, saved) is None
+    assert checkpoint.read_evaluation(run, saved) is None
+
+
+def test_checkpoint_and_best_have_evaluations_of_their_own(tmp_path):
+    last, best, saved = tmp_path / "checkpoint.pt", tmp_path / "best.pt", content()
+    about = checkpoint.identity_of(saved)
+    (tmp_path / "evaluation.json").write_text(json.dumps(NUMBERS | about))
+    assert checkpoint.read_evaluation(last, saved) == checkpoint.read_evaluation(best, saved)  # the last step is best
+    of_best = about | {"weights": "others", "step": 1}
+    (tmp_path / "evaluation-best.json").write_text(json.dumps(NUMBERS | of_best))
+    assert checkpoint.read_evaluation(last, saved) == NUMBERS | about
+    (tmp_path / "evaluation.json").write_text(json.dumps(NUMBERS | of_best))
+    (tmp_path / "evaluation-best.json").write_text(json.dumps(NUMBERS | about | {"mse": 7}))
+    assert checkpoint.read_evaluation(best, saved)["mse"] == 7
+    assert checkpoint.read_evaluation(last, saved) is None
 
 
 def test_the_checksum_of_an_evaluation_covers_the_prior():
@@ -112,6 +126,6 @@ def test_a_damaged_evaluation_is_one_line(tmp_path, raw):
     path = tmp_path / "evaluation.json"
     path.write_bytes(raw)
     with pytest.raises(UserError, match="evaluate the run again") as caught:
-        checkpoint.read_evaluation(path, content())
+        checkpoint.read_evaluation(tmp_path / "checkpoint.pt", content())
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)

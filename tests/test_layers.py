@@ -124,6 +124,24 @@ def test_a_code_dimension_of_its_own_goes_through_projections():
     assert out.z.shape == x.shape
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["residual", "grouped"])
+def test_the_first_levels_of_codes_can_be_decoded(name, form):
+    quantize = Quantizer(name, 12)
+    out = quantize(batch(form))
+    quantize.eval()
+    levels = quantize.levels
+    assert torch.equal(quantize.decode(out.codes[..., :levels]), quantize.decode(out.codes))
+    first = quantize.decode(out.codes[..., :1])
+    books = quantize.bottleneck.codebooks
+    vectors = books[0].vectors[out.codes[..., 0]]
+    if name == "grouped":
+        vectors = torch.cat([vectors, torch.zeros_like(vectors)], dim=-1)
+    assert torch.allclose(first, vectors.movedim(-1, 1) if form == "grid" else vectors)
+    with pytest.raises(ValueError, match="they must be"):
+        quantize.decode(out.codes[..., :0])
+
+
 def test_shortcuts_take_their_main_option_by_position():
     assert ResidualVQ(12, 8, quantizers=3)(batch()).codes.shape == (6, 5, 4, 3)
     assert SimVQ(12, 8).num_codes == 8

@@ -1,6 +1,7 @@
 """Metrics of saved models on the test split: at the end of a run, and when `--evaluate` asks for them."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,8 +82,8 @@ def assess(
 def assess_end(run: Run | NullRun, dataset: Dataset, headline: Sequence[str], device: torch.device) -> dict[str, float]:
     """Evaluate on the test split, once, the models that a run leaves at its end: checkpoint.pt and best.pt.
 
-    Prints and logs their metrics, and stores those of checkpoint.pt in evaluation.json; returns these. Several
-    processes share the images.
+    Prints and logs their metrics, and stores them in evaluation.json and evaluation-best.json; returns those of
+    checkpoint.pt. Several processes share the images.
     """
 
     def saved() -> dict[str, dict[str, Any]]:
@@ -92,12 +93,14 @@ def assess_end(run: Run | NullRun, dataset: Dataset, headline: Sequence[str], de
     if contents[LAST]["step"] == contents.get(BEST, contents[LAST])["step"]:
         contents.pop(BEST, None)
     for name, content in reversed(contents.items()):  # in the order of their steps, checkpoint.pt last
-        about, results = assess(run.folder / name, content, dataset, device)
+        path = run.folder / name
+        about, results = assess(path, content, dataset, device)
         values = {f"held_out_{key}": value for key, value in results.items()}
         run.log("test", content["step"], content["epoch"], values, held_out="test")
         names = columns(tuple(headline), results, "test")
         print(_fitting(f"test   {'last' if name == LAST else 'best'}: ", names, results))
-    distributed.on_first(lambda: write_json(run.folder / metrics.EVALUATION, metrics.for_json(about | results)))
+        table = metrics.for_json(about | results)
+        distributed.on_first(partial(write_json, checkpoint.evaluation_of(path), table))
     return results
 
 

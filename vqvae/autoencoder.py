@@ -150,11 +150,17 @@ class Autoencoder(nn.Module):
         return torch.cat([self.quantize(tile).need_codes() for tile in self._tiles(self._pixels(images))])
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """The images `[B, C, H, W]` (float in [0, 1]) of codes `[B, h, w]` (any integers, from 0 to num_codes - 1)."""
+    def decode(self, codes: Tensor, *, levels: int | None = None) -> Tensor:
+        """The images `[B, C, H, W]` (float in [0, 1]) of codes `[B, h, w]` (any integers, from 0 to num_codes - 1).
+
+        With `levels`, from so many of the first levels of codes only. Raises ValueError for codes or levels out of
+        range, and for a model without codes.
+        """
         bottleneck = self._need_codes("decode")
         codes = check_codes(codes, bottleneck.num_codes, bottleneck.grid).to(self.device)
-        return self.decode_latents(_wide(bottleneck).embed(codes))
+        if levels is not None and not 1 <= levels <= (most := len(bottleneck.maps(codes))):
+            raise ValueError(f"levels must be from 1 to {most}, not {levels}")
+        return self.decode_latents(_wide(bottleneck).embed(codes, levels))
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:

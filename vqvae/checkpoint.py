@@ -29,6 +29,7 @@ from vqvae.config import PATHS, Config
 from vqvae.errors import UserError, one_line, printable, shown
 from vqvae.evaluation import MOST_POINTS
 from vqvae.files import open_file, read_json, size_of, whole_file
+from vqvae.metrics import EVALUATION, EVALUATION_OF_BEST
 from vqvae.registry import Choice, Size, build, resolve
 
 FORMAT = 2
@@ -215,12 +216,22 @@ def identity_of(content: Mapping[str, Any]) -> dict[str, Any]:
     return {"run": content["run"], "step": content["step"], "weights": _checksum(content["model"])}
 
 
-def read_evaluation(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The metrics that an evaluation of this model stored in a file; None if there are none, or of another model only.
+def evaluation_of(path: Path) -> Path:
+    """The file for the metrics of a checkpoint on the test split."""
+    return path.with_name(EVALUATION_OF_BEST if path.stem == "best" else EVALUATION)
 
-    A run that was made again has the name and the step of the earlier one, but not its weights. Raises `UserError` for
-    a damaged file.
+
+def read_evaluation(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The metrics that an evaluation of this checkpoint stored; None if there are none, or of another model only.
+
+    A run that was made again has the name and the step of the earlier one, but not its weights. Where the last step is
+    the best one, checkpoint.pt and best.pt are one model. Raises `UserError` for a damaged file.
     """
+    files = dict.fromkeys((evaluation_of(path), path.with_name(EVALUATION)))
+    return next((found for file in files if (found := _read_evaluation(file, content))), None)
+
+
+def _read_evaluation(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         found = read_json(path, LARGEST_JSON)
         if not isinstance(found, dict):

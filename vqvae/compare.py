@@ -115,7 +115,7 @@ def read_run(path: str) -> Row:
     about, folder = content["data"], checkpoint.locate(path).parent
     source, step, found, seconds, split = None, content["step"], dict[str, Any](), None, "test"
     if "epoch" in content:
-        source, step, found, seconds, split = _metrics(folder, content)
+        source, step, found, seconds, split = _metrics(checkpoint.locate(path), content)
     else:
         folder = Path(path)
         warnings.warn(f"{path}: an exported model has no metrics; name the run's folder", stacklevel=3)
@@ -138,7 +138,7 @@ def read_run(path: str) -> Row:
     return Row(values, held_out, train, source, step)
 
 
-def _metrics(folder: Path, content: Mapping[str, Any]) -> tuple[str | None, int, dict[str, Any], float | None, str]:
+def _metrics(path: Path, content: Mapping[str, Any]) -> tuple[str | None, int, dict[str, Any], float | None, str]:
     """The file with a checkpoint's metrics, their step, the metrics, the seconds of training, and the metrics' split.
 
     Those of the test split are preferred.
@@ -147,9 +147,9 @@ def _metrics(folder: Path, content: Mapping[str, Any]) -> tuple[str | None, int,
     from vqvae.runs import LOG, read_metrics
 
     step, batch_size = content["step"], content["config"]["batch_size"]
-    epochs = [row for row in read_metrics(folder / LOG) if row["kind"] == "epoch" and row["step"] <= step]
+    epochs = [row for row in read_metrics(path.with_name(LOG)) if row["kind"] == "epoch" and row["step"] <= step]
     try:
-        found = read_evaluation(folder / EVALUATION, content)
+        found = read_evaluation(path, content)
     except UserError as problem:
         warnings.warn(str(problem), stacklevel=4)
         found = None

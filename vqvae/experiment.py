@@ -554,7 +554,7 @@ def _evaluate(
     width = max(map(len, table))
     for key, value in table.items():
         print(f"{key:{width}}  {value:,.6g}" if isinstance(value, float) else f"{key:{width}}  {value}")
-    out = path.with_name(metrics.EVALUATION) if output is None else Path(output)
+    out = checkpoint.evaluation_of(path) if output is None else Path(output)
     try:
         distributed.on_first(lambda: write_json(out, metrics.for_json(table)))
         print(f"stored in {out}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.bottlenecks import BOTTLENECKS
@@ -135,18 +136,20 @@ class Quantizer(nn.Module):
         return latent
 
     def decode(self, codes: Tensor) -> Tensor:
-        """z of codes as `forward` returns them, `[B, D, h, w]` or `[B, N, D]`.
+        """z of codes as `forward` returns them, `[B, D, h, w]` or `[B, N, D]`; with Q levels, of the first ones given.
 
         Raises ValueError for codes that are no integers or out of range, and for other shapes.
         """
         codes = check_codes(codes, self.num_codes, tuple(getattr(codes, "shape", ())[1:]))
         levels = f", {self.levels}" if self.levels > 1 else ""
         axes = codes.dim() - bool(levels)
-        if axes not in (2, 3) or (levels and codes.shape[-1] != self.levels):
+        if axes not in (2, 3) or (levels and not 1 <= codes.shape[-1] <= self.levels):
             raise ValueError(f"the codes are {list(codes.shape)}; they must be [B, h, w{levels}] or [B, N{levels}]")
         codes = codes if levels else codes.unsqueeze(-1)
+        given = codes.shape[-1]
+        codes = F.pad(codes, (0, self.levels - given))
         grid = codes.unsqueeze(2) if axes == 2 else codes  # [B, h, w, Q]
-        return self._output(self.bottleneck.embed(grid.flatten(2)).to(dtype_of(self)), sequence=axes == 2)
+        return self._output(self.bottleneck.embed(grid.flatten(2), given).to(dtype_of(self)), sequence=axes == 2)
 
     def _output(self, z: Tensor, *, sequence: bool) -> Tensor:
         """z `[B, code_dim, h, w]` in the shape of the input."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
-EVALUATION = "evaluation.json"  # the file next to a checkpoint with its held-out metrics
+EVALUATION, EVALUATION_OF_BEST = "evaluation.json", "evaluation-best.json"  # of checkpoint.pt and best.pt, next to them
 
 
 class Examples(NamedTuple):

@@ -297,7 +297,7 @@ def levels(report: Report, path: Path) -> None:
     for count in plots.evenly(range(1, len(names) + 1), MOST_LEVELS):
         label = f"{names[0]} only" if count == 1 else f"up to {names[count - 1]}"
         label = "all levels" if count == len(names) else label
-        rows.append((label, report.model.decode_latents(bottleneck.embed(codes, levels=count))))
+        rows.append((label, report.model.decode(codes, levels=count)))
     title = report.title("reconstructions from the first levels of codes", report.tokens(), _some(names))
     plots.image_rows(rows, path, title=title)
 

@@ -60,12 +60,11 @@ def main(argv: list[str]) -> int:
 
     from vqvae import checkpoint, files
     from vqvae.export import FORMATS, export
-    from vqvae.metrics import EVALUATION
 
     with naming("checkpoint", options.checkpoint):
         content = checkpoint.read_model(options.checkpoint)
         model = checkpoint.restore(content, options.checkpoint)
-        evaluation = checkpoint.read_evaluation(checkpoint.locate(options.checkpoint).with_name(EVALUATION), content)
+        evaluation = checkpoint.read_evaluation(checkpoint.locate(options.checkpoint), content)
     FORMATS[options.format].check(content)
     with naming("output", options.output):
         folder = files.claim_empty(Path(options.output))

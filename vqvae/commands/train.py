@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     add("--weights", metavar="FILE", nargs="+", type=path("weights"), help=help)
     help = "images that --metrics draws from the prior, for gfid, gkid, gis, gfd_lite0 (default: 0, none)"
     add("--samples", metavar="N", type=cli.value("samples", int, Range(1, 1_000_000)), help=help)
-    help = "file for --evaluate's metrics (default: evaluation.json next to the checkpoint)"
+    help = "file for --evaluate's metrics (default: evaluation.json, or evaluation-best.json, next to it)"
     add("--output", metavar="FILE", type=path("output", "file"), help=help)
     options = vars(parser.parse_args(argv))  # only what was typed
     own: dict[str, Any] = {
