@@ -201,7 +201,7 @@ visualize --checkpoint logs/run --guidance -1 | --guidance -1: must be from 0 to
 visualize --checkpoint logs/run --steps 0 | --steps 0: must be at least 1
 visualize --checkpoint logs/run --choice-temperature -1 | --choice-temperature -1: must be at least 0
 visualize --checkpoint logs/run --top-k DIGITS | --top-k DIGITS: must be at most 2147483647
-visualize --checkpoint logs/run --class -1 | --class -1: must be at least 0
+visualize --checkpoint logs/run --class -1 | --class -1: the model's prior is not conditioned on classes
 visualize --checkpoint logs/run --seed 1e19 | --seed 1e19: must be from 0 to
 encode --checkpoint logs/run --input in --output c.npz --limit 0 | --limit 0: must be at least 1
 encode --checkpoint logs/run --input in --output c.npz --limit 1e30 | --limit 1e30: must be at most

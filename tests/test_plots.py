@@ -253,6 +253,7 @@ def test_curves_are_drawn_for_metrics_that_change():
 def test_one_epoch_gives_curves_of_the_metrics_that_training_logged():
     first = EPOCHS[0] | {"held_out_perplexity": 3.0}
     assert plots.curve_names([first, *STEPS]) == ["nmse"]
+    assert plots.curve_names([first, *(row | {"rate": 5 + 1e-7 * row["step"]} for row in STEPS)]) == ["nmse"]
     assert plots.curve_names([first]) == []
     assert plots.curve_names([]) == []
 

@@ -16,6 +16,7 @@ from tests.helpers import ROOT, choose, fitting, images, make, run_train
 from vqvae import checkpoint, cli, plots, report
 from vqvae.autoencoder import Autoencoder
 from vqvae.commands import visualize as command
+from vqvae.errors import OptionError
 
 
 def visualize(line: str) -> int:
@@ -224,6 +225,17 @@ def test_a_plot_that_was_asked_for_and_does_not_apply_says_why(there, capsys):
     out, err = capsys.readouterr()
     assert err == "interpolations.png: not drawn: the latent consists of codes, and is not continuous\n"
     assert "1 plot of vqvae" in out
+    assert visualize("--checkpoint logs/vqvae --device cpu --only interpolations.png") == 2
+    problem = "cannot be drawn: the latent consists of codes, and is not continuous; leave it out"
+    assert capsys.readouterr().err == f"error: --only interpolations.png: {problem}\n"
+
+
+def test_a_class_is_a_name_or_a_number():
+    names = ["cat é", "dog", "1"]
+    assert [report._label_of(typed, names) for typed in (None, "dog", "cat é", "0", "1")] == [None, 1, 0, 0, 2]
+    for typed in ("3", "-1", "dig", "²"):
+        with pytest.raises(OptionError, match=f"class={typed}: must be from 0 to 2, or the name of a class"):
+            report._label_of(typed, names)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

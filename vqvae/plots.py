@@ -35,6 +35,7 @@ NARROWEST, WIDEST = 480, 4000  # pixels across a grid of images
 SCREEN = 1300  # pixels; text grows with what is wider, which a screen shows reduced
 LARGEST_TILE = 256  # pixels; larger images are reduced
 MOST_NAMED = 20  # classes in a legend
+MANY_POINTS = 20  # of a curve, the largest of which may be left out
 MOST_FRAMES, FEWEST_FRAMES, LARGEST_GIF = 60, 16, 2_000_000  # of an animation; bytes
 LONGEST_SIDE = 1000  # pixels of a frame
 
@@ -300,13 +301,14 @@ def usage_bars(usage: Tensor, width: int = 512, height: int = 128) -> Tensor:
 
 
 def curve_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The metrics that `curves` draws: those with at least two points that differ."""
+    """The metrics that `curves` draws: those with at least two points that differ by more than rounding."""
     trained, epochs = _split(rows)
     names = []
     for name, metric in METRICS.items():
-        values = {row[f"held_out_{name}"] for row in epochs if f"held_out_{name}" in row}
-        single = len(epochs) == 1 and any(name in row for row in trained)
-        if metric.curve and values and (single or len(values) > 1):  # the rate of a fixed prior is constant
+        values = [row[f"held_out_{name}"] for row in epochs if f"held_out_{name}" in row]
+        if len(epochs) == 1:
+            values += [row[name] for row in trained if name in row]
+        if metric.curve and values and not math.isclose(min(values), max(values), rel_tol=1e-6):  # as of a fixed prior
             names.append(name)
     return names
 
@@ -314,7 +316,7 @@ def curve_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def curves(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
     """Metrics over the training steps, from the rows of metrics.jsonl: one panel for each of `curve_names(rows)`.
 
-    The axes cover all held-out values, but only 95 % of the training values: the first steps would flatten the rest.
+    The axes cover all held-out values, but only 95 % of many training values: the first steps would flatten the rest.
     """
     names = curve_names(rows)
     trained, epochs = _split(rows)
@@ -332,12 +334,14 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None
             axes.plot(*zip(*training, strict=True), linewidth=1, marker=marker, color="C0", label="train")
         axes.plot(*zip(*held_out, strict=True), marker=".", color="C1", label="held-out")
         shown = [value for _, value in held_out]
-        shown += list(np.percentile([value for _, value in training], (0, 95))) if training else []
+        most = 95 if len(training) >= MANY_POINTS else 100
+        shown += list(np.percentile([value for _, value in training], (0, most))) if training else []
         logarithmic = METRICS[name].logarithmic and min(shown) > 0
         axes.set(xlabel="step", ylabel=METRICS[name].curve, yscale="log" if logarithmic else "linear")
         margin = 0.05 * (max(shown) - min(shown))
         if margin:
-            axes.set_ylim(min(shown) / 1.05 if logarithmic else min(shown) - margin, max(shown) + margin)
+            low, high = min(shown), max(shown)
+            axes.set_ylim(*((low / 1.05, high * 1.05) if logarithmic else (low - margin, high + margin)))
         if logarithmic:
             _label_plainly(axes)
         axes.legend(frameon=False)

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -615,7 +615,7 @@ def draw(options: argparse.Namespace) -> None:
         content = checkpoint.read(path)
         model = checkpoint.restore(content, str(path)).to(choose_device(options.device))
     sampling_options(options, model)
-    _check_label(options.label, len(content["data"]["classes"]) if content["config"]["conditional"] else 0)
+    options.label = _label_of(options.label, content["data"]["classes"] if content["config"]["conditional"] else [])
     # names and places inside a checkpoint do not choose where anything is written: it may come from anywhere
     run = printable(Path(os.path.abspath(path)).parent.name) or "run"
     folder = make_folder(Path(options.plot_dir or "plots") / run, "plot_dir")
@@ -629,11 +629,14 @@ def draw(options: argparse.Namespace) -> None:
             plot.draw(report, folder / name)
         except NotApplicable as reason:
             left_out.append((name, str(reason)))
-            if options.only:
-                print(f"{name}: not drawn: {reason}", file=sys.stderr)
             continue
         drawn.append(name)
         print(printable(str(folder / name)))
+    if options.only and not drawn:
+        raise OptionError("", "only", left_out[0][0], f"cannot be drawn: {left_out[0][1]}; leave it out")
+    if options.only:
+        for name, why in left_out:
+            print(f"{name}: not drawn: {why}", file=sys.stderr)
     if not options.only:  # else the page of all plots stays, and shows what was drawn again
         write_text(folder / PAGE, run_page(report, folder, drawn, left_out))
         print(printable(str(folder / PAGE)))
@@ -699,8 +702,15 @@ def _metric_rows(row: dict[str, Any]) -> list[tuple[str, str, tuple[str, str]]]:
     return table
 
 
-def _check_label(label: int | None, classes: int) -> None:
-    if label is not None and not 0 <= label < classes:
-        unconditional = "the model's prior is not conditioned on classes; leave it out"
-        problem = f"must be from 0 to {classes - 1}" if classes else unconditional
-        raise OptionError("", "class", label, problem)
+def _label_of(typed: str | None, classes: Sequence[str]) -> int | None:
+    """The label of a class that was typed as its name or number."""
+    if typed is None:
+        return None
+    if not classes:
+        raise OptionError("", "class", typed, "the model's prior is not conditioned on classes; leave it out")
+    if typed in classes:
+        return list(classes).index(typed)
+    if typed.isdecimal() and int(typed) < len(classes):
+        return int(typed)
+    problem = f"must be from 0 to {len(classes) - 1}, or the name of a class{near_misses(typed, classes)}"
+    raise OptionError("", "class", typed, problem)

@@ -80,8 +80,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     choice = cli.value("choice_temperature", float, Range(0))
     add("--choice-temperature", metavar="T", type=choice,
         help="noise in the order in which a masked prior keeps codes; 1e9 makes it random (default: 4.5)")  # fmt: skip
-    label = cli.value("class", int, Range(0))
-    add("--class", dest="label", metavar="LABEL", type=label, help="class of the samples, for a conditional prior")
+    add(
+        "--class", dest="label", metavar="CLASS", help="class of the samples, a name or number, for a conditional prior"
+    )
     seed = cli.value("seed", int, Range(0, 2**63 - 1))
     add("--seed", metavar="N", type=seed, default=0, help="seed of the samples (default: 0)")
     add_device(parser)

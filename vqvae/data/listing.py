@@ -45,7 +45,8 @@ def list_files(folder: Path, option: str, suffixes: Collection[str], what: str) 
     """
     try:
         if not folder.is_dir():
-            raise OptionError("", option, folder, f"no such folder; name the one with {what}")
+            missing = "is a file, not a folder" if folder.exists() else "no such folder"
+            raise OptionError("", option, folder, f"{missing}; name the folder with {what}")
         os.scandir(folder).close()
     except OSError as problem:
         raise OptionError("", option, folder, f"cannot be listed ({one_line(problem)})") from None
