@@ -309,7 +309,7 @@ def test_torchrun_trains_one_run_as_one_process_does(torchrun, tmp_path, monkeyp
 def die_or_wait(how: str) -> int:
     """The last process is killed, or raises an error; the others wait for it, or compute."""
     distributed.start(torch.device("cpu"))
-    distributed.on_loss(lambda: "this is how to go on")
+    distributed.on_lost_process(lambda: "this is how to go on")
     try:
         if distributed.rank() == distributed.world() - 1:
             if how == "killed":

@@ -4,7 +4,6 @@ Nothing in a file is executed, every size in it is checked before it is used, an
 the length of the file. The functions raise any exception for damaged or hostile files.
 """
 
-import io
 import math
 import os
 import pickletools
@@ -291,10 +290,3 @@ def _array(member: Any, name: str, most: int) -> np.ndarray:
     if dtype.kind == "U" and count and np.frombuffer(raw, f"{dtype.str[0]}u4").max() > sys.maxunicode:
         raise ValueError(f"{name} has characters that do not exist")
     return np.ndarray(shape, dtype, raw, order="F" if fortran else "C")
-
-
-def to_npz(**arrays: Any) -> bytes:
-    """Arrays as the bytes of a compressed npz file."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    return buffer.getvalue()

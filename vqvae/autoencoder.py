@@ -33,8 +33,7 @@ SLOTS = {
     "prior": Slot("prior", PRIORS),
     "likelihood": Slot("likelihood", LIKELIHOODS),
 }
-# of one evaluation batch
-MOST_PIXELS = 2**20
+MOST_PIXELS = 2**20  # of one evaluation batch
 MOST_PARAMETERS = 2**26  # of the likelihood's distributions: 256 MB
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -11,9 +11,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class AveragedWeights:
     """The average of a module's weights and buffers, a <- d a + (1 - d) w after every update.
 
-    d is min(decay, (1 + n) / (10 + n)) at update n, so that the first weights are soon forgotten. Buffers are averaged
-    too, since those of a codebook follow features of the weights of the same step. Integers are not: they are the last.
-    A decay of 0 averages nothing.
+    d is min(decay, (1 + n) / (10 + n)) at update n, so that the first weights are soon forgotten. A codebook's buffers
+    match the weights of their step, so buffers are averaged too. Integer buffers keep their last value. A decay of 0
+    averages nothing.
     """
 
     def __init__(self, module: nn.Module, decay: float, trained: Mapping[str, Tensor] | None = None):

@@ -86,7 +86,7 @@ def _join(backend: str) -> None:
         raise UserError(f"the processes of torchrun cannot reach each other ({reason}); see that all of them started")
 
 
-def on_loss(advice: Callable[[], str]) -> None:
+def on_lost_process(advice: Callable[[], str]) -> None:
     """Set the end of the line about a process that died: how to go on."""
     if _peers:
         _peers.advice = advice
@@ -273,7 +273,7 @@ def first_of_part(parts: int) -> bool:
 
 
 def of_parts(value: Result, parts: int) -> list[Result]:
-    """The values of the first process of each part of the data; they are pickled."""
+    """One value for each part of the data, from its first process; they are pickled."""
     return gather_objects(value)[:: world() // parts]
 
 

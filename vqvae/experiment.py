@@ -142,7 +142,7 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
         refuse_idle_weights(given, config, model)
     folder, plot_folder = choose_folders(given, config, start, lock)
     shown_plots = Path(config.plot_dir) / plot_folder.name  # as it was typed
-    distributed.on_loss(lambda: summary.how_to_go_on(folder, shown_plots))
+    distributed.on_lost_process(lambda: summary.how_to_go_on(folder, shown_plots))
     facts = describe_run(config, about, dataset, model, plot_folder)
     run = Run(folder, facts, lock, compared(config)) if distributed.rank() == 0 else NullRun(folder)
     images_folder = plot_folder / "generated_samples"

@@ -317,7 +317,7 @@ def codebook(report: Report, path: Path) -> None:
 
 
 def code_patches(model: Autoencoder, bottleneck: Discrete) -> Tensor:
-    """The image of each of the K codes, `[K, C, height, width]`: the center of a decoded grid of copies of the code.
+    """The image of each of the K codes, `[K, C, height, width]`: decode a grid filled with the code, crop its center.
 
     In a sequence codes have no position: it is the whole image. Of a large grid the middle is decoded, which is all
     that the net sees from a cell (`vqgan` sees a little more: it is deeper, with attention and norms of the grid).

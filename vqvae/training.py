@@ -326,7 +326,7 @@ class Loop:
         self.progress.step(self.step)
 
     def forward(self, index: Tensor) -> TrainOutput:
-        """The loss and the metrics of the examples of an index, a batch or a share of one."""
+        """The loss and the metrics of the examples that `index` selects: a batch, or a share of one."""
         plan, device = self.plan, self.plan.device
         seed_step(plan.seed, self.step, device.type)
         batch, labels = take(self.examples, index, device), take(self.labels, index, device)

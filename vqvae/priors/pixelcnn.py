@@ -104,12 +104,12 @@ class PixelCNN(AutoregressivePrior):
         self.head = nn.Sequential(nn.ReLU(), Conv(channels, head, 1), nn.ReLU(), Conv(head, num_codes, 1))
 
     def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self._net(look_up(self.embedding, codes).movedim(-1, 1), labels, lambda layer, x: layer(x))
+        return self.net(look_up(self.embedding, codes).movedim(-1, 1), labels, lambda layer, x: layer(x))
 
     def stepper(self, n: int, labels: Tensor | None = None) -> "PixelCNNStepper":
         return PixelCNNStepper(self, n, labels)
 
-    def _net(self, x: Tensor, labels: Tensor | None, convolve: Convolve) -> Tensor:
+    def net(self, x: Tensor, labels: Tensor | None, convolve: Convolve) -> Tensor:
         """Logits of embeddings `[B, n, h, w]`, or of one position `[B, n, 1, 1]`, as `convolve` has it."""
         x = convolve(self.first, x)
         if self.classes is not None:
@@ -136,7 +136,7 @@ class PixelCNNStepper:
             return layer.on_padded(stored[:, :, row : row + k + 1, column : column + 2 * k + 1])
 
         unknown = self.prior.embedding.weight.new_zeros(self.n, self.prior.embedding.embedding_dim, 1, 1)
-        return self.prior._net(unknown, self.labels, convolve)[:, :, 0, 0]
+        return self.prior.net(unknown, self.labels, convolve)[:, :, 0, 0]
 
     def append(self, row: int, column: int, codes: Tensor) -> None:
         k = self.prior.first.radius
