@@ -28,7 +28,7 @@ from hardware import ROOT, commit, describe
 from runs import key_of, table, write
 from torch import Tensor, nn
 
-from vqvae import checkpoint, experiment, load
+from vqvae import checkpoint, load, run_data
 from vqvae.checkpoint import weights_checksum
 from vqvae.config import Config
 from vqvae.data import Dataset
@@ -177,12 +177,12 @@ def compare(first: Path, minutes: float, args: argparse.Namespace) -> list[str]:
     """Train all priors on the codes of one autoencoder; returns the lines of its section."""
     content, model = checkpoint.read(first), load(first)
     config = Config.from_dict(content["config"])
-    dataset = experiment.load_data(replace(config, data_dir=args.data_dir))
+    dataset = run_data.load(replace(config, data_dir=args.data_dir))
     classifier, accuracy = None, 0.0
     if dataset.train.images.shape[1] == 1 and len(dataset.classes) == 10:
         classifier, accuracy = train_classifier(dataset, args.seed)
     K, grid = model.bottleneck.num_codes, model.bottleneck.grid
-    source = {"autoencoder": weights_checksum(model), "data": experiment.identity(dataset)}
+    source = {"autoencoder": weights_checksum(model), "data": run_data.identity(dataset)}
 
     def rows_of(run: Path, label: str) -> tuple[float, list[tuple[str, ...]]]:
         """Held-out nats per image of a trained prior, and its table rows, one for each guidance."""

@@ -18,7 +18,7 @@ from peers import QUANTIZERS, Peer, peer_update
 from runs import table
 from torch import Tensor
 
-from vqvae import experiment
+from vqvae import experiment, run_data
 from vqvae.autoencoder import unit_range
 from vqvae.config import Config, Fresh, configure
 from vqvae.contracts import evaluating
@@ -65,7 +65,7 @@ def run(
     settings = {"dataset": Choice("cifar10", {}), "data_dir": data_dir, "batch_size": BATCH, "seed": seed}
     settings |= {"device": device.type, "precision": precision, "max_steps": most}
     config = configure(settings, Fresh(), experiment.SLOTS)
-    dataset = experiment.load_data(config)
+    dataset = run_data.load(config)
     training = (our_training if name == "ours" else peer_training)(name, config, dataset)
     held_out = dataset.held_out.images[:HELD_OUT].to(device)
     variance = experiment.pixel_variance(dataset.train.images)

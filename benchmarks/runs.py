@@ -17,7 +17,7 @@ from typing import Any
 
 from hardware import commit, describe
 
-from vqvae import __version__, cli, experiment, load
+from vqvae import __version__, cli, experiment, load, run_data
 from vqvae.checkpoint import weights_checksum
 from vqvae.commands import train, visualize
 from vqvae.compare import training_seconds
@@ -69,7 +69,7 @@ def settings_of(flags: list[str]) -> dict[str, Any]:
             settings[name] = weights_checksum(load(path))
     if config.validation == TEST:
         del settings["validation"]  # rows of runs that hold out no training images keep their hash
-    return settings | {"data": experiment.identity(experiment.load_data(config))}
+    return settings | {"data": run_data.identity(run_data.load(config))}
 
 
 def steps_of(settings: Mapping[str, Any]) -> int:

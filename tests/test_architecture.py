@@ -89,11 +89,12 @@ ALLOWED: dict[str, set[str]] = {
         "randomness", "registry", "runs",
     },
     "summary": {"autoencoder", "cli", "config", "data", "distributed", "errors", "registry", "runs", "training"},
+    "run_data": {"autoencoder", "config", "data", "distributed", "errors", "summary"},
     "experiment": {
         "assessment", "autoencoder", "checkpoint", "cli", "config", "contracts", "data", "devices", "distributed",
         "errors", "evaluation", "features", "files", "interrupts", "metrics", "objectives", "plots", "presets",
-        "priors", "randomness", "registry", "report", "runs", "schedules", "stage_one", "stage_two", "summary",
-        "training",
+        "priors", "randomness", "registry", "report", "run_data", "runs", "schedules", "stage_one", "stage_two",
+        "summary", "training",
     },
     "commands": {
         "checkpoint", "cli", "compare", "config", "data", "devices", "distributed", "errors", "experiment",

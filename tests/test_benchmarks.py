@@ -323,7 +323,7 @@ def test_a_race_ends_at_its_goal_or_when_it_gives_up(benchmark, monkeypatch, nam
     race = benchmark("race")
     pixels = torch.randint(256, (60, 3, 32, 32), dtype=torch.uint8)
     noise = Dataset("noise", *(Images(pixels, torch.zeros(60, dtype=torch.int64)) for _ in range(2)))
-    monkeypatch.setattr(race.experiment, "load_data", lambda config: noise)
+    monkeypatch.setattr(race.run_data, "load", lambda config: noise)
     monkeypatch.setattr(race, "EVERY", 1)
 
     def run(goal: float) -> dict:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import ROOT, run_train
 from vqvae import __main__ as program
-from vqvae import cli, experiment
+from vqvae import cli, run_data
 from vqvae.commands import train
 from vqvae.errors import OptionError, UserError
 from vqvae.registry import Passes, Range, Slot
@@ -32,7 +32,7 @@ def no_data(monkeypatch):
     def read(*_, **__):
         pytest.fail("data were read")
 
-    monkeypatch.setattr(experiment, "load_data", read)
+    monkeypatch.setattr(run_data, "load", read)
 
 
 def outcome(problem: BaseException):

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from tests.helpers import CONSTANT, ROOT, SMALL, images, run_train
-from vqvae import checkpoint, cli, experiment, load
+from vqvae import checkpoint, cli, experiment, load, run_data
 from vqvae.commands import export, visualize
 from vqvae.data import Dataset, Images
 from vqvae.runs import Lock
@@ -468,16 +468,17 @@ def test_a_signal_in_the_last_step_of_a_first_stage_starts_no_second(monkeypatch
     assert [path.name for path in Path("logs").iterdir()] == ["two"]
 
 
-@pytest.mark.parametrize("moment", ["load_data", "build_autoencoder", "plots.image_grid", "evaluate"])
+@pytest.mark.parametrize("moment", ["run_data.load", "build_autoencoder", "plots.image_grid", "evaluate"])
 def test_an_interrupt_at_any_moment_is_one_line_and_leaves_no_part_of_a_file(there, monkeypatch, capsys, moment):
-    target = experiment.plots if moment.startswith("plots.") else experiment
-    original = getattr(target, moment.split(".")[-1])
+    module, _, name = moment.rpartition(".")
+    target = getattr(experiment, module) if module else experiment
+    original = getattr(target, name)
 
     def interrupted(*args: Any, **keywords: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **keywords)
 
-    monkeypatch.setattr(target, moment.split(".")[-1], interrupted)
+    monkeypatch.setattr(target, name, interrupted)
     assert run_train("--epochs", "2", "--name", "run") == 143
     out, err = capsys.readouterr()
     assert (out + err).count("interrupted") == 1
@@ -579,8 +580,8 @@ def test_a_resumed_run_says_that_its_data_changed(there, capsys, monkeypatch):
 
     def changed(change: Callable[[Dataset], Dataset], epochs: int) -> str:
         with monkeypatch.context() as patch:
-            load = experiment.load_data
-            patch.setattr(experiment, "load_data", lambda *args, **more: change(load(*args, **more)))
+            load = run_data.load
+            patch.setattr(run_data, "load", lambda *args, **more: change(load(*args, **more)))
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 assert resume(f"logs/run --epochs {epochs}") == 0
@@ -601,11 +602,11 @@ def test_a_resumed_run_says_that_its_data_changed(there, capsys, monkeypatch):
 
 def test_a_resumed_run_refuses_images_of_another_shape(capsys, monkeypatch):
     assert run_train("--epochs", "1", "--name", "run") == 0
-    before, load = contents(Path("logs")), experiment.load_data
+    before, load = contents(Path("logs")), run_data.load
     smaller = lambda split: Images(split.images[..., :8, :8].contiguous(), split.labels)  # noqa: E731
     monkeypatch.setattr(
-        experiment,
-        "load_data",
+        run_data,
+        "load",
         lambda *args, **more: (data := load(*args, **more))._replace(
             train=smaller(data.train), test=smaller(data.test)
         ),

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shlex
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from vqvae import (
     objectives,
     plots,
     report,
+    run_data,
     summary,
 )
 from vqvae.assessment import Asked, assess, assess_end
@@ -40,10 +40,9 @@ from vqvae.config import (
     default_name,
     interval,
     typed,
-    validation_share,
 )
 from vqvae.contracts import OptimizerName
-from vqvae.data import Dataset, Images
+from vqvae.data import Dataset
 from vqvae.data.batches import augmentation, pixel_variance
 from vqvae.devices import choose_compile, choose_device, choose_precision
 from vqvae.errors import OptionError, UserError, naming, near_misses, printable
@@ -124,7 +123,7 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
     if config.name and not resumed:
         wanted = Path(config.log_dir, config.name)
         distributed.on_first(lambda: refuse_saved(wanted))  # before the data are read
-    dataset = load_shared_data(config, rescan=rescan)
+    dataset = run_data.load_shared(config, rescan=rescan)
     if config.conditional and not dataset.classes:
         raise OptionError("", "conditional", None, f"the data set {dataset.name} has no labels; leave it out")
 
@@ -135,9 +134,9 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
     torch.manual_seed(stream(config.seed, "weights"))
     build_stage = stage_two if config.checkpoint else stage_one
     stage, model = build_stage(config, dataset, plan, start)
-    about = describe_data(dataset, model)
+    about = run_data.describe(dataset, model)
     if resumed:
-        compare_data(resumed["data"], about, config)
+        run_data.compare(resumed["data"], about, config)
     else:
         refuse_idle_weights(given, config, model)
     folder, plot_folder = choose_folders(given, config, start, lock)
@@ -218,18 +217,6 @@ def refuse_idle_weights(given: Mapping[str, Any], config: Config, model: Autoenc
             raise OptionError(config.objective.name, key, value, problem, slot="objective")
 
 
-def describe_data(dataset: Dataset, model: Autoencoder) -> dict[str, Any]:
-    """The description of the data in a checkpoint."""
-    return {
-        "name": dataset.name,
-        "shape": list(model.image_shape),
-        "variance": model.data_variance,
-        "classes": list(dataset.classes),
-        "note": dataset.note,
-        **identity(dataset),
-    }
-
-
 def describe_run(
     config: Config, about: dict[str, Any], dataset: Dataset, model: Autoencoder, plots: Path
 ) -> dict[str, Any]:
@@ -246,46 +233,6 @@ def describe_run(
         },
         "plots": str(plots),
     }
-
-
-def identity(dataset: Dataset) -> dict[str, Any]:
-    """The number of examples of each split, and their hash: a resumed run compares them."""
-    return {
-        "examples": {name: len(split.images) for name, split in dataset.splits.items()},
-        "fingerprint": {name: split.fingerprint() for name, split in dataset.splits.items()},
-    }
-
-
-def compare_data(before: Mapping[str, Any], now: Mapping[str, Any], config: Config) -> None:
-    """Warn in one line if a resumed run's data changed; raise `OptionError` if its model cannot be trained on them."""
-    if list(before["shape"]) != now["shape"]:
-        sizes = ["x".join(map(str, about["shape"])) for about in (now, before)]
-        problem = f"the images are {sizes[0]}, and those of this run were {sizes[1]}; name the folder with its data"
-        raise OptionError("", "data_dir", config.data_dir, problem)
-    compare_classes(before["classes"], now["classes"], config)
-    changes = [
-        f"{old:,} {split} images then, {now['examples'][split]:,} now"
-        for split, old in before.get("examples", now["examples"]).items()
-        if old != now["examples"][split]
-    ]
-    prints = before.get("fingerprint", now["fingerprint"])
-    if not changes and prints != now["fingerprint"]:
-        changes = [f"other {' and '.join(s for s in prints if prints[s] != now['fingerprint'][s])} images"]
-    if changes and distributed.rank() == 0:
-        warnings.warn(
-            f"the data changed since this run was saved ({'; '.join(changes)}); it does not take the steps that it "
-            "would have taken",
-            stacklevel=2,
-        )
-
-
-def compare_classes(before: Sequence[str], now: Sequence[str], config: Config) -> None:
-    """Raise `OptionError` if a conditional prior would take the data's labels for those of other classes."""
-    if config.conditional and list(before) != list(now):
-        problem = (
-            f"the classes are {summary.listed(now) or 'unknown'}, and those of this run were {summary.listed(before)}"
-        )
-        raise OptionError("", "data_dir", config.data_dir, f"{problem}; name the folder with its data")
 
 
 def how_it_starts(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Start:
@@ -363,37 +310,6 @@ def name_run(config: Config, lock: Lock) -> Path:
         return claim_free(default_name(config), logs, Path(config.plot_dir), lock)
     claim(logs / config.name, lock)
     return logs / config.name
-
-
-def load_shared_data(config: Config, *, rescan: bool = False) -> Dataset:
-    """The data on which several processes train, with training splits of equal size if each has a part of them.
-
-    Raises `OptionError` for parts that the processes cannot share.
-    """
-    parts, world = config.data_shards, distributed.world()
-    if world % parts:
-        problem = f"must divide the number of processes, which is {world}; start more of them with torchrun"
-        raise OptionError("", "data_shards", parts, problem)
-    with distributed.first_goes_first(parts) as first:
-        dataset = load_data(config, rescan=rescan and first)
-    if parts == 1:
-        return dataset
-    count = min(distributed.gather_objects(len(dataset.train.images)))
-    return dataset._replace(train=Images(*(rows[:count] for rows in dataset.train)))
-
-
-def load_data(config: Config, *, rescan: bool = False) -> Dataset:
-    parts = config.data_shards
-    return data.load(
-        config.dataset.name,
-        data_dir=config.data_dir,
-        image_size=config.image_size,
-        limit=config.limit,
-        validation=validation_share(config.validation),
-        rescan=rescan,
-        part=(distributed.part_of(parts), parts),
-        **config.dataset.options,
-    )
 
 
 def stage_one(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tuple[Stage, Autoencoder]:
@@ -547,8 +463,8 @@ def _evaluate(
     if config.data_shards == 1 or asked.probed:
         config = replace(config, validation=TEST, data_shards=1)  # nothing is chosen any more
     with distributed.first_goes_first(min(config.data_shards, distributed.world())):
-        dataset = load_data(config)
-    compare_classes(content["data"]["classes"], dataset.classes, config)
+        dataset = run_data.load(config)
+    run_data.compare_classes(content["data"]["classes"], dataset.classes, config)
     about, results = assess(path, content, dataset, device, asked)
     table = about | results
     width = max(map(len, table))
