@@ -35,7 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "nets": {"batch_norm", "contracts", "errors", "registry", "vqgan"},
     "vqgan": {"devices"},
     "bottlenecks": {"contracts", "devices", "distributed", "errors", "flows", "registry", "schedules", "shares"},
-    "priors": {"contracts", "devices", "errors", "flows", "registry", "shares"},
+    "sampling": {"registry"},
+    "priors": {"contracts", "devices", "errors", "flows", "registry", "sampling", "shares"},
     "likelihoods": {"contracts", "errors", "registry", "shares"},
     "objectives": {"contracts", "errors", "optimizer", "registry", "schedules", "shares"},
     "autoencoder": {"bottlenecks", "contracts", "devices", "errors", "likelihoods", "nets", "priors", "registry"},
@@ -86,7 +87,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"errors", "files", "interrupts", "registry"},
     "report": {
         "autoencoder", "checkpoint", "contracts", "devices", "errors", "files", "metrics", "page", "plots",
-        "randomness", "registry", "runs",
+        "randomness", "registry", "runs", "sampling",
     },
     "summary": {"autoencoder", "cli", "config", "data", "distributed", "errors", "registry", "runs", "training"},
     "run_data": {"autoencoder", "config", "data", "distributed", "errors", "summary"},
@@ -98,7 +99,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "commands": {
         "checkpoint", "cli", "compare", "config", "data", "devices", "distributed", "errors", "experiment",
-        "export", "files", "metrics", "presets", "registry", "report", "tokens",
+        "export", "files", "metrics", "presets", "registry", "report", "sampling", "tokens",
     },
     "__main__": {"__init__", "cli", "errors", "interrupts"},
     "layers": {"bottlenecks", "contracts", "devices", "errors", "registry"},

@@ -230,16 +230,16 @@ def test_samples_of_continuous_priors_at_temperature_0_are_the_likeliest_vector(
 
 GIVEN = torch.zeros(2, 4, 5, dtype=torch.int64)
 OUT_OF_RANGE = [
-    ({"temperature": -1}, "temperature=-1: must be at least 0"),
-    ({"temperature": math.nan}, "temperature=nan: must be a finite number, at least 0"),
-    ({"temperature": math.inf}, "temperature=inf: must be a finite number, at least 0"),
+    ({"temperature": -1}, "temperature=-1: must be from 0 to below 1000"),
+    ({"temperature": math.nan}, "temperature=nan: must be a finite number, from 0 to below 1000"),
+    ({"temperature": math.inf}, "temperature=inf: must be a finite number, from 0 to below 1000"),
     ({"temperature": "hot"}, "temperature=hot: must be a number"),
     ({"top_k": -1}, "top_k=-1: must be from 0 to 5"),
     ({"top_k": 6}, "top_k=6: must be from 0 to 5"),
     ({"top_k": 1.5}, "top_k=1.5: must be a whole number"),
     ({"top_p": 0}, "top_p=0: must be above 0 and at most 1"),
     ({"top_p": 1.5}, "top_p=1.5: must be above 0 and at most 1"),
-    ({"guidance": -1}, "guidance=-1: must be at least 0"),
+    ({"guidance": -1}, "guidance=-1: must be from 0 to below 1000"),
     ({"guidance": 2}, "guidance=2: needs a prior of classes that was trained with label_drop above 0; leave it out"),
     ({"n": -2}, "n=-2: must be at least 0"),
     ({"given": (GIVEN + 5, 2)}, "codes must be from 0 to 4, not 5 to 5"),

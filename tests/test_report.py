@@ -17,6 +17,9 @@ from vqvae import checkpoint, cli, plots, report
 from vqvae.autoencoder import Autoencoder
 from vqvae.commands import visualize as command
 from vqvae.errors import OptionError
+from vqvae.sampling import OPTIONS
+
+NEUTRAL = {name: option.default for name, option in OPTIONS.items()}
 
 
 def visualize(line: str) -> int:
@@ -277,7 +280,7 @@ def test_a_vae_is_drawn_with_its_latent(folder, monkeypatch, prior):
 
 
 def reporting(model: Autoencoder, logs: Path, /, **content) -> report.Report:
-    options = argparse.Namespace(only=None, seed=0, samples=4, label=None, **report.SAMPLING)
+    options = argparse.Namespace(only=None, seed=0, samples=4, label=None, **NEUTRAL)
     return report.Report(model, content, logs, options)
 
 

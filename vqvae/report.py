@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from vqvae import checkpoint, page, plots, randomness
+from vqvae import checkpoint, page, plots, randomness, sampling
 from vqvae.autoencoder import Autoencoder, unit_range
 from vqvae.contracts import Discrete
 from vqvae.devices import choose_device
@@ -35,8 +35,6 @@ MOST_CODES = 16_384  # that the plot of the codebook shows; t-SNE of more takes 
 MOST_CELLS = 11  # of each side of a grid, to see what a code decodes to
 MOST_CLASSES = 40  # that have a row of samples
 MOST_LEVELS = 8  # of codes that are shown one by one
-# options of samplers, and the values that change nothing; None stands for the prior's own
-SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "guidance": 1.0, "steps": None, "choice_temperature": None}
 PAGE = "index.html"
 
 
@@ -186,9 +184,9 @@ class Report:
 def sampling_options(options: argparse.Namespace, model: Autoencoder) -> dict[str, Any]:
     """The sampler's options that were given, as the model's prior takes them. Raises `OptionError` for others."""
     prior, given = model.prior, {}
-    for name, neutral in SAMPLING.items():
+    for name, option in sampling.OPTIONS.items():
         value = getattr(options, name)
-        if value == neutral:
+        if value == option.default:
             continue
         if name not in prior.sampling_options:
             has_no_codes = "the model's latent is continuous and has no codes; leave it out"

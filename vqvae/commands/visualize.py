@@ -2,7 +2,7 @@
 
 import argparse
 
-from vqvae import cli
+from vqvae import cli, sampling
 from vqvae.commands import add_device, path
 from vqvae.registry import Range
 
@@ -62,24 +62,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--only", metavar="PLOT", nargs="+", help="draw only these plots, such as codebook.png usage.png")
     count = cli.value("samples", int, Range(1, 10_000))
     add("--samples", metavar="N", type=count, default=64, help="number of samples (default: 64)")
-    temperature = cli.value("temperature", float, Range(0, below=1000))
-    add("--temperature", metavar="T", type=temperature, default=1.0,
-        help="temperature of sampling; below 1, samples are likelier and less varied, and at 0 each code is the "
-        "likeliest (default: 1)")  # fmt: skip
-    top_k = cli.value("top_k", int, Range(0))
-    add("--top-k", metavar="K", type=top_k, default=0, help="sample among the K likeliest codes (default: 0, all)")
-    top_p = cli.value("top_p", float, Range(above=0, high=1))
-    add("--top-p", metavar="P", type=top_p, default=1.0,
-        help="sample among the fewest likeliest codes that have probability P together (default: 1, all)")  # fmt: skip
-    guidance = cli.value("guidance", float, Range(0, below=1000))
-    add("--guidance", metavar="G", type=guidance, default=1.0,
-        help="strength of the class, for a conditional prior trained with label_drop; above 1, samples are more "
-        "typical of it (default: 1)")  # fmt: skip
-    steps = cli.value("steps", int, Range(1))
-    add("--steps", metavar="N", type=steps, help="steps of sampling from a masked prior (default: 8)")
-    choice = cli.value("choice_temperature", float, Range(0))
-    add("--choice-temperature", metavar="T", type=choice,
-        help="noise in the order in which a masked prior keeps codes; 1e9 makes it random (default: 4.5)")  # fmt: skip
+    for name, option in sampling.OPTIONS.items():
+        kind = cli.value(name, option.kind, *option.rules)
+        flag, metavar = f"--{name.replace('_', '-')}", "N" if option.kind is int else "X"
+        add(flag, metavar=metavar, type=kind, default=option.default, help=option.help)
     add(
         "--class", dest="label", metavar="CLASS", help="class of the samples, a name or number, for a conditional prior"
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vqvae import shares
+from vqvae import sampling, shares
 from vqvae.contracts import OptimizerName, check_codes, kind_of
 from vqvae.errors import OptionError
 from vqvae.registry import Option, Range
@@ -33,7 +33,7 @@ class BasePrior(nn.Module):
 
     def check_sampling(self, *, temperature: Any = 1.0) -> Any:
         """The sampler's options, checked. Raises ValueError for values out of range."""
-        return number("temperature", float, temperature, Range(0))
+        return sampling.checked("temperature", temperature)
 
 
 class Sampling(NamedTuple):
@@ -67,8 +67,8 @@ class CodePrior(BasePrior):
         how = Sampling(
             super().check_sampling(temperature=temperature),
             number("top_k", int, top_k, Range(0, self.num_codes)),
-            number("top_p", float, top_p, Range(above=0, high=1)),
-            number("guidance", float, guidance, Range(0)),
+            sampling.checked("top_p", top_p),
+            sampling.checked("guidance", guidance),
         )
         if how.guidance != 1 and not self.label_drop:
             problem = "needs a prior of classes that was trained with label_drop above 0; leave it out"

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from vqvae import shares
+from vqvae import sampling, shares
 from vqvae.contracts import Latent, evaluating
 from vqvae.priors.autoregressive import look_up
-from vqvae.priors.base import LabelDrop, Sampling, check_count, draw, guided, number, uniform_numbers
+from vqvae.priors.base import LabelDrop, Sampling, check_count, draw, guided, uniform_numbers
 from vqvae.priors.transformer import CodeTransformer, TransformerOptions
 from vqvae.registry import Range, checked
 
@@ -126,8 +126,8 @@ class Masked(CodeTransformer):
         self, *, steps: Any = STEPS, choice_temperature: Any = CHOICE_TEMPERATURE, **others: Any
     ) -> Sampling:
         """The sampler's options, checked. Raises ValueError for values out of range."""
-        number("steps", int, steps, Range(1))
-        number("choice_temperature", float, choice_temperature, Range(0))
+        sampling.checked("steps", steps)
+        sampling.checked("choice_temperature", choice_temperature)
         return super().check_sampling(**others)
 
     @torch.no_grad()
