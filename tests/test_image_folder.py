@@ -125,7 +125,7 @@ def test_folders_that_are_splits_are_no_classes(tree, held_out):
 
 
 def test_images_beside_train_and_test_are_left_out_with_a_note(tree):
-    for name in ("train/1.png", "train/2.png", "test/3.png", "val/4.png", "5.png"):
+    for name in ("train/1.png", "train/2.png", "test/3.png", "other/4.png", "5.png"):
         write_flat(tree / "set" / name)
     data = load("folder", data_dir=tree, image_size=8)
     assert (len(data.train.images), len(data.test.images)) == (2, 1)
@@ -133,6 +133,24 @@ def test_images_beside_train_and_test_are_left_out_with_a_note(tree):
     assert data.note == (
         "split by the folders set/train and set/test; images outside of these left out: 2, such as set/5.png"
     )
+
+
+def test_a_folder_of_validation_images_is_the_validation_split(tree):
+    for i, split in enumerate(["train"] * 5 + ["val"] * 3 + ["test"] * 2):
+        write_flat(tree / split / "ab"[i % 2] / f"{i}.png", (i, 0, 0))
+    data = load("folder", data_dir=tree, image_size=8, validation=0.1)
+    found = {name: colors(split) for name, split in data.splits.items()}
+    assert found == {"train": [0, 1, 2, 3, 4], "validation": [5, 6, 7], "test": [8, 9]}
+    assert data.note == "split by the folders train, val and test"
+    for split in data.splits.values():
+        assert torch.equal(split.labels, split.images[:, 0, 0, 0].long() % 2)
+    without = load("folder", data_dir=tree, image_size=8)
+    assert {name: colors(split) for name, split in without.splits.items()} == {"train": [0, 1, 2, 3, 4], "test": [8, 9]}
+    assert without.note == "split by the folders train and test; images of val not used: 3"
+    for path in (tree / "val").rglob("*.png"):
+        path.write_bytes(b"x")
+    with pytest.raises(OptionError, match="none of the images in val can be read"):
+        load("folder", data_dir=tree, image_size=8, validation=0.1)
 
 
 def test_a_split_without_a_readable_image_is_refused(tree):

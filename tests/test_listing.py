@@ -102,7 +102,7 @@ def test_an_error_names_the_option_that_chose_the_folder(tmp_path):
         (["a/1.png", "b/c/2.png"], ["a", "b"], [None, None]),
         (["train/1.png", "car/2.png"], ["train", "car"], [None, None]),  # the vehicle
         (["train/a/1.png", "TEST/b/2.png"], ["a", "b"], ["train", "test"]),
-        (["train/a/1.png", "val/a/2.png", "test/a/3.png"], ["a"] * 3, ["train", None, "test"]),
+        (["train/a/1.png", "val/a/2.png", "test/a/3.png"], ["a"] * 3, ["train", "validation", "test"]),
         (["x/train/a/1.png", "x/val/b/2.png"], ["a", "b"], ["train", "test"]),
         (["train/a/1.png", "train/b/2.png"], ["a", "b"], [None, None]),
         (["test/a/1.png", "val/b/2.png"], ["a", "b"], [None, None]),

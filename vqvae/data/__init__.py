@@ -50,7 +50,8 @@ def load(
 ) -> Dataset:
     """Load a data set by name, with the first `limit` images of each split.
 
-    `validation` is the share of these training images that becomes a validation split. None makes no such split.
+    `validation` is the share of these training images that becomes a validation split, unless the files have one. None
+    makes no such split.
 
     Images of folders, npz, parquet and tar files come from a cache on this machine; `rescan` converts all of them
     again. `part` = (number, count) takes one of `count` parts of their training images, with all held-out ones: the

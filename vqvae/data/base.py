@@ -47,7 +47,7 @@ class Dataset(NamedTuple):
     # [N, C, H, W] uint8: 255 times the probabilities of white pixels, where training images are drawn anew every epoch
     probabilities: Tensor | None = None
     shuffled: bool = False  # whether the training images are in random order, so that a slice of them is a sample
-    validation: Images | None = None  # images taken from the training split
+    validation: Images | None = None  # images taken from the training split, or a split of the source
 
     @property
     def held_out(self) -> Images:

@@ -14,7 +14,7 @@ import re
 import time
 import weakref
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ try:
 except ImportError:  # Windows, which removes no file that is open
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 4  # of the caches; those of another one are made again
+FORMAT = 5  # of the caches; those of another one are made again
 FEW = 100  # images that one process reads before others have started
 NOTED = 64  # images after which an unfinished conversion notes what it has
 BACKDATED = 10 * 10**9  # ns
@@ -91,13 +91,13 @@ class Reading(NamedTuple):
     rescan: bool = False  # convert all images again
     number: int = 0  # of this machine's part of the training images
     total: int = 1
-    validation: float | None = None  # the share that all machines have of them, where there are several
+    validation: float | None = None  # the share of them in a validation split that is no folder; None: no such split
 
 
 class CachedImages(NamedTuple):
     """The images of a source."""
 
-    images: Tensor  # [N, C, H, W] uint8, mapped from a cache; those of the test split are last
+    images: Tensor  # [N, C, H, W] uint8, mapped from a cache; those of the validation and test splits are last
     paths: list[str]  # their names
     unreadable: dict[str, str]  # names of the others, and why they cannot be read
     labels: list[str | None]  # names of their classes
@@ -180,7 +180,9 @@ class _Plan(NamedTuple):
         splits = [layout.split(name) for name in names]
         places = [position(name) for name in names]
         chosen = [i for i, split in enumerate(splits) if split or not layout.train]
-        chosen.sort(key=lambda i: (splits[i] == "test", -places[i], names[i]))
+        if part and part.validation is None:
+            chosen = [i for i in chosen if splits[i] != "validation"]
+        chosen.sort(key=lambda i: (splits[i] == "test", splits[i] == "validation", -places[i], names[i]))
         labels = contents.labels or [layout.label(name) for name in names]
         unused = [name for name, split in zip(names, splits, strict=True) if layout.train and not split]
         if part is None:
@@ -188,6 +190,8 @@ class _Plan(NamedTuple):
         held_out = "test" in splits
         train = train_count([splits[i] != "test" if held_out else places[i] >= part.holdout for i in chosen])
         validation = validation_count(part.validation, train) if part.validation else 0
+        if layout.validation:
+            validation = sum(splits[i] == "validation" for i in chosen)
         shared = (train - validation) // part.total
         if not shared:
             problem = f"leaves no training image of {train:,} to each part; use fewer, or test for the validation split"
@@ -245,7 +249,7 @@ def _convert(
             "labels": [plan.labels[plan.chosen[row]] for row in kept],
             "classes": plan.contents.classes,
             "unused": plan.unused,
-            "layout": [plan.layout.above, sorted(plan.layout.train), sorted(plan.layout.held_out)],
+            "layout": [plan.layout.above, *map(sorted, plan.layout[1:])],
             "unreadable": {names[plan.chosen[row]]: rows.unreadable[row] for row in sorted(rows.unreadable)},
             "sizes": plan.sizes and _counts(plan.sizes, kept),
             "stamps": [stamps[plan.chosen[row]] for row in kept],
@@ -554,17 +558,24 @@ def dataset(source: Source, size: Size | None, options: ImageOptions, reading: R
     notes = []
     if part:
         notes.append(f"part {part.number + 1} of {part.total} of the training images")
+    validation = 0
     if layout.train:
-        train = sum(layout.split(path) == "train" for path in paths)
-        for folders, count in ((layout.train, train), (layout.held_out, len(paths) - train)):
-            if not count:
+        counts = Counter(layout.split(path) for path in paths)
+        chooses = layout.validation if reading.validation else frozenset[str]()
+        groups = {"train": layout.train, "validation": chooses, "test": layout.test}
+        for split, folders in groups.items():
+            if folders and not counts[split]:
                 raise OptionError("", "data_dir", folder, f"none of the images in {_listed(folders)} can be read")
-        notes.append(f"split by the folders {_listed(layout.train)} and {_listed(layout.held_out)}")
+        validation = counts["validation"]
+        train = counts["train"] + validation
+        *others, last = filter(None, map(_listed, groups.values()))
+        notes.append(f"split by the folders {', '.join(others)} and {last}")
+        if validation and not chooses:
+            notes.append(f"images of {_listed(layout.validation)} not used: {validation:,}")
         if found.unused:
             notes.append(f"images outside of these left out: {len(found.unused):,}, such as {shown(found.unused[0])}")
     else:
         train = train_count([position(path) >= options.holdout for path in paths])
-    validation = 0
     if found.sizes:
         train, validation = found.sizes[0] + found.sizes[1], found.sizes[1]
     names = found.classes or in_order(label for label in labels if label is not None)
@@ -586,7 +597,7 @@ def dataset(source: Source, size: Size | None, options: ImageOptions, reading: R
         "; ".join(notes),
         unreadable=dict(sorted(found.unreadable.items())),
         shuffled=True,  # by the hashes of their names
-        validation=splits[1] if validation else None,
+        validation=splits[1] if validation and reading.validation else None,
     )
 
 

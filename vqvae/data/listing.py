@@ -119,7 +119,8 @@ class Layout(NamedTuple):
 
     above: int  # folders that all images share, or that are splits: the next one is the class
     train: frozenset[str]  # splits: folders, relative to the folder with all images; empty where none are
-    held_out: frozenset[str]
+    test: frozenset[str]
+    validation: frozenset[str] = frozenset()  # where there are folders of all three
 
     @classmethod
     def of(cls, names: Iterable[str]) -> "Layout":
@@ -130,15 +131,15 @@ class Layout(NamedTuple):
         tops = {parent[len(shared)] for parent in parents if len(parent) > len(shared)}
         splits = [{top for top in tops if top.casefold() in known} for known in SPLITS]
         above = len(shared) + bool(tops and tops == set.union(*splits))
-        train, held_out = splits[0], splits[1] or splits[2]
-        if not (train and held_out):
+        train, test, validation = splits if splits[1] else (splits[0], splits[2], set())
+        if not (train and test):
             return cls(above, frozenset(), frozenset())
-        both = (frozenset("/".join([*shared, top]) for top in split) for split in (train, held_out))
-        return cls(len(shared) + 1, *both)
+        named = (frozenset("/".join([*shared, top]) for top in split) for split in (train, test, validation))
+        return cls(len(shared) + 1, *named)
 
     def split(self, name: str) -> str | None:
-        """`train` or `test`, by folder; None without such folders, and for an image outside them."""
-        for split, folders in (("train", self.train), ("test", self.held_out)):
+        """`train`, `validation` or `test`, by folder; None without such folders, and for an image outside them."""
+        for split, folders in (("train", self.train), ("validation", self.validation), ("test", self.test)):
             if any(name.startswith(f"{folder}/") for folder in folders):
                 return split
         return None
