@@ -3,7 +3,18 @@
 import torch
 
 from tests.helpers import make
-from vqvae.assessment import drawn
+from vqvae.assessment import drawn, with_earlier
+
+
+def test_an_evaluation_keeps_what_only_an_earlier_one_has():
+    base = {"protocol": "5 images; vqvae 1, torch 2", "seed": 0, "images": 5}
+    probed = base | {"protocol": base["protocol"] + "; probe: ...", "mse": 1.0, "probe_accuracy": 0.9, "iw_samples": 0}
+    bounded = base | {"mse": 1.0, "iw_samples": 100, "iw_bound": 3.0}
+    expected = probed | {"iw_samples": 100, "iw_bound": 3.0}
+    assert with_earlier(bounded, probed) == expected
+    assert with_earlier(probed, bounded) == expected
+    for other in (None, {}, {"protocol": 7}, probed | {"seed": 1}, probed | {"protocol": "6 images; vqvae 1, torch 2"}):
+        assert with_earlier(bounded, other) == bounded
 
 
 def test_draws_are_of_one_seed_and_of_the_labels_in_turn():

@@ -104,6 +104,18 @@ def assess_end(run: Run | NullRun, dataset: Dataset, headline: Sequence[str], de
     return results
 
 
+def with_earlier(found: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """An evaluation with the metrics that only an earlier one of the same model, images and versions has."""
+    earlier = earlier or {}
+    now, then = (str(evaluation.get("protocol", "")).split("; ") for evaluation in (found, earlier))
+    if now[:2] != then[:2] or any(earlier.get(key) != found[key] for key in ("seed", "images")):
+        return found
+    joined = {"protocol": "; ".join(dict.fromkeys([*now, *then]))}
+    if not found["iw_samples"] and "iw_bound" in earlier:
+        joined["iw_samples"] = earlier["iw_samples"]
+    return earlier | found | joined
+
+
 def _fitting(start: str, names: Sequence[str], results: dict[str, float]) -> str:
     """A line with as many of the metrics as fit the terminal, the first ones."""
     lines = (start + metrics.line(tuple(names[:count]), results) for count in range(len(names), 0, -1))

@@ -25,7 +25,7 @@ from vqvae import (
     run_data,
     summary,
 )
-from vqvae.assessment import Asked, assess, assess_end
+from vqvae.assessment import Asked, assess, assess_end, with_earlier
 from vqvae.autoencoder import Autoencoder, build_autoencoder, unit_range
 from vqvae.config import (
     FIELDS,
@@ -471,6 +471,11 @@ def _evaluate(
     for key, value in table.items():
         print(f"{key:{width}}  {value:,.6g}" if isinstance(value, float) else f"{key:{width}}  {value}")
     out = checkpoint.evaluation_of(path) if output is None else Path(output)
+    if output is None:
+        earlier: dict[str, Any] | None = None
+        with contextlib.suppress(UserError):  # a damaged file is replaced
+            earlier = distributed.on_first(lambda: checkpoint.read_evaluation(path, content))
+        table = with_earlier(table, earlier)
     try:
         distributed.on_first(lambda: write_json(out, metrics.for_json(table)))
         print(f"stored in {out}")
