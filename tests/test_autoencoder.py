@@ -170,10 +170,10 @@ VAE = {"prior": "made-flow", "bottleneck": "gaussian"}
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
-        ({"prior": "transformer"}, {"temperature": -0.5}, "temperature=-0.5: must be at least 0"),
+        ({"prior": "transformer"}, {"temperature": -0.5}, "temperature=-0.5: must be from 0 to below 1000"),
         ({"prior": "transformer"}, {"top_k": 8}, "top_k=8: must be from 0 to 7"),
-        ({"prior": "uniform"}, {"temperature": float("nan")}, "temperature=nan: must be a finite number, at least 0"),
-        (VAE, {"temperature": -1}, "temperature=-1: must be at least 0"),
+        ({"prior": "uniform"}, {"temperature": float("nan")}, "temperature=nan: must be a finite number, from 0 to below 1000"),
+        (VAE, {"temperature": -1}, "temperature=-1: must be from 0 to below 1000"),
     ],
 )
 def test_options_of_samples_out_of_range_are_refused(names, options, message):

@@ -157,8 +157,10 @@ class Autoencoder(nn.Module):
         """
         bottleneck = self._need_codes("decode")
         codes = check_codes(codes, bottleneck.num_codes, bottleneck.grid).to(self.device)
-        if levels is not None and not 1 <= levels <= (most := len(bottleneck.maps(codes))):
-            raise ValueError(f"levels must be from 1 to {most}, not {levels}")
+        if levels is not None:
+            most = len(bottleneck.maps(codes))
+            if not 1 <= levels <= most:
+                raise ValueError(f"levels must be from 1 to {most}, not {levels}")
         return self.decode_latents(_wide(bottleneck).embed(codes, levels))
 
     @torch.no_grad()
