@@ -55,7 +55,7 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
                 raise
         if interrupts.received is None:
             return code
-        if code == 0:  # it had finished, or a library swallowed the interrupt
+        if code == 0 and _is_first():  # it had finished, or a library swallowed the interrupt
             print(interrupts.LINE, file=sys.stderr)
         return interrupts.exit_code()
     except UserError as problem:
@@ -77,9 +77,14 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> 
         return interrupts.exit_code()
 
 
+def _is_first() -> bool:
+    """Whether this is the only process of a machine, or the first one that torchrun started there."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def _let_first_speak() -> None:
     """Give torchrun the time to end this process, if the first one found the same error before they were connected."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not _is_first():
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
