@@ -127,7 +127,7 @@ def free_port() -> int:
 def wait(processes: list[Process], end: float, patience: float = 0.1) -> list[int | None]:
     """Exit codes, of those that ended in time. After the first failure the others get SIGTERM, `patience` later."""
     failed: float | None = None
-    while any(process.poll() is None for process in processes) and time.perf_counter() < end:
+    while None in [process.poll() for process in processes] and time.perf_counter() < end:  # polls every process
         if failed is None and any(process.code for process in processes):
             failed = time.perf_counter()
         if failed is not None and time.perf_counter() > failed + patience:
