@@ -19,7 +19,7 @@ from stops import SMALL, Child, content, differences
 from vqvae import checkpoint
 from vqvae.errors import UserError
 
-TRAIN = [*SMALL, "--checkpoint-every", "1"]
+TRAIN = [*SMALL, "--checkpoint-every", "1", "--lr", "3e-4"]  # a rate that does not depend on the run's length
 REFUSED = ("another process", "already contains a run", "has taken all of its")
 
 
