@@ -19,23 +19,25 @@ from stops import SMALL, Child, content, differences
 from vqvae import checkpoint
 from vqvae.errors import UserError
 
-TRAIN = [*SMALL, "--checkpoint-every", "1", "--lr", "3e-4"]  # a rate that does not depend on the run's length
+TRAIN = [*SMALL, "--checkpoint-every", "1"]
+RESUME = ["--resume", "../logs/run", "--epochs", "3", "--plot-dir", "../plots"]
 REFUSED = ("another process", "already contains a run", "has taken all of its")
 
 
 def run(trials: int, folder: Path) -> tuple[int, int]:
     draw = random.Random(0)
     for name, epochs in (("begun", "1"), ("straight", "3")):
-        here = folder / name
-        here.mkdir()
-        if (child := Child([*TRAIN, "--epochs", epochs, "--name", "run"], here, fork=True)).wait():
-            raise SystemExit(child.output)
-    expected = content(folder / "straight" / "logs" / "run")
+        (folder / name).mkdir()
+        succeed([*TRAIN, "--epochs", epochs, "--name", "run"], folder / name)
+    shutil.copytree(folder / "begun", folder / "resumed")
+    (folder / "resumed" / "process").mkdir()
+    succeed(RESUME, folder / "resumed" / "process")
+    expected = {name: content(folder / name / "logs" / "run") for name in ("straight", "resumed")}
     survived = 0
     for number in range(trials):
         here = folder / str(number)
         here.mkdir()
-        lost = trial(draw, here, folder / "begun", expected)
+        lost = trial(draw, here, folder / "begun", **expected)
         survived += not lost
         if lost:
             print(f"  trial {number}: {lost}", file=sys.stderr)
@@ -44,14 +46,21 @@ def run(trials: int, folder: Path) -> tuple[int, int]:
     return survived, trials
 
 
-def trial(draw: random.Random, here: Path, begun: Path, expected: dict) -> str:
+def succeed(words: list[str], here: Path) -> None:
+    child = Child(words, here, fork=True)
+    if child.wait():
+        raise SystemExit(child.output)
+
+
+def trial(draw: random.Random, here: Path, begun: Path, *, straight: dict, resumed: dict) -> str:
     """A description of what was lost, or nothing."""
     kind = draw.choice(["resume", "name", "no name"])
     words = {
-        "resume": ["--resume", "../logs/run", "--epochs", "3", "--plot-dir", "../plots"],
+        "resume": RESUME,
         "name": [*TRAIN, "--epochs", "3", "--log-dir", "../logs", "--plot-dir", "../plots", "--name", "run"],
         "no name": [*TRAIN, "--epochs", "3", "--log-dir", "../logs", "--plot-dir", "../plots"],
     }[kind]
+    expected = resumed if kind == "resume" else straight
     if kind == "resume":
         shutil.copytree(begun, here, dirs_exist_ok=True)
     children = []
