@@ -35,7 +35,7 @@ NARROWEST, WIDEST = 480, 4000  # pixels across a grid of images
 SCREEN = 1300  # pixels; text grows with what is wider, which a screen shows reduced
 LARGEST_TILE = 256  # pixels; larger images are reduced
 MOST_NAMED = 20  # classes in a legend
-MANY_POINTS = 20  # of a curve, the largest of which may be left out
+MANY_POINTS = 10  # of a curve, the largest of which may be left out
 MOST_FRAMES, FEWEST_FRAMES, LARGEST_GIF = 60, 16, 2_000_000  # of an animation; bytes
 LONGEST_SIDE = 1000  # pixels of a frame
 
