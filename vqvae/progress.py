@@ -109,7 +109,7 @@ class Progress:
     def finish(self, best_epoch: int | None, monitor: str) -> None:
         """Print how long it took, and which epoch has the lowest value of the metric that is monitored."""
         metric = METRICS.get(monitor)
-        label = metric.label if metric and metric.label else monitor
+        label = metric.label if metric and metric.label else monitor.replace("_", " ")
         best = f"; best.pt is epoch {best_epoch}, of the lowest {self.split} {label}" if best_epoch else ""
         self.write(f"{duration(time.perf_counter() - self.begun)}{best}")
 
