@@ -50,7 +50,9 @@ def assess(
         problem = f"compares images, and the data set {dataset.name} has points; leave it out"
         raise OptionError("", "metrics", None, problem)
     draws = drawn(model, asked.samples, test.labels if config.conditional else None, config.seed)
-    iw_samples = (USUAL_DRAWS if weighable(model) else 0) if asked.iw_samples is None else asked.iw_samples
+    iw_samples = asked.iw_samples
+    if iw_samples is None:
+        iw_samples = USUAL_DRAWS if weighable(model) else 0
     results = evaluate(model, *test, iw_samples=iw_samples, seed=config.seed, nets=asked.nets, samples=draws)
     protocols = [protocol_of(config, dataset, model), *(net.protocol for net in asked.nets)]
     if asked.samples:

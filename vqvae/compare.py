@@ -112,10 +112,11 @@ def read_run(path: str) -> Row:
 
     content = checkpoint.read_model(path)
     model = checkpoint.restore(content, path)
-    about, folder = content["data"], checkpoint.locate(path).parent
+    about, file = content["data"], checkpoint.locate(path)
+    folder = file.parent
     source, step, found, seconds, split = None, content["step"], dict[str, Any](), None, "test"
     if "epoch" in content:
-        source, step, found, seconds, split = _metrics(checkpoint.locate(path), content)
+        source, step, found, seconds, split = _metrics(file, content)
     else:
         folder = Path(path)
         warnings.warn(f"{path}: an exported model has no metrics; name the run's folder", stacklevel=3)

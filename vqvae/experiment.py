@@ -41,7 +41,7 @@ from vqvae.config import (
     interval,
     typed,
 )
-from vqvae.contracts import OptimizerName
+from vqvae.contracts import OptimizerName, evaluating
 from vqvae.data import Dataset
 from vqvae.data.batches import augmentation, pixel_variance
 from vqvae.devices import choose_compile, choose_device, choose_precision
@@ -415,12 +415,10 @@ def image_logger(stage: Stage, run: Run | NullRun, folder: Path, device: torch.d
             run.log_images("code_usage", plots.usage_bars(usage), step)
         if draw is None:
             return
-        stage.module.eval()
-        with forked(device):
+        with evaluating(stage.module), forked(device):
             images = draw().cpu()
             if stage.code_maps is not None:
                 run.log_images("code_maps", plots.montage(stage.code_maps()), step)
-        stage.module.train()
         path = folder / f"epoch_{epoch:03d}.png"
         plots.image_grid(images, path, title=f"{printable(run.folder.name)}: {stage.caption}, epoch {epoch}")
         if stage.originals is not None:  # next to each other, in TensorBoard

@@ -630,12 +630,13 @@ def draw(options: argparse.Namespace) -> None:
             continue
         drawn.append(name)
         print(printable(str(folder / name)))
-    if options.only and not drawn:
-        raise OptionError("", "only", left_out[0][0], f"cannot be drawn: {left_out[0][1]}; leave it out")
-    if options.only:
+    if options.only:  # the page of all plots stays, and shows what was drawn again
+        if not drawn:
+            name, why = left_out[0]
+            raise OptionError("", "only", name, f"cannot be drawn: {why}; leave it out")
         for name, why in left_out:
             print(f"{name}: not drawn: {why}", file=sys.stderr)
-    if not options.only:  # else the page of all plots stays, and shows what was drawn again
+    else:
         write_text(folder / PAGE, run_page(report, folder, drawn, left_out))
         print(printable(str(folder / PAGE)))
     plural = "" if len(drawn) == 1 else "s"

@@ -292,6 +292,9 @@ def write(file: BinaryIO, model: Autoencoder, codes: np.ndarray, columns: Mappin
     np.savez_compressed(file, **arrays)
 
 
+UNLABELED = np.empty(0, np.int64)
+
+
 class Codes(NamedTuple):
     """The contents of files of `vqvae encode`."""
 
@@ -403,19 +406,17 @@ def _joined(paths: list[Path], contents: list[dict[str, np.ndarray]]) -> Codes:
         if len(codes) and (codes.min() < 0 or codes.max() >= first["num_codes"]):
             found = f"{codes.min()} to {codes.max()}"
             raise UserError(f"{path}: codes must be from 0 to {int(first['num_codes']) - 1}, not {found}; encode again")
-        files, labels = content["files"], content.get("labels")
+        files, labels = content["files"], content.get("labels", UNLABELED)
         if files.size and (files.dtype.kind != "U" or files.shape != (len(codes),)):
             raise UserError(_names_problem(path, len(codes)))
-        whole = labels is not None and labels.dtype.kind in "iu" and labels.shape == (len(codes),)
-        if not whole and labels is not None and labels.shape != (0,):
+        if labels.shape != (0,) and (labels.dtype.kind not in "iu" or labels.shape != (len(codes),)):
             raise UserError(f"{path}: labels must be {len(codes)} integers, or empty")
-    known = [content["labels"].astype(np.int64) for content in contents if "labels" in content]
-    joined = np.concatenate(known) if known else np.empty(0)
-    count = sum(len(content["codes"]) for content in contents)
+    joined = np.concatenate([content["codes"] for content in contents])
+    labels = np.concatenate([content.get("labels", UNLABELED).astype(np.int64) for content in contents])
     return Codes(
-        np.concatenate([content["codes"] for content in contents]),
+        joined,
         [name for content in contents for name in content["files"].tolist()],
-        joined if len(known) == len(contents) and len(joined) == count else None,
+        labels if len(labels) == len(joined) else None,
         int(first["num_codes"]),
         tuple(first["image_shape"].reshape(-1).tolist()),
         str(first["model"]),

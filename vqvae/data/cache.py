@@ -189,9 +189,9 @@ class _Plan(NamedTuple):
             return cls(contents, layout, chosen, labels, unused, None)
         held_out = "test" in splits
         train = train_count([splits[i] != "test" if held_out else places[i] >= part.holdout for i in chosen])
-        validation = validation_count(part.validation, train) if part.validation else 0
-        if layout.validation:
-            validation = sum(splits[i] == "validation" for i in chosen)
+        validation = sum(splits[i] == "validation" for i in chosen)
+        if part.validation and not validation:
+            validation = validation_count(part.validation, train)
         shared = (train - validation) // part.total
         if not shared:
             problem = f"leaves no training image of {train:,} to each part; use fewer, or test for the validation split"
