@@ -1,6 +1,7 @@
 """Images in npz, parquet and tar files: the pixels, splits and labels of a folder, and files from strangers."""
 
 import builtins
+import gzip
 import io
 import json
 import pickle
@@ -271,6 +272,13 @@ def test_a_tar_file_with_a_size_below_0_is_one_line(tmp_path):
     whole = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(whole[:1024] + bytes(header) + bytes(1024))
     with pytest.raises(UserError, match=r"a.tar: no .tar file of images"):
+        load("webdataset", data_dir=tmp_path / "a.tar", image_size=8)
+
+
+def test_a_compressed_tar_file_is_named_as_one(tmp_path):
+    write_tar(tmp_path / "a.tar", {"1.png": b"an image"})
+    (tmp_path / "a.tar").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    with pytest.raises(UserError, match=r"a.tar: no .tar file of images .it is compressed with gzip; gunzip makes"):
         load("webdataset", data_dir=tmp_path / "a.tar", image_size=8)
 
 

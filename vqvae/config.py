@@ -167,8 +167,9 @@ class Config:
     validation: Annotated[
         str,
         Passes(_is_validation, "a share above 0 and below 1, or test"),
-        "share of the training images to hold out: they are evaluated after each epoch and choose best.pt, and the "
-        "test split is evaluated at the end; test: choose on the test split, as some published protocols do",
+        "share of the training images to hold out, unless the data have a validation split, such as a folder val: it "
+        "is evaluated after each epoch and chooses best.pt, and the test split is evaluated at the end; test: choose "
+        "on the test split, as some published protocols do",
     ] = _field("0.1", "data", metavar="SHARE")
 
     epochs: Annotated[Positive, "passes over the training data"] = _field(20, "training", metavar="N", on_resume=True)

@@ -328,6 +328,9 @@ def _members(file: BinaryIO) -> tuple[dict[str, tuple[int, int]], dict[str, str 
     """The offset and size of each image in a tar file, by name, and the labels by key."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, str | None] = {}
+    if file.read(2) == b"\x1f\x8b":
+        raise ValueError("it is compressed with gzip; gunzip makes a .tar of it")
+    file.seek(0)
     with tarfile.open(fileobj=_Bounded(file), mode="r:") as tar:  # type: ignore[call-overload]
         while member := tar.next():
             tar.members.clear()  # it would keep all of them
