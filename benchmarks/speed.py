@@ -299,7 +299,7 @@ def write_entry(path: Path, kind: str, entry: dict) -> None:
         with contextlib.suppress(ValueError):
             others = json.loads(path.read_text())
         if not (isinstance(others, dict) and all(isinstance(other, dict) for other in others.values()) and others):
-            raise OptionError("", "output", str(path), "is not a file of this benchmark; name another one")
+            raise OptionError("output", str(path), "is not a file of this benchmark; name another one")
     write_json(path, {**others, kind: entry})
 
 
@@ -315,7 +315,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     need_peers()
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise OptionError("", "device", "cuda", "not available on this machine; use cpu")
+        raise OptionError("device", "cuda", "not available on this machine; use cpu")
     if args.output and not Path(args.output).absolute().parent.is_dir():
         raise UserError(f"--output {args.output}: its folder does not exist; make it first")
     device, quick = torch.device(args.device), args.quick

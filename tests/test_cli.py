@@ -52,9 +52,9 @@ def outcome(problem: BaseException):
     [
         (UserError("a.pt: no such file"), 2, "error: a.pt: no such file\n"),
         (UserError("a.pt: a\nb \x1b[31m red"), 2, "error: a.pt: a\\nb \\x1b[31m red\n"),
-        (OptionError("", "batch_size", 9, "is large"), 2, "error: --batch-size 9: is large\n"),
-        (OptionError("vq", "decay", 2, "x", slot="bottleneck"), 2, "error: --bottleneck vq decay=2: x\n"),
-        (OptionError("", "name", "a\nb", "must be a name"), 2, "error: --name a\\nb: must be a name\n"),
+        (OptionError("batch_size", 9, "is large"), 2, "error: --batch-size 9: is large\n"),
+        (OptionError("decay", 2, "x", owner="vq", slot="bottleneck"), 2, "error: --bottleneck vq decay=2: x\n"),
+        (OptionError("name", "a\nb", "must be a name"), 2, "error: --name a\\nb: must be a name\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (
             RuntimeError("[enforce fail at a.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),

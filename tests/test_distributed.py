@@ -125,7 +125,7 @@ def test_a_group_that_cannot_send_from_the_cpu_sends_from_the_gpu(monkeypatch):
 
 
 def refuse() -> None:
-    raise OptionError("vq", "decay", 2, "must be from 0 to below 1", slot="bottleneck")
+    raise OptionError("decay", 2, "must be from 0 to below 1", owner="vq", slot="bottleneck")
 
 
 def work(folder: Path) -> None:

@@ -10,24 +10,24 @@ from vqvae.errors import OptionError, UserError, naming, near_misses, one_line, 
 @pytest.mark.parametrize(
     ("error", "python", "flagged"),
     [
-        (OptionError("", "epochs", 0, "is small"), "epochs=0: is small", "--epochs 0: is small"),
-        (OptionError("", "batch_size", 9, "is large"), "batch_size=9: is large", "--batch-size 9: is large"),
-        (OptionError("vq", "decay", 2, "is large"), "vq decay=2: is large", "vq decay=2: is large"),
+        (OptionError("epochs", 0, "is small"), "epochs=0: is small", "--epochs 0: is small"),
+        (OptionError("batch_size", 9, "is large"), "batch_size=9: is large", "--batch-size 9: is large"),
+        (OptionError("decay", 2, "is large", owner="vq"), "vq decay=2: is large", "vq decay=2: is large"),
         (
-            OptionError("vq", "decay", 2, "is large", slot="bottleneck"),
+            OptionError("decay", 2, "is large", owner="vq", slot="bottleneck"),
             "vq decay=2: is large",
             "--bottleneck vq decay=2: is large",
         ),
         (
-            OptionError("", "evaluate", None, "needs a model"),
+            OptionError("evaluate", None, "needs a model"),
             "evaluate=None: needs a model",
             "--evaluate: needs a model",
         ),
-        (OptionError("", "compile", True, "fails"), "compile=True: fails", "--compile: fails"),
-        (OptionError("", "compile", False, "is slow"), "compile=False: is slow", "--no-compile: is slow"),
-        (OptionError("", "name", "", "is empty"), "name='': is empty", "--name '': is empty"),
-        (OptionError("", "name", "a\n\x1b[1m", "is odd"), "name=a\\n\\x1b[1m: is odd", "--name a\\n\\x1b[1m: is odd"),
-        (OptionError("", "", "a.npz", "is absent"), "a.npz: is absent", "a.npz: is absent"),
+        (OptionError("compile", True, "fails"), "compile=True: fails", "--compile: fails"),
+        (OptionError("compile", False, "is slow"), "compile=False: is slow", "--no-compile: is slow"),
+        (OptionError("name", "", "is empty"), "name='': is empty", "--name '': is empty"),
+        (OptionError("name", "a\n\x1b[1m", "is odd"), "name=a\\n\\x1b[1m: is odd", "--name a\\n\\x1b[1m: is odd"),
+        (OptionError("", "a.npz", "is absent"), "a.npz: is absent", "a.npz: is absent"),
     ],
 )
 def test_an_option_error_speaks_python_and_the_command_line(error, python, flagged):
@@ -66,12 +66,12 @@ def test_an_error_about_a_file_names_the_option_that_chose_it():
         raise UserError("logs/a/checkpoint.pt: no such file")
     assert caught.value.flagged == "--resume logs/a: logs/a/checkpoint.pt: no such file"
     with pytest.raises(OptionError) as caught, naming("resume", "logs/a"):
-        raise OptionError("", "device", "mps", "is absent")
+        raise OptionError("device", "mps", "is absent")
     assert caught.value.flagged == "--device mps: is absent"
 
 
 def test_an_option_error_survives_the_way_between_processes():
-    error = OptionError("vq", "decay", 2, "is large", slot="bottleneck")
+    error = OptionError("decay", 2, "is large", owner="vq", slot="bottleneck")
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is OptionError
     assert vars(copy) == vars(error)
@@ -79,9 +79,9 @@ def test_an_option_error_survives_the_way_between_processes():
 
 
 def test_slot_and_member_are_added_where_they_are_missing():
-    bare = OptionError("", "decay", 2, "is large")
+    bare = OptionError("decay", 2, "is large")
     assert bare.within("bottleneck", "vq").flagged == "--bottleneck vq decay=2: is large"
-    known = OptionError("elbo", "free_bits", -1, "is small", slot="objective")
+    known = OptionError("free_bits", -1, "is small", owner="elbo", slot="objective")
     assert known.within("bottleneck", "vq").flagged == known.flagged
 
 

@@ -43,7 +43,7 @@ class FoldingSize(Size):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rungs % self.parts:
-            raise OptionError("", "rungs", self.rungs, f"must be a multiple of parts={self.parts}")
+            raise OptionError("rungs", self.rungs, f"must be a multiple of parts={self.parts}")
 
 
 class Ladder:
@@ -154,7 +154,7 @@ def test_missing_context_names_the_members_that_fit():
 def test_build_names_the_member_whose_constructor_refuses():
     class Brittle:
         def __init__(self, *, wall: str, nails: Count = 2):
-            raise OptionError("", "nails", nails, f"do not go into {wall}")
+            raise OptionError("nails", nails, f"do not go into {wall}")
 
     with pytest.raises(OptionError) as caught:
         build(Slot("climb", {"brittle": Brittle}), Choice("brittle", {}), {"wall": "sand"})

@@ -43,12 +43,12 @@ def assess(
     Raises `OptionError` for what the data or the model do not have: labels to probe, images to compare.
     """
     if asked.probed and not dataset.classes:
-        raise OptionError("", "probe", None, f"the data set {dataset.name} has no labels; leave it out")
+        raise OptionError("probe", None, f"the data set {dataset.name} has no labels; leave it out")
     config, test = Config.from_dict(content["config"]), dataset.test
     model = checkpoint.restore(content, str(path)).to(device)
     if asked.nets and not model.shows_images:
         problem = f"compares images, and the data set {dataset.name} has points; leave it out"
-        raise OptionError("", "metrics", None, problem)
+        raise OptionError("metrics", None, problem)
     draws = drawn(model, asked.samples, test.labels if config.conditional else None, config.seed)
     iw_samples = asked.iw_samples
     if iw_samples is None:

@@ -271,9 +271,9 @@ def build_autoencoder(
     likelihood = build(SLOTS["likelihood"], choices["likelihood"], images)
     if image_shape == POINT and not likelihood.takes_points:
         problem = "is a likelihood of pixels, and the data are points of the plane; use gaussian"
-        raise OptionError("", "likelihood", choices["likelihood"].name, problem)
+        raise OptionError("likelihood", choices["likelihood"].name, problem)
     if image_shape[1:] == (1, 1) and image_shape != POINT:
-        raise OptionError("", "image_size", 1, "leaves one pixel of an image; try 4 or 8")
+        raise OptionError("image_size", 1, "leaves one pixel of an image; try 4 or 8")
     nets = build(SLOTS["nets"], choices["nets"], {"image_shape": image_shape})
     features = {"channels": nets.channels, "grid": nets.grid, "total_steps": total_steps}
     bottleneck: Bottleneck = build(SLOTS["bottleneck"], choices["bottleneck"], features)
@@ -283,7 +283,7 @@ def build_autoencoder(
     of_codes = {"num_classes": num_classes, "scales": bottleneck.scales}
     prior = build(SLOTS["prior"], choices["prior"], {**bottleneck.prior_context(), **of_codes})
     if num_classes and not needs(SLOTS["prior"], choices["prior"].name, "num_classes"):
-        raise OptionError("", "conditional", None, f"the prior {choices['prior'].name} cannot use labels; leave it out")
+        raise OptionError("conditional", None, f"the prior {choices['prior'].name} cannot use labels; leave it out")
     model = Autoencoder(
         encoder=encoder,
         bottleneck=bottleneck,

@@ -176,12 +176,12 @@ class OneLineErrors(argparse.ArgumentParser):
                 values = [*([joined] if equals else []), *_values(action, words, bool(equals))]
                 text = " ".join(values)
                 if values and action.nargs == 0:
-                    raise OptionError("", flag.strip("-"), text, "takes no value")
+                    raise OptionError(flag.strip("-"), text, "takes no value")
                 if unusable := next(filter(None, map(_unusable, values)), None):
-                    raise OptionError("", flag.strip("-"), text, unusable)
+                    raise OptionError(flag.strip("-"), text, unusable)
                 if given.setdefault(action.dest, (flag, text)) != (flag, text):
                     other = " ".join(given[action.dest]).strip()
-                    raise OptionError("", flag.strip("-"), text or None, f"is given twice, also as {other}; keep one")
+                    raise OptionError(flag.strip("-"), text or None, f"is given twice, also as {other}; keep one")
                 checked += [f"{flag}={text}"] if values and action.nargs is None else [flag, *values]
             elif word.startswith("-") and len(word) > 1:
                 raise UserError(f"{shown(name)}: no such flag{near_misses(name, known)}; see --help")
@@ -192,7 +192,7 @@ class OneLineErrors(argparse.ArgumentParser):
                 positional.append(word)
             elif flag and not equals and word[:1] not in DASHES:
                 count = "one value; quote a value that contains spaces" if values else "no value"
-                raise OptionError("", flag.strip("-"), " ".join([*values, word]), f"takes {count}")
+                raise OptionError(flag.strip("-"), " ".join([*values, word]), f"takes {count}")
             else:  # epochs=3, or --epochs with a dash that a word processor made
                 meant = f"--{name.lstrip(DASHES)}"
                 close = near_misses(meant, known) if meant in known or equals or word[:1] in DASHES else ""

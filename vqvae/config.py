@@ -385,7 +385,7 @@ def configure(given: Mapping[str, Any], start: Start, slots: Mapping[str, Slot])
             config = _new(_fresh(settings, short, slots))
     name = config.dataset.name
     if settings.get("data_dir", Config.data_dir) != Config.data_dir and name in slots["dataset"].built_in:
-        raise OptionError("", "data_dir", config.data_dir, f"the data set {name} reads no files; leave it out")
+        raise OptionError("data_dir", config.data_dir, f"the data set {name} reads no files; leave it out")
     return config
 
 
@@ -411,7 +411,7 @@ def _over_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
     preset = settings.get("preset")
     if preset is not None and preset not in PRESETS:
         problem = f"no such name{near_misses(preset, PRESETS)}; known: {', '.join(PRESETS)}"
-        raise OptionError("", "preset", preset, problem)
+        raise OptionError("preset", preset, problem)
     published = {key: _typed(key, value) for key, value in PRESETS[preset].settings.items()} if preset else {}
     return _merge(published, settings)
 
@@ -429,18 +429,17 @@ def _initialized(
     for key in ("init", "spread"):
         if "bottleneck" in settings and key in settings["bottleneck"].options:
             problem = "has no effect, because the codes of --init-from are the first ones; leave it out"
-            raise OptionError(
-                chosen["bottleneck"].name, key, chosen["bottleneck"].options[key], problem, slot="bottleneck"
-            )
+            name, options = chosen["bottleneck"]
+            raise OptionError(key, options[key], problem, owner=name, slot="bottleneck")
     for slot, there in given.items():
         here = chosen[slot]
         if here.name != there.name:
             problem = f"the model of --init-from has {there.name}; leave it out"
-            raise OptionError("", slot, here.name, problem)
+            raise OptionError(slot, here.name, problem)
         for key, value in there.options.items():
             if here.options[key] != value and (slot != "bottleneck" or key in SIZES):
                 problem = f"the model of --init-from has {key}={value}; leave it out"
-                raise OptionError(here.name, key, here.options[key], problem, slot=slot)
+                raise OptionError(key, here.options[key], problem, owner=here.name, slot=slot)
     return Config(**chosen)
 
 
@@ -465,7 +464,7 @@ def _resolved(
             if key in typed and s.option in typed[key].options:
                 other = f"--{key} {choice.name} {s.option}={typed[key].options[s.option]}"
                 problem = f"is given twice, also as {other}; keep one"
-                raise OptionError("", name, short[name], problem)
+                raise OptionError(name, short[name], problem)
         options = choice.options | {s.option: short[name] for name, s in mine.items()}
         try:
             given = [*(typed[key].options if key in typed else ()), *(s.option for s in mine.values())]
@@ -473,12 +472,13 @@ def _resolved(
             refuse_idle(slots[key], choices[key], given)
             if "label_drop" in given and choices[key].options["label_drop"] and not chosen.get("conditional"):
                 problem = "has no effect without --conditional; leave it out"
-                raise OptionError(choice.name, "label_drop", choices[key].options["label_drop"], problem, slot=key)
+                value = choices[key].options["label_drop"]
+                raise OptionError("label_drop", value, problem, owner=choice.name, slot=key)
         except OptionError as problem:
             for name, s in mine.items():
                 if problem.option == s.option:
                     reason = problem.problem.replace("unknown option", f"--{key} {choice.name} has no {s.option}")
-                    raise OptionError("", name, short[name], reason) from None
+                    raise OptionError(name, short[name], reason) from None
             raise
     return choices
 
@@ -492,7 +492,7 @@ def _resumed(base: Config, settings: Mapping[str, Any], short: Mapping[str, Any]
     changed += [key for key in settings if key not in ON_RESUME and wanted[key] != stored[key]]
     if changed:
         problem = f"a resumed run keeps its settings; only these may change: {', '.join(map(_flag, ON_RESUME))}"
-        raise OptionError("", changed[0], {**settings, **short}[changed[0]], problem)
+        raise OptionError(changed[0], {**settings, **short}[changed[0]], problem)
     return Config(**wanted)
 
 
@@ -504,15 +504,15 @@ def _stage_two(
 ) -> Config:
     for key in (*FROM_STAGE_ONE, "preset", "init_from"):
         if key in settings:
-            raise OptionError("", key, settings[key], "the model and data come from --checkpoint; leave it out")
+            raise OptionError(key, settings[key], "the model and data come from --checkpoint; leave it out")
     for key, value in short.items():
         if SHORTHANDS[key].slot != "prior":
-            raise OptionError("", key, value, "the model and data come from --checkpoint; leave it out")
+            raise OptionError(key, value, "the model and data come from --checkpoint; leave it out")
     if settings.get("augment", "none") != "none":
-        raise OptionError("", "augment", settings["augment"], "a prior trains on codes, not images; leave it out")
+        raise OptionError("augment", settings["augment"], "a prior trains on codes, not images; leave it out")
     if "prior" not in settings:
         problem = "name the prior to train on its codes, such as --prior pixelcnn"
-        raise OptionError("", "checkpoint", settings.get("checkpoint"), problem)
+        raise OptionError("checkpoint", settings.get("checkpoint"), problem)
     stored = {key: getattr(first, key) for key in (*FROM_STAGE_ONE, "data_dir", "limit", "validation")}
     chosen = stored | dict(settings)
     return Config(**(chosen | _resolved(chosen, settings, short, slots)))
@@ -521,7 +521,7 @@ def _stage_two(
 def _typed(key: str, value: Any) -> Any:
     """A setting given as text, as words (slots) or as a value, in its declared type and checked."""
     if key not in FIELDS:
-        raise OptionError("", key, value, f"unknown setting{near_misses(key, FIELDS)}")
+        raise OptionError(key, value, f"unknown setting{near_misses(key, FIELDS)}")
     if FIELDS[key].kind is not Choice:
         converted = FIELDS[key].convert(value)
         return os.path.expanduser(converted) if key in PATHS and converted else converted

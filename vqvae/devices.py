@@ -30,7 +30,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = names[0]
     if name not in names:
-        raise OptionError("", "device", name, f"not available on this machine; available: {', '.join(names)}")
+        raise OptionError("device", name, f"not available on this machine; available: {', '.join(names)}")
     return torch.device(name)
 
 

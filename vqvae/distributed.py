@@ -51,11 +51,11 @@ def start(device: torch.device) -> None:
     if count == 1 or _several():
         return
     if device.type not in ("cpu", "cuda"):
-        raise OptionError("", "device", device.type, f"{count} processes cannot share it; use cpu, or one process")
+        raise OptionError("device", device.type, f"{count} processes cannot share it; use cpu, or one process")
     if device.type == "cuda":
         here, there = int(os.environ.get("LOCAL_WORLD_SIZE", count)), torch.cuda.device_count()
         if here > there:
-            raise OptionError("", "device", "cuda", f"{here} processes but {there} GPUs; start as many, or use cpu")
+            raise OptionError("device", "cuda", f"{here} processes but {there} GPUs; start as many, or use cpu")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # decisions of the host use gloo even with GPUs, so that no process waits for its device to take them
     _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

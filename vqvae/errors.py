@@ -40,13 +40,13 @@ class UserError(ValueError):
 class OptionError(UserError):
     """A value that an option does not take.
 
-    `owner` is the member of a slot that has the option ("vq"), or "" for a setting of the run. `option` is "" for a
-    word without a flag. The registry adds the slot ("bottleneck"). Command lines print the flag (`--bottleneck vq
+    `option` is "" for a word without a flag. `owner` is the member of a slot that has the option ("vq"), or "" for a
+    setting of the run. The registry adds the slot ("bottleneck"). Command lines print the flag (`--bottleneck vq
     decay=2: must be ...`, see `flagged`); Python users read `vq decay=2: must be ...`.
     """
 
-    def __init__(self, owner: str, option: str, value: object, problem: str, *, slot: str = ""):
-        self.owner, self.option, self.value, self.problem, self.slot = owner, option, value, problem, slot
+    def __init__(self, option: str, value: object, problem: str, *, owner: str = "", slot: str = ""):
+        self.option, self.value, self.problem, self.owner, self.slot = option, value, problem, owner, slot
         super().__init__(f"{owner} {self._pair}".strip() + f": {problem}")
 
     @property
@@ -65,11 +65,11 @@ class OptionError(UserError):
         return printable(f"{flag}{value}".strip() + f": {self.problem}")
 
     def __reduce__(self) -> tuple:  # processes send it to each other
-        return partial(OptionError, slot=self.slot), (self.owner, self.option, self.value, self.problem)
+        return partial(OptionError, owner=self.owner, slot=self.slot), (self.option, self.value, self.problem)
 
     def within(self, slot: str, owner: str) -> "OptionError":
         """The same error, as one of a slot's member."""
-        return OptionError(self.owner or owner, self.option, self.value, self.problem, slot=self.slot or slot)
+        return OptionError(self.option, self.value, self.problem, owner=self.owner or owner, slot=self.slot or slot)
 
 
 @contextlib.contextmanager
@@ -80,7 +80,7 @@ def naming(option: str, value: object) -> Iterator[None]:
     except OptionError:
         raise
     except UserError as problem:
-        raise OptionError("", option, value, str(problem).removeprefix(f"{value}: ")) from None
+        raise OptionError(option, value, str(problem).removeprefix(f"{value}: ")) from None
 
 
 def one_line(problem: BaseException, limit: int = 200) -> str:

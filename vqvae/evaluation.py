@@ -61,7 +61,7 @@ def evaluate(
         problem = (
             "the prior only bounds log p(z), and importance weights would exceed the bound; use 0, or another prior"
         )
-        raise OptionError("", "iw_samples", iw_samples, problem)
+        raise OptionError("iw_samples", iw_samples, problem)
     totals = metrics.Totals()
     with evaluating(model), seeded(seed, model.device):
         for batch, batch_labels in shares.batches(batch_size or model.at_once, images, labels):

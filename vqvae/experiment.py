@@ -125,7 +125,7 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
         distributed.on_first(lambda: refuse_saved(wanted))  # before the data are read
     dataset = run_data.load_shared(config, rescan=rescan)
     if config.conditional and not dataset.classes:
-        raise OptionError("", "conditional", None, f"the data set {dataset.name} has no labels; leave it out")
+        raise OptionError("conditional", None, f"the data set {dataset.name} has no labels; leave it out")
 
     plan = plan._replace(augment=augmentation(config.augment, dataset.train.images))
     if config.checkpoint:
@@ -214,7 +214,7 @@ def refuse_idle_weights(given: Mapping[str, Any], config: Config, model: Autoenc
     for key, reason in reasons.items():
         if key in typed and (value := config.objective.options[key]) not in (0, "0"):
             problem = f"has no effect, because {reason}; leave it out"
-            raise OptionError(config.objective.name, key, value, problem, slot="objective")
+            raise OptionError(key, value, problem, owner=config.objective.name, slot="objective")
 
 
 def describe_run(
@@ -241,14 +241,14 @@ def how_it_starts(given: Mapping[str, Any], resume: str | None, lock: Lock) -> S
         path = checkpoint.locate(resume)
         folder = path.parent
         if path.name not in ("checkpoint.pt", "best.pt"):
-            raise OptionError("", "resume", resume, "name the run's folder, or its checkpoint.pt")
+            raise OptionError("resume", resume, "name the run's folder, or its checkpoint.pt")
         with naming("resume", resume):
             if (folder / "config.json").exists() and os.environ.get("RANK", "0") == "0":
                 lock.take(folder)
             if Path(resume).is_dir() and lock.path and not path.exists():
                 problem = "was stopped before its first checkpoint; start it again, with the flags it had and"
                 name = shlex.quote(Path(os.path.abspath(folder)).name)
-                raise OptionError("", "resume", resume, f"{problem} --name {name}")
+                raise OptionError("resume", resume, f"{problem} --name {name}")
             content = checkpoint.read(path)
             checkpoint.verify(content, str(path))
             return Resumed(folder, content)
@@ -263,7 +263,7 @@ def how_it_starts(given: Mapping[str, Any], resume: str | None, lock: Lock) -> S
         content = checkpoint.read(given["checkpoint"])
     if content["kind"] != "autoencoder":
         problem = "is a prior's checkpoint; name the autoencoder's that it was trained on"
-        raise OptionError("", "checkpoint", given["checkpoint"], problem)
+        raise OptionError("checkpoint", given["checkpoint"], problem)
     return StageTwo(given["checkpoint"], content)
 
 
@@ -333,7 +333,7 @@ def stage_one(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
         path, there, here = config.init_from, start.content["data"]["shape"][0], images.shape[1]
         if there != here:
             problem = f"its images have {there} channels, and those of the data {here}; name data with {there}"
-            raise OptionError("", "init_from", path, problem)
+            raise OptionError("init_from", path, problem)
         with naming("init_from", path):
             checkpoint.transfer(start.content, model, str(path))
     module.to(plan.device)
@@ -366,12 +366,12 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
         with torch.random.fork_rng(devices=[]):  # the new prior's weights are drawn as if this model were not
             if checkpoint.restore(start.content, path).discrete is None:
                 problem = "its latent is continuous; name a model with codes, on which stage two trains a prior"
-                raise OptionError("", "checkpoint", path, problem)
+                raise OptionError("checkpoint", path, problem)
         model = checkpoint.restore(start.content, path, new_prior=config)
     model.to(plan.device)
     if not any(True for _ in model.prior.parameters()):
         problem = "has no parameters to train; try unigram, pixelcnn, transformer or masked"
-        raise OptionError("", "prior", config.prior.name, problem)
+        raise OptionError("prior", config.prior.name, problem)
     # next to the autoencoder, so that every prior trained on its codes finds them; but no checkpoint names a place
     folder = start.folder if isinstance(start, Resumed) else checkpoint.locate(path).parent
     codes = extract_codes(model, dataset.train.images, folder / "codes-train.npz", parts=config.data_shards)
@@ -488,5 +488,5 @@ def listing(what: str) -> str:
     """The members of a slot with their options: what `--list` prints."""
     if what not in LISTINGS:
         problem = f"no such list{near_misses(what, LISTINGS)}; known: {', '.join(LISTINGS)}, presets"
-        raise OptionError("", "list", what, problem)
+        raise OptionError("list", what, problem)
     return cli.describe(SLOTS[LISTINGS[what]])

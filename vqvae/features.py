@@ -110,7 +110,7 @@ def load_nets(words: Collection[str], paths: Sequence[str], device: torch.device
             net, file = make(served, files, device)
         except ModuleNotFoundError as missing:
             problem = f"needs the package {missing.name}, which is not installed; pip install 'vqvae[metrics]'"
-            raise OptionError("", "metrics", served[0], problem) from None
+            raise OptionError("metrics", served[0], problem) from None
         nets.append(net)
         used |= {file.path} if file else set()
     for file in files:
@@ -152,7 +152,7 @@ def _find(files: Sequence[Weights], key: str, shape: tuple[int, ...]) -> Weights
 
 
 def _missing(word: str, what: str) -> OptionError:
-    return OptionError("", "metrics", word, f"needs the weights of {what}; give the file as weights")
+    return OptionError("metrics", word, f"needs the weights of {what}; give the file as weights")
 
 
 def _inception(words: Sequence[str], files: Sequence[Weights], device: torch.device) -> tuple[Net, Weights]:
@@ -249,5 +249,5 @@ def _color(images: Tensor) -> Tensor:
     """Images with three channels; gray ones are repeated."""
     if images.shape[1] not in (1, 3):
         problem = f"compares gray and color images, and these have {images.shape[1]} channels; leave it out"
-        raise OptionError("", "metrics", None, problem)
+        raise OptionError("metrics", None, problem)
     return images.expand(-1, 3, -1, -1)

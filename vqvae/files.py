@@ -166,7 +166,7 @@ def make_folder(folder: Path, option: str) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as problem:
-        raise OptionError("", option, folder, f"cannot write there ({one_line(problem)})") from None
+        raise OptionError(option, folder, f"cannot write there ({one_line(problem)})") from None
     return folder
 
 

@@ -63,10 +63,10 @@ def check(content: Mapping[str, Any]) -> None:
         found = content["config"][slot]["name"]
         if found not in names:
             problem = f"takes the {slot} {' or '.join(names)}, and this model has {found}; choose pt2 or onnx"
-            raise OptionError("", "format", "diffusers", problem)
+            raise OptionError("format", "diffusers", problem)
     if content["config"]["likelihood"]["options"].get("pixels") == "sigmoid":
         problem = "takes nets whose output is pixels, and those of pixels=sigmoid give logits; choose pt2 or onnx"
-        raise OptionError("", "format", "diffusers", problem)
+        raise OptionError("format", "diffusers", problem)
 
 
 def write(content: Mapping[str, Any], model: Autoencoder, folder: Path) -> None:

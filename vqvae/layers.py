@@ -66,10 +66,10 @@ class Quantizer(nn.Module):
     def __init__(self, name: str, dim: int, *, total_steps: int = 100_000, **options: Any):
         super().__init__()
         if name not in LAYERS:
-            raise OptionError("", "name", name, f"is no layer; known: {', '.join(LAYERS)}")
+            raise OptionError("name", name, f"is no layer; known: {', '.join(LAYERS)}")
         if options.get("estimator") == "rloo":
             problem = "needs the bound, which a layer does not know; use straight-through"
-            raise OptionError(name, "estimator", "rloo", problem)
+            raise OptionError("estimator", "rloo", problem, owner=name)
         member: Member = BOTTLENECKS[name]
         known_options = signature(member).options
         if "code_dim" in known_options:
@@ -82,9 +82,8 @@ class Quantizer(nn.Module):
         self.dim = dim
         self.bottleneck: Discrete = build(SLOT, Choice(name, options), context)
         if self.bottleneck.startup_flows() is not None:
-            raise OptionError(
-                name, "iaf_flows", options["iaf_flows"], "flows need the size of the grid; leave them out"
-            )
+            problem = "flows need the size of the grid; leave them out"
+            raise OptionError("iaf_flows", options["iaf_flows"], problem, owner=name)
         code_dim = self.bottleneck.code_dim
         self.output: nn.Module = nn.Identity() if code_dim == dim else nn.Conv2d(code_dim, dim, 1)
         self.levels = self.bottleneck.grid[1]  # Q

@@ -208,7 +208,7 @@ class Bernoulli(Likelihood):
             problem = (
                 "needs black and white pixels, but the images have gray ones; use binary data such as mnist-binary"
             )
-            raise OptionError("", "likelihood", "bernoulli", problem)
+            raise OptionError("likelihood", "bernoulli", problem)
 
 
 class LogitLaplace(Likelihood):

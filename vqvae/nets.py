@@ -29,13 +29,13 @@ def divisible(image_shape: ImageShape, stride: int) -> tuple[int, int]:
     """The code grid (h, w) of an image under a stride. Raises `OptionError` with sizes that divide, and for points."""
     channels, height, width = image_shape
     if (channels, height, width) == POINT:
-        raise OptionError("", "nets", None, "must be mlp or conv-vae, because the data are points of the plane")
+        raise OptionError("nets", None, "must be mlp or conv-vae, because the data are points of the plane")
     if height % stride or width % stride:
         lower = [max(stride, side // stride * stride) for side in (height, width)]
         upper = [-(-side // stride) * stride for side in (height, width)]
         upper = upper if upper != lower else [side + stride for side in lower]
         size, low, high = (Size(sides) for sides in ((height, width), lower, upper))
-        raise OptionError("", "image_size", size, f"does not divide by {stride}; try {low} or {high}")
+        raise OptionError("image_size", size, f"does not divide by {stride}; try {low} or {high}")
     return height // stride, width // stride
 
 
@@ -177,7 +177,7 @@ class Henrhoi(Nets):
         self.image_channels, self.channels, self.residual_layers = image_shape[0], hidden, residual_layers
         self.grid = divisible(image_shape, 4)
         if self.grid == (1, 1):  # of a batch of one image, batch norm would get one vector
-            raise OptionError("", "image_size", 4, "gives the batch norm of henrhoi a single vector per image; try 8")
+            raise OptionError("image_size", 4, "gives the batch norm of henrhoi a single vector per image; try 8")
 
     def encoder(self) -> nn.Module:
         n = self.channels
@@ -249,7 +249,7 @@ class SQVAE(Nets):
         self.residual_layers, self.middle = residual_layers, middle
         self.grid = divisible(image_shape, 4)
         if self.grid == (1, 1):  # of a batch of one image, batch norm would get one vector
-            raise OptionError("", "image_size", 4, "gives the batch norm of sqvae a single vector per image; try 8")
+            raise OptionError("image_size", 4, "gives the batch norm of sqvae a single vector per image; try 8")
 
     def encoder(self) -> nn.Module:
         n = self.channels
@@ -608,7 +608,7 @@ class VQGAN(Nets):
         attending = [] if attention == "none" else numbers_in(attention)
         if unknown := [stride for stride in attending if stride not in strides]:
             problem = f"has {unknown[0]}, and the levels of ch_mult={ch_mult} have {', '.join(map(str, strides))}"
-            raise OptionError("", "attention", attention, problem)
+            raise OptionError("attention", attention, problem)
         self.levels = [vqgan.Level(hidden * n, s in attending) for n, s in zip(multipliers, strides, strict=True)]
         self.image_channels, self.channels, self.blocks = image_shape[0], features, num_res_blocks
         self.middle_attention = middle_attention
@@ -617,7 +617,7 @@ class VQGAN(Nets):
         self.groups = max(n for n in range(1, min(groups, width) + 1) if width % n == 0)
         if self.grid == (1, 1) and self.levels[-1].width == self.groups:  # normalized, one value is always 0
             size = Size(image_shape[1:])
-            raise OptionError("", "image_size", size, f"leaves group norm one value per group; try {2 * strides[-1]}")
+            raise OptionError("image_size", size, f"leaves group norm one value per group; try {2 * strides[-1]}")
 
     def encoder(self) -> nn.Module:
         return vqgan.Encoder(

@@ -93,7 +93,7 @@ class ProbabilisticOptions(ElboOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stop_training_encoder_after_startup and not self.iaf_startup_steps:
-            raise OptionError("", "stop_training_encoder_after_startup", "yes", "needs iaf_startup_steps above 0")
+            raise OptionError("stop_training_encoder_after_startup", "yes", "needs iaf_startup_steps above 0")
 
 
 class ProbabilisticObjective(ElboObjective):
@@ -125,7 +125,7 @@ class ProbabilisticObjective(ElboObjective):
         steps = self.options.iaf_startup_steps
         if steps and not model.bottleneck.startup_flows():
             problem = "the bottleneck has no flows; give it some, as in gumbel iaf_flows=1"
-            raise OptionError("probabilistic", "iaf_startup_steps", steps, problem, slot="objective")
+            raise OptionError("iaf_startup_steps", steps, problem, owner="probabilistic", slot="objective")
 
     def freeze(self, model: "Autoencoder", step: int) -> None:
         flows = model.bottleneck.startup_flows()

@@ -41,7 +41,7 @@ def probe(model: Autoencoder, train: Images, test: Images, *, seed: int = 0) -> 
     picked = torch.arange(count) * len(train.labels) // max(count, 1)
     labels = train.labels[picked]
     if len(labels[labels >= 0].unique()) < 2 or not (test.labels >= 0).any():
-        raise OptionError("", "probe", None, "needs images with labels, of two classes or more; leave it out")
+        raise OptionError("probe", None, "needs images with labels, of two classes or more; leave it out")
     fitted, held_out = latents(model, train.images[picked], labels), latents(model, *test)
     dealt = [found._replace(labels=_shuffled(found.labels, seed)) for found in (fitted, held_out)]
     results = dict[str, float]()

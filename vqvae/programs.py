@@ -153,7 +153,7 @@ def need(kind: str) -> None:
             importlib.import_module(name)
     except ImportError as problem:
         reason = f"needs {problem.name or 'its libraries'}, which is not installed; pip install 'vqvae[{kind}]'"
-        raise OptionError("", "format", kind, reason) from None
+        raise OptionError("format", kind, reason) from None
 
 
 def write_program(half: nn.Module, example: Tensor, path: Path, interface: Interface) -> None:

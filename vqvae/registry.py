@@ -171,7 +171,7 @@ class Option(NamedTuple):
     def check(self, value: Any) -> None:
         """Raise `OptionError` for a value that is refused."""
         if problem := self.problem(value):
-            raise OptionError("", self.name, value, problem)
+            raise OptionError(self.name, value, problem)
 
     def convert(self, value: Any) -> Any:
         """A value, often text, in the option's type, checked; raises `OptionError`."""
@@ -179,7 +179,7 @@ class Option(NamedTuple):
             return None
         converted = self._typed(value)
         if problem := self.problem(converted):
-            raise OptionError("", self.name, value, problem)  # shows the value as it was given
+            raise OptionError(self.name, value, problem)  # shows the value as it was given
         return converted
 
     def _typed(self, value: Any) -> Any:
@@ -190,7 +190,7 @@ class Option(NamedTuple):
                 return value if isinstance(value, bool) else TRUTHS[str(value).lower()]
             return whole_number(value) if self.kind is int else self.kind(value)
         except (ValueError, KeyError, OverflowError, TypeError):
-            raise OptionError("", self.name, value, f"must be {NAMES[self.kind]}") from None
+            raise OptionError(self.name, value, f"must be {NAMES[self.kind]}") from None
 
     def takes(self) -> str:
         """Type and range in words, for `--list`."""
@@ -305,16 +305,16 @@ class Choice(NamedTuple):
     def parse(cls, slot: str, words: list[str]) -> "Choice":
         """`["vq", "decay=0.9"]` as a choice. Values stay text until `resolve` knows their types."""
         if not words or "=" in words[0]:
-            raise OptionError("", slot, " ".join(words), "must be a name, followed by its key=value options")
+            raise OptionError(slot, " ".join(words), "must be a name, followed by its key=value options")
         options: dict[str, Any] = {}
         for word in words[1:]:
             key, equals, value = word.partition("=")
             if not (key and equals):
-                raise OptionError("", slot, words[0], f"'{word}' must be of the form key=value")
+                raise OptionError(slot, words[0], f"'{word}' must be of the form key=value")
             key = key.replace("-", "_")
             if key in options:
                 problem = f"is given twice, also as {key}={options[key]}; keep one"
-                raise OptionError(words[0], key, value, problem, slot=slot)
+                raise OptionError(key, value, problem, owner=words[0], slot=slot)
             options[key] = value
         return cls(words[0], options)
 
@@ -326,7 +326,7 @@ def find(slot: Slot, name: str) -> Member:
     """The member of that name; raises `OptionError` with near misses and the known names."""
     if name not in slot.table:
         raise OptionError(
-            "", slot.name, name, f"no such name{near_misses(name, slot.table)}; known: {', '.join(slot.table)}"
+            slot.name, name, f"no such name{near_misses(name, slot.table)}; known: {', '.join(slot.table)}"
         )
     return slot.table[name]
 
@@ -342,7 +342,7 @@ def resolve(slot: Slot, choice: Choice, typed: Collection[str] | None = None) ->
         for key, value in choice.options.items():
             if key not in options:
                 takes = ", ".join(f"{o.name}={o.shown_default()}" for o in options.values()) or "no options"
-                raise OptionError("", key, value, f"unknown option{near_misses(key, options)}; it takes {takes}")
+                raise OptionError(key, value, f"unknown option{near_misses(key, options)}; it takes {takes}")
         values = {
             key: option.convert(choice.options[key]) if key in choice.options else option.default
             for key, option in options.items()
@@ -355,7 +355,7 @@ def resolve(slot: Slot, choice: Choice, typed: Collection[str] | None = None) ->
                 if problem.option in given or not named:
                     raise
                 reason = f"{problem.option}={problem.value} {problem.problem}"
-                raise OptionError("", named[0], values[named[0]], reason) from None
+                raise OptionError(named[0], values[named[0]], reason) from None
     except OptionError as problem:
         raise problem.within(slot.name, choice.name) from None
     return Choice(choice.name, values)
@@ -370,7 +370,7 @@ def refuse_idle(slot: Slot, choice: Choice, typed: Collection[str]) -> None:
         for key, need in cls(**{key: choice.options[key] for key in fields_of(cls)}).idle().items():
             if key in typed and choice.options[key]:
                 problem = f"has no effect without {need}; leave it out"
-                raise OptionError(choice.name, key, choice.options[key], problem, slot=slot.name)
+                raise OptionError(key, choice.options[key], problem, owner=choice.name, slot=slot.name)
 
 
 def brief(slot: Slot, choice: Choice) -> Choice:
@@ -389,7 +389,7 @@ def build(slot: Slot, choice: Choice, context: Mapping[str, Any]) -> Any:
     if missing := [key for key in needed if key not in context]:
         fitting = [name for name, m in slot.table.items() if all(key in context for key in signature(m).context)]
         raise OptionError(
-            "", slot.name, choice.name,
+            slot.name, choice.name,
             f"needs {', '.join(missing)}, which the other choices do not give; those that fit: {', '.join(fitting)}",
         )  # fmt: skip
     values = resolve(slot, choice).options
@@ -405,7 +405,7 @@ def build(slot: Slot, choice: Choice, context: Mapping[str, Any]) -> Any:
             raise
         largest = max(sizes, key=lambda key: sizes[key])
         reason = "the model does not fit into memory; choose a smaller one"
-        raise OptionError(choice.name, largest, sizes[largest], reason, slot=slot.name) from None
+        raise OptionError(largest, sizes[largest], reason, owner=choice.name, slot=slot.name) from None
 
 
 def arguments(member: Member, values: Mapping[str, Any]) -> dict[str, Any]:

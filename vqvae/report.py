@@ -191,7 +191,7 @@ def sampling_options(options: argparse.Namespace, model: Autoencoder) -> dict[st
         if name not in prior.sampling_options:
             has_no_codes = "the model's latent is continuous and has no codes; leave it out"
             problem = has_no_codes if model.discrete is None else "only a masked prior draws in steps; leave it out"
-            raise OptionError("", name, value, problem)
+            raise OptionError(name, value, problem)
         given[name] = value
     prior.check_sampling(**given)
     return given
@@ -607,7 +607,7 @@ def draw(options: argparse.Namespace) -> None:
     for name in options.only or ():
         if name not in PLOTS:
             problem = f"no such plot{near_misses(name, PLOTS)}; known: {', '.join(PLOTS)}"
-            raise OptionError("", "only", name, problem)
+            raise OptionError("only", name, problem)
     path = checkpoint.locate(options.checkpoint)
     with naming("checkpoint", options.checkpoint):
         content = checkpoint.read(path)
@@ -633,7 +633,7 @@ def draw(options: argparse.Namespace) -> None:
     if options.only:  # the page of all plots stays, and shows what was drawn again
         if not drawn:
             name, why = left_out[0]
-            raise OptionError("", "only", name, f"cannot be drawn: {why}; leave it out")
+            raise OptionError("only", name, f"cannot be drawn: {why}; leave it out")
         for name, why in left_out:
             print(f"{name}: not drawn: {why}", file=sys.stderr)
     else:
@@ -706,10 +706,10 @@ def _label_of(typed: str | None, classes: Sequence[str]) -> int | None:
     if typed is None:
         return None
     if not classes:
-        raise OptionError("", "class", typed, "the model's prior is not conditioned on classes; leave it out")
+        raise OptionError("class", typed, "the model's prior is not conditioned on classes; leave it out")
     if typed in classes:
         return list(classes).index(typed)
     if typed.isdecimal() and int(typed) < len(classes):
         return int(typed)
     problem = f"must be from 0 to {len(classes) - 1}, or the name of a class{near_misses(typed, classes)}"
-    raise OptionError("", "class", typed, problem)
+    raise OptionError("class", typed, problem)

@@ -20,7 +20,7 @@ def load_shared(config: Config, *, rescan: bool = False) -> Dataset:
     parts, world = config.data_shards, distributed.world()
     if world % parts:
         problem = f"must divide the number of processes, which is {world}; start more of them with torchrun"
-        raise OptionError("", "data_shards", parts, problem)
+        raise OptionError("data_shards", parts, problem)
     with distributed.first_goes_first(parts) as first:
         dataset = load(config, rescan=rescan and first)
     if parts == 1:
@@ -68,7 +68,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], config: Config) -
     if list(before["shape"]) != now["shape"]:
         sizes = ["x".join(map(str, about["shape"])) for about in (now, before)]
         problem = f"the images are {sizes[0]}, and those of this run were {sizes[1]}; name the folder with its data"
-        raise OptionError("", "data_dir", config.data_dir, problem)
+        raise OptionError("data_dir", config.data_dir, problem)
     compare_classes(before["classes"], now["classes"], config)
     changes = [
         f"{old:,} {split} images then, {now['examples'][split]:,} now"
@@ -90,4 +90,4 @@ def compare_classes(before: Sequence[str], now: Sequence[str], config: Config) -
     """Raise `OptionError` if a conditional prior would take the data's labels for those of other classes."""
     if config.conditional and list(before) != list(now):
         problem = f"the classes are {listed(now) or 'unknown'}, and those of this run were {listed(before)}"
-        raise OptionError("", "data_dir", config.data_dir, f"{problem}; name the folder with its data")
+        raise OptionError("data_dir", config.data_dir, f"{problem}; name the folder with its data")

@@ -158,7 +158,7 @@ def refuse_saved(folder: Path) -> None:
     """Raise `OptionError` for a new run's name if its folder contains a checkpoint."""
     if (folder / LAST).exists():
         problem = f"{folder} already contains a run; resume that run, or choose another name"
-        raise OptionError("", "name", folder.name, problem)
+        raise OptionError("name", folder.name, problem)
 
 
 def claim(folder: Path, lock: Lock) -> None:

@@ -46,10 +46,10 @@ class Schedule(NamedTuple):
                 if any(piece.steps is None for piece in pieces[:-1]):
                     raise UserError("only the last piece may leave out its steps")
             except UserError as problem:
-                raise OptionError("", option, text, str(problem)) from None
+                raise OptionError(option, text, str(problem)) from None
             return cls(tuple(pieces))
         if not abs(value) <= LARGEST:
-            raise OptionError("", option, text, f"must be a finite number of at most {LARGEST:g}, or a schedule")
+            raise OptionError(option, text, f"must be a finite number of at most {LARGEST:g}, or a schedule")
         return cls((Piece("linear", value, value, None),))
 
     def __call__(self, step: int, total_steps: int) -> float:
@@ -93,7 +93,7 @@ def parse_rate(text: str, option: str = "lr") -> tuple[Schedule, Plateau | None]
         plateau = None
     if plateau is None or not (0 < plateau.factor < 1 and 0 <= plateau.patience <= MOST_STEPS):
         problem = "must be plateau:rate:factor:patience, with a factor between 0 and 1, such as plateau:1e-3:0.5:3"
-        raise OptionError("", option, text, problem)
+        raise OptionError(option, text, problem)
     return Schedule.parse(start, option), plateau
 
 

@@ -95,7 +95,7 @@ class ImageFolder:
                 if images := self._readable(now):
                     yield torch.from_numpy(np.stack(images))
         if self.whole and not self.names:
-            raise OptionError("", "input", self.folder, f"none of its {len(self)} images can be read")
+            raise OptionError("input", self.folder, f"none of its {len(self)} images can be read")
 
     def columns(self) -> dict[str, np.ndarray]:
         return {"files": np.array(self.names, dtype=str), "source": np.array(self.identity())}
@@ -153,7 +153,7 @@ class DatasetSplit:
         if tuple(self.images.shape[1:]) != model.image_shape:
             found, wanted = ("x".join(map(str, shape)) for shape in (self.images.shape[1:], model.image_shape))
             problem = f"its examples are {found}, and the model's are {wanted}; encode the data set that the model "
-            raise OptionError("", "dataset", choice.name, problem + "was trained on, or a folder of images")
+            raise OptionError("dataset", choice.name, problem + "was trained on, or a folder of images")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -206,7 +206,7 @@ def need_images(model: Autoencoder, option: str, value: object) -> None:
     if not model.shows_images or model.image_shape[0] not in COLORS:
         shape = "x".join(map(str, model.image_shape))
         problem = f"the model's examples are {shape}, which image files cannot store"
-        raise OptionError("", option, value, f"{problem}; encode a data set, or use vqvae.load in Python")
+        raise OptionError(option, value, f"{problem}; encode a data set, or use vqvae.load in Python")
 
 
 class Encoded(NamedTuple):

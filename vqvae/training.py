@@ -73,15 +73,15 @@ class Plan(NamedTuple):
         """Raise `OptionError` for a batch that the examples, those of all parts, or the processes cannot share."""
         if self.batch_size > examples:
             raise OptionError(
-                "", "batch_size", self.batch_size, f"larger than the {examples} training examples; use a smaller one"
+                "batch_size", self.batch_size, f"larger than the {examples} training examples; use a smaller one"
             )
         shared = distributed.world() * self.accumulate
         if self.data_shards > 1 and self.batch_size % shared:
             problem = f"must be a multiple of {shared}: with data_shards, the processes have equal shares of a batch"
-            raise OptionError("", "batch_size", self.batch_size, problem)
+            raise OptionError("batch_size", self.batch_size, problem)
         if self.batch_size < shared:
             problem = f"smaller than the {shared} shares that it is to have; use a larger one"
-            raise OptionError("", "batch_size", self.batch_size, problem)
+            raise OptionError("batch_size", self.batch_size, problem)
 
 
 class Means:
@@ -174,13 +174,13 @@ def fit(
     stage.module.train()
     if plan.accumulate > 1 and any(isinstance(m, BatchNorm) and m.training for m in stage.module.modules()):
         problem = "must be 1 with batch norm, which needs the whole batch at once; use other nets, or several processes"
-        raise OptionError("", "accumulate", plan.accumulate, problem)
+        raise OptionError("accumulate", plan.accumulate, problem)
     resident = _resident(stage.examples, stage.labels, plan.device)
     loop = Loop(stage.module, *resident, plan, run, resume or {}, redraw=stage.redraw)
     if resume and loop.step >= loop.total:
         distributed.on_first(lambda: run.repair_best(resume))  # it may have been killed just before its end
         problem = f"has taken all of its {loop.step} steps; raise epochs or max_steps"
-        raise OptionError("", "resume", run.folder, problem)
+        raise OptionError("resume", run.folder, problem)
     if not distributed.on_first(lambda: run.start(resume)):
         loop.best, loop.best_step, loop.best_epoch = math.inf, None, loop.epoch
     on_start()

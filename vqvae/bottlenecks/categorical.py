@@ -200,9 +200,9 @@ class CategoricalOptions(SampledOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.estimator == "rloo" and self.num_samples < 2:
-            raise OptionError("", "num_samples", self.num_samples, "is too few for estimator=rloo; use 2 or more")
+            raise OptionError("num_samples", self.num_samples, "is too few for estimator=rloo; use 2 or more")
         if self.estimator == "rloo" and self.iaf_flows:
-            raise OptionError("", "estimator", "rloo", "would not train iaf_flows, which keep one-hot draws; use 0")
+            raise OptionError("estimator", "rloo", "would not train iaf_flows, which keep one-hot draws; use 0")
 
     def idle(self) -> dict[str, str]:
         needs = super().idle()
@@ -256,7 +256,7 @@ class GumbelOptions(SampledOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.entropy == "exact" and self.iaf_flows:
-            raise OptionError("", "entropy", "exact", "ignores iaf_flows; use entropy=draw or iaf_flows=0")
+            raise OptionError("entropy", "exact", "ignores iaf_flows; use entropy=draw or iaf_flows=0")
 
 
 class Gumbel(CategoricalPosterior):

@@ -30,7 +30,7 @@ class Gaussian(Continuous):
         super().__init__()
         if grid != (1, 1):
             problem = f"takes one vector per image, and these nets give {grid[0]}x{grid[1]}; use conv-vae or mlp"
-            raise OptionError("", "bottleneck", "gaussian", problem)
+            raise OptionError("bottleneck", "gaussian", problem)
         self.code_dim, self.grid = latents, grid
         self.head = nn.Conv2d(channels, 2 * latents, 1)
 

@@ -168,7 +168,7 @@ class GroupedOptions(CodebookOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.code_dim % self.groups:
-            raise OptionError("", "code_dim", self.code_dim, f"must be a multiple of groups={self.groups}")
+            raise OptionError("code_dim", self.code_dim, f"must be a multiple of groups={self.groups}")
 
 
 class GroupedVQ(MultiCodebook):
@@ -216,7 +216,7 @@ class Hierarchy(Discrete):
         h, w = grid
         if h % 2 or w % 2:
             problem = f"halves the nets' grid, which is {h}x{w}; use sonnet nets, and an image size such as 32"
-            raise OptionError("", "bottleneck", "hierarchy", problem)
+            raise OptionError("bottleneck", "hierarchy", problem)
         hidden, code_dim = options.hidden, options.code_dim
         self.num_codes, self.code_dim = options.num_codes, 2 * code_dim
         self.start_vectors = options.start_vectors

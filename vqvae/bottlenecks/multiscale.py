@@ -58,7 +58,7 @@ class MultiScale(Discrete):
         sizes = halves(grid)
         if options.scales > len(sizes):
             problem = f"must be at most {len(sizes)}, the halves of the nets' {grid[0]}x{grid[1]} grid"
-            raise OptionError("", "scales", options.scales, problem)
+            raise OptionError("scales", options.scales, problem)
         self.options, self.sizes = options, sizes[-options.scales :]
         self.scales = self.sizes if len(self.sizes) > 1 else ()
         self.num_codes, self.code_dim = options.num_codes, options.code_dim

@@ -117,7 +117,7 @@ class VQ(NearestCode):
     ):
         if not projection and channels != options.code_dim:
             problem = f"must equal the nets' {channels} feature channels with projection=no"
-            raise OptionError("", "code_dim", options.code_dim, problem)
+            raise OptionError("code_dim", options.code_dim, problem)
         super().__init__(channels, grid, options, projection)
         self.weight, self.diversity, self.temperature = options.weight, options.diversity, options.temperature
         self.learns_by_gradient = options.codebook == "gradient"

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     wanted = os.path.abspath(options.clear)
     chosen = [c for c in found if options.clear == ALL or wanted == c.source or Path(wanted) in map(_absolute, c.files)]
     if not chosen and options.clear != ALL:
-        raise OptionError("", "clear", options.clear, "no cache is of it; see vqvae cache")
+        raise OptionError("clear", options.clear, "no cache is of it; see vqvae cache")
     removed = [c for c in chosen if cache.remove(c)]
     print(f"removed {_count(removed)}, {_bytes(sum(c.size for c in removed))}")
     if len(removed) < len(chosen):

@@ -64,15 +64,15 @@ def main(argv: list[str]) -> int:
     output = Path(options.output)
     if output.suffix != ".npz":
         example = output.with_name(f"{output.stem.strip('.') or 'codes'}.npz")
-        raise OptionError("", "output", output, f"must end in .npz, such as {example}")
+        raise OptionError("output", output, f"must end in .npz, such as {example}")
     if options.input and options.dataset:
         problem = "cannot be encoded together with --dataset; leave one of them out"
-        raise OptionError("", "input", options.input, problem)
+        raise OptionError("input", options.input, problem)
     if not (options.input or options.dataset):
         raise UserError("nothing to encode; name a folder with --input, or a data set with --dataset")
     for name in ("split", "data_dir"):
         if options.input and getattr(options, name) is not None:
-            raise OptionError("", name, getattr(options, name), "needs --dataset; a folder of --input has none")
+            raise OptionError(name, getattr(options, name), "needs --dataset; a folder of --input has none")
 
     from vqvae import distributed
     from vqvae.devices import choose_device
@@ -90,10 +90,10 @@ def encode(options: argparse.Namespace, output: Path) -> int:
 
     typed = Choice.parse("dataset", options.dataset) if options.dataset else Choice("folder", {})
     if options.resize and options.resize != typed.options.setdefault("resize", options.resize):
-        raise OptionError("", "resize", options.resize, f"is given twice, also as {typed}; keep one")
+        raise OptionError("resize", options.resize, f"is given twice, also as {typed}; keep one")
     choice = resolve(data.SLOT, typed)
     if options.data_dir and choice.name in data.SLOT.built_in:
-        raise OptionError("", "data_dir", options.data_dir, f"the data set {choice.name} reads no files; leave it out")
+        raise OptionError("data_dir", options.data_dir, f"the data set {choice.name} reads no files; leave it out")
 
     with naming("checkpoint", options.checkpoint):
         content = checkpoint.read_model(options.checkpoint)

@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
         return 0
     if given.pop("evaluate", False):
         if "checkpoint" not in given:
-            raise OptionError("", "evaluate", None, "name the model with --checkpoint logs/<run>/checkpoint.pt")
+            raise OptionError("evaluate", None, "name the model with --checkpoint logs/<run>/checkpoint.pt")
         used = ", ".join(f"--{key.replace('_', '-')}" for key in EVALUATE_USES)
         _refuse(given, EVALUATE_USES, f"has no effect, because --evaluate does not train; it uses only {used}")
 
@@ -113,4 +113,4 @@ def _refuse(given: Mapping[str, Any], used: Collection[str], problem: str) -> No
     for key, value in given.items():
         if key not in used:
             shown = " ".join(value) if isinstance(value, list) else None if value is True else value
-            raise OptionError("", key, shown, f"{problem}; leave it out")
+            raise OptionError(key, shown, f"{problem}; leave it out")

@@ -68,13 +68,13 @@ def load(
         for option, given, value in (("rescan", rescan, None), ("data_shards", part[1] > 1, part[1])):
             if given:
                 problem = f"has no effect on the data set {name}, because it has no cache; leave it out"
-                raise OptionError("", option, value, problem)
+                raise OptionError(option, value, problem)
     try:
         folder = Path(data_dir).expanduser()
     except RuntimeError as problem:
-        raise OptionError("", "data_dir", data_dir, f"{one_line(problem)}; name the folder in full") from None
+        raise OptionError("data_dir", data_dir, f"{one_line(problem)}; name the folder in full") from None
     if not str(data_dir):
-        raise OptionError("", "data_dir", "''", "names no folder; . is the current one")
+        raise OptionError("data_dir", "''", "names no folder; . is the current one")
     try:
         size = None if image_size is None else Size(image_size)
         context = {"data_dir": folder, "image_size": size, "reading": Reading(rescan, *part, validation)}
@@ -88,7 +88,7 @@ def load(
     except (MemoryError, RuntimeError) as problem:
         if isinstance(problem, RuntimeError) and "alloc" not in str(problem):
             raise
-        raise OptionError("", "dataset", name, "does not fit into memory; use smaller or fewer images") from None
+        raise OptionError("dataset", name, "does not fit into memory; use smaller or fewer images") from None
     probabilities = None if data.probabilities is None else data.probabilities[:limit]
     data = data._replace(probabilities=probabilities, **splits)
     return data if validation is None or data.validation is not None else data.with_validation(validation)

@@ -71,7 +71,7 @@ class Dataset(NamedTuple):
         if count == len(images):
             smaller = "" if count == 1 else "a smaller share, or "
             problem = f"leaves no training image of {count:,}; use {smaller}test"
-            raise OptionError("", "validation", share, problem)
+            raise OptionError("validation", share, problem)
         last = len(images) - count
         kept: slice | Tensor = slice(last)
         held: slice | Tensor = slice(last, None)

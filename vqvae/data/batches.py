@@ -106,7 +106,7 @@ def augmentation(name: str, images: Tensor) -> Callable[[Tensor], Tensor] | None
     height, width = images.shape[-2:]
     if AUGMENTATIONS[name] and min(height, width) <= BORDER:
         raise OptionError(
-            "", "augment", name,
+            "augment", name,
             f"needs images of at least {BORDER + 1}x{BORDER + 1} pixels, these have {height}x{width}; use none",
         )  # fmt: skip
     return AUGMENTATIONS[name]

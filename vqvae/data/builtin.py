@@ -82,7 +82,7 @@ def gauss2d(
     set=2   mean (-1, 2), s = (1, 5)
     """
     if image_size is not None:
-        raise OptionError("", "image_size", image_size, "the points of gauss2d have no size; leave it out")
+        raise OptionError("image_size", image_size, "the points of gauss2d have no size; leave it out")
     mean, scale = (torch.tensor(values) for values in GAUSSIANS[set])
     root = math.sqrt(0.5)
     rotation = torch.tensor([[root, root], [-root, root]])

@@ -124,7 +124,7 @@ def cached(source: Source, shape: Shape, part: Part | None = None, *, rescan: bo
     if content is None:
         contents = source.contents()
         if not contents.names:
-            raise OptionError("", "data_dir", source.path, f"has no images in its {source.kind} files; name others")
+            raise OptionError("data_dir", source.path, f"has no images in its {source.kind} files; name others")
         if contents.stamps is None:
             contents = contents._replace(stamps=[f"{key} {i}" for i in range(len(contents.names))])
         plan = _Plan.of(contents, part)
@@ -147,7 +147,7 @@ def cached(source: Source, shape: Shape, part: Part | None = None, *, rescan: bo
     if not content["paths"]:
         name, reason = next(iter(unreadable.items()))
         found = f"none of its {len(unreadable):,} images can be read ({quoted(name)}: {reason})"
-        raise OptionError("", "data_dir", source.path, found)
+        raise OptionError("data_dir", source.path, found)
     above, *splits = content["layout"]
     images = torch.from_numpy(_mapped(array)[: len(content["paths"])])
     layout = Layout(above, *map(frozenset, splits))
@@ -195,7 +195,7 @@ class _Plan(NamedTuple):
         shared = (train - validation) // part.total
         if not shared:
             problem = f"leaves no training image of {train:,} to each part; use fewer, or test for the validation split"
-            raise OptionError("", "data_shards", part.total, problem)
+            raise OptionError("data_shards", part.total, problem)
         mine = chosen[part.number : shared * part.total : part.total]
         known = {labels[i] for i in chosen}
         if None in known:
@@ -554,7 +554,7 @@ def dataset(source: Source, size: Size | None, options: ImageOptions, reading: R
     images, paths, labels, layout = found.images, found.paths, found.labels, found.layout
     folder = source.path
     if len(paths) < 2:
-        raise OptionError("", "data_dir", folder, "has one readable image, and the two splits need two")
+        raise OptionError("data_dir", folder, "has one readable image, and the two splits need two")
     notes = []
     if part:
         notes.append(f"part {part.number + 1} of {part.total} of the training images")
@@ -565,7 +565,7 @@ def dataset(source: Source, size: Size | None, options: ImageOptions, reading: R
         groups = {"train": layout.train, "validation": chooses, "test": layout.test}
         for split, folders in groups.items():
             if folders and not counts[split]:
-                raise OptionError("", "data_dir", folder, f"none of the images in {_listed(folders)} can be read")
+                raise OptionError("data_dir", folder, f"none of the images in {_listed(folders)} can be read")
         validation = counts["validation"]
         train = counts["train"] + validation
         *others, last = filter(None, map(_listed, groups.values()))

@@ -207,7 +207,7 @@ class Parquet(Containers):
             import pyarrow.parquet
         except ImportError:
             problem = "needs the package pyarrow: pip install 'vqvae[data]'"
-            raise OptionError("", "dataset", self.kind, problem) from None
+            raise OptionError("dataset", self.kind, problem) from None
         self._parquet_file = pyarrow.parquet.ParquetFile
 
     def _open_table(self, file: BinaryIO) -> Any:

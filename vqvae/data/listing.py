@@ -46,10 +46,10 @@ def list_files(folder: Path, option: str, suffixes: Collection[str], what: str) 
     try:
         if not folder.is_dir():
             missing = "is a file, not a folder" if folder.exists() else "no such folder"
-            raise OptionError("", option, folder, f"{missing}; name the folder with {what}")
+            raise OptionError(option, folder, f"{missing}; name the folder with {what}")
         os.scandir(folder).close()
     except OSError as problem:
-        raise OptionError("", option, folder, f"cannot be listed ({one_line(problem)})") from None
+        raise OptionError(option, folder, f"cannot be listed ({one_line(problem)})") from None
     found: list[tuple[list[str], str]] = []
     unlisted: dict[str, str] = {}
     root = os.path.realpath(folder)
@@ -85,7 +85,7 @@ def list_files(folder: Path, option: str, suffixes: Collection[str], what: str) 
         kind = "image " if suffixes is SUFFIXES else ""
         known = ", ".join(sorted(suffixes))
         closed = f", and folders that cannot be listed: {len(unlisted):,}" if unlisted else ""
-        raise OptionError("", option, folder, f"has no {kind}files ({known}){closed}; name a folder with some")
+        raise OptionError(option, folder, f"has no {kind}files ({known}){closed}; name a folder with some")
     found.sort()
     return Listing(["/".join(parts) for parts, _ in found], unlisted, [stamp for _, stamp in found])
 

@@ -219,7 +219,7 @@ def _download_absent(source: Published, data_dir: Path, names: Iterable[str], **
             if path.exists() and not path.is_file():
                 raise _damaged(source, path, "not a regular file")
     except OSError as problem:
-        raise OptionError("", "data_dir", data_dir, f"cannot be entered ({one_line(problem)})") from None
+        raise OptionError("data_dir", data_dir, f"cannot be entered ({one_line(problem)})") from None
     import torchvision
 
     timeout = socket.getdefaulttimeout()
@@ -228,7 +228,7 @@ def _download_absent(source: Published, data_dir: Path, names: Iterable[str], **
         getattr(torchvision.datasets, source.downloader)(data_dir, download=True, **options)
     except Exception as problem:  # of the network, a wrong checksum, or a damaged file next to the absent one
         raise OptionError(
-            "", "dataset", source.name,
+            "dataset", source.name,
             f"not in {data_dir}, and the download failed ({one_line(problem)}); set data_dir to a folder that has the "
             "files in torchvision's layout, or use digits or photos, which need no download",
         ) from None  # fmt: skip

@@ -72,7 +72,7 @@ class CodePrior(BasePrior):
         )
         if how.guidance != 1 and not self.label_drop:
             problem = "needs a prior of classes that was trained with label_drop above 0; leave it out"
-            raise OptionError("", "guidance", guidance, problem)
+            raise OptionError("guidance", guidance, problem)
         return how
 
     def without_some(self, labels: Tensor | None) -> Tensor | None:

@@ -69,7 +69,7 @@ class TransformerOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.width % self.heads:
-            raise OptionError("", "width", self.width, f"must be a multiple of heads={self.heads}")
+            raise OptionError("width", self.width, f"must be a multiple of heads={self.heads}")
 
 
 class CodeTransformer(CodePrior):
