@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.helpers import choose, fitting, images, make
 from vqvae.autoencoder import Autoencoder
 from vqvae.bottlenecks import BOTTLENECKS
+from vqvae.checkpoint import weights_checksum
 from vqvae.errors import OptionError
 from vqvae.evaluation import evaluate
 from vqvae.likelihoods import LIKELIHOODS
@@ -71,6 +72,17 @@ def test_nets_and_likelihoods_work_in_other_precisions(slot, dtype):
         shown = model.decode(model.encode(images(2, (3, 16, 16))))
         assert shown.dtype == torch.float32, name
         assert 0 <= shown.min() <= shown.max() <= 1, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_for_evaluation(dtype):
+    model, x = make().train(), images(2) / 255
+    wide = weights_checksum(model)
+    model.to(dtype)
+    with pytest.raises(ValueError, match="for evaluation; train in float32, with autocast"):
+        model.elbo(x)
+    assert len(weights_checksum(model.eval())) == len(wide)  # it has one, although numpy has no bfloat16
+    assert weights_checksum(model) != wide
 
 
 def test_uint8_and_floats_are_the_same_pixels():

@@ -94,7 +94,7 @@ def test_a_damaged_index_is_listed_by_its_name_and_removed(capsys):
         index.write_bytes(content)
         assert main(["cache"]) == 0
         assert f"unknown: {index.name}" in capsys.readouterr().out
-    assert main(["cache", "--clear", "all"]) == 0
+    assert main(["cache", "--clear"]) == 0
     assert caches() == []
 
 
@@ -116,7 +116,7 @@ def test_a_cache_that_a_process_uses_stays(capsys):
     user = [sys.executable, "-c", USER]
     with subprocess.Popen(user, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True) as process:
         assert process.stdout.readline() == "mapped\n"
-        assert main(["cache", "--clear", "all"]) == 0
+        assert main(["cache", "--clear"]) == 0
         out = capsys.readouterr().out
         assert "removed 1 cache," in out
         assert "in use by a running process, not removed: 1 cache" in out

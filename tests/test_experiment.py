@@ -163,6 +163,10 @@ def test_a_weight_of_a_constant_is_refused(there, capsys, line, message):
     assert not list(there.iterdir())
 
 
+def test_a_weight_of_0_is_no_weight(there):
+    assert run_train("--kl-weight", "0.0", "--objective", "elbo", "free_bits=0", "--epochs", "1") == 0
+
+
 def test_a_longer_run_says_which_other_schedules_jump(recwarn):
     line = ("--bottleneck", "gumbel", "temperature=linear:1:0.1", "--kl-weight", "linear:0:1:1")
     assert run_train(*line, "--epochs", "1", "--name", "run") == 0

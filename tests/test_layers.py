@@ -156,6 +156,8 @@ def test_a_layer_takes_the_type_of_its_weights(name, dtype):
     out = quantize(batch().to(dtype))
     assert out.z.dtype == dtype
     assert all(value.dtype == dtype for value in quantize.state_dict().values() if value.is_floating_point())
+    out = quantize.eval()(20 * batch().to(dtype))
+    assert torch.equal(out.z, quantize.decode(out.codes))
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -167,19 +167,21 @@ def test_any_vectors_have_colors(vectors):
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 40])
 def test_any_number_of_codes_can_be_projected_onto_the_plane(count):
-    points = plots.embed_plane(torch.randn(count, 6))
+    points, _ = plots.embed_plane(torch.randn(count, 6))
     assert points.shape == (count, 2)
     assert np.isfinite(points).all()
 
 
 @pytest.mark.parametrize("count", [1, 4, 40])
 def test_a_collapsed_codebook_is_projected_onto_one_point(count):
-    assert not plots.embed_plane(torch.ones(count, 6)).any()
+    assert not plots.embed_plane(torch.ones(count, 6))[0].any()
 
 
-def test_fewer_than_five_codes_are_projected_by_pca():
+def test_fewer_than_five_distinct_codes_are_projected_by_pca():
     vectors = torch.tensor([[0.0, 0, 0], [3, 0, 0], [0, 1, 0]])
-    points = plots.embed_plane(vectors)
+    assert plots.embed_plane(vectors.repeat(4, 1))[1] == "PCA"
+    points, method = plots.embed_plane(vectors)
+    assert method == "PCA"
     assert np.allclose(np.linalg.norm(points[0] - points[1]), 3, atol=1e-5)  # PCA keeps distances within a plane
 
 

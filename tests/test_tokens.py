@@ -430,8 +430,10 @@ def test_shards_that_do_not_belong_together_are_refused(workdir, capsys):
     with pytest.raises(UserError, match="codes-00001-of-00003.npz: this shard is missing; encode again with resume"):
         tokens.load_codes("codes-*.npz")
     assert run(f"{encode} 2") == 0
-    with pytest.raises(UserError, match="does not belong to .*; name the shards of one encoding"):
+    with pytest.raises(UserError, match="of-00002.npz: does not belong to .*of-00003.npz; name the shards"):
         tokens.load_codes("codes.npz")
+    with pytest.raises(UserError, match="codes-00001-of-00002.npz: does not belong to b.npz; name the shards of one"):
+        tokens.load_codes(["codes-00001-of-00002.npz", "b.npz"])
     capsys.readouterr()
     assert run("decode codes.npz --checkpoint run --output back --device cpu") == 2
     assert capsys.readouterr().err.count("\n") == 1

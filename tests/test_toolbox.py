@@ -106,6 +106,11 @@ def test_fsq_refuses_other_words_than_levels(levels):
         make("fsq", levels=levels)
 
 
+def test_fsq_refuses_a_number_that_python_does_not_read():
+    with pytest.raises(OptionError, match="must be whole numbers from 2 up"):
+        make("fsq", levels="9" * 5000)
+
+
 @pytest.mark.parametrize("name", ["fsq", "lfq"])
 def test_the_first_features_spread_over_fixed_codes(name):
     bottleneck = make(name, (2, 3), 30)

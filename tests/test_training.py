@@ -370,9 +370,11 @@ def test_max_steps_ends_within_an_epoch(tmp_path):
 
 
 def test_max_minutes_ends_the_run_with_an_evaluation(tmp_path):
-    train(tmp_path / "run", plan(epochs=1000, max_minutes=1e-6))
+    train(tmp_path / "run", plan(epochs=1000, max_minutes=1e-6, lr=Schedule.parse("linear:0.1:0")))
     assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["step"] == 1
-    assert rows(tmp_path / "run")[-1]["kind"] == "epoch"
+    *_, logged, last = rows(tmp_path / "run")
+    assert last["kind"] == "epoch"
+    assert logged["lr"] == 0.1  # of the first of 3,000 steps, not of the last one
 
 
 def test_best_keeps_the_lowest_held_out_loss(tmp_path):

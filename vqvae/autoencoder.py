@@ -61,8 +61,9 @@ class Elbo(NamedTuple):
 class Autoencoder(nn.Module):
     """An encoder, a bottleneck, a decoder, a likelihood and a prior over the latent.
 
-    The weights may be converted to half, bfloat16 or double. The bottleneck and the likelihood compute in float32 at
-    least: distances and losses overflow or lose codes in half precision.
+    The weights may be converted to double, and for evaluation to half or bfloat16: train in float32, with autocast. The
+    bottleneck and the likelihood compute in float32 at least: distances and losses overflow or lose codes in half
+    precision.
     """
 
     bottleneck: Bottleneck
@@ -93,7 +94,7 @@ class Autoencoder(nn.Module):
     def elbo(self, x: Tensor, labels: Tensor | None = None, step: int = 0, **options: Any) -> Elbo:
         """The bound's terms for x in [0, 1], `[B, C, H, W]`, with a draw of z from the posterior.
 
-        Raises ValueError for an empty batch, over which no loss has a mean.
+        Raises ValueError for an empty batch, over which no loss has a mean, and for training in half precision.
         """
         if not len(x):
             raise ValueError("the bound needs at least one image, and the batch is empty")
@@ -114,6 +115,8 @@ class Autoencoder(nn.Module):
         """
         with full_precision(x):
             bottleneck = _wide(self.bottleneck)
+            if self.training and bottleneck is not self.bottleneck:  # the copy would be trained
+                raise ValueError("weights in half precision are for evaluation; train in float32, with autocast")
             latent = bottleneck(features.to(dtype_of(bottleneck)), step)
         z = latent.need_z()
         samples = len(z) // len(x)
@@ -245,8 +248,9 @@ class Autoencoder(nn.Module):
 
 
 def unit_range(images: Tensor) -> Tensor:
-    """uint8 pixels as floats in [0, 1]; floats unchanged."""
-    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+    """uint8 pixels as floats in [0, 1]; floats unchanged, in float32 at least."""
+    floats = images.to(torch.promote_types(images.dtype, torch.float32))
+    return floats.div_(255) if images.dtype == torch.uint8 else floats
 
 
 def _wide(module: Module) -> Module:

@@ -207,7 +207,8 @@ def _checksum(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)  # numpy has no bfloat16
+        digest.update(raw.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -92,8 +92,8 @@ def decode(file: BinaryIO, shape: Shape) -> np.ndarray:
     """
     from PIL import Image, ImageOps
 
-    # warnings.catch_warnings is not safe in threads
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    # `_open` refuses smaller images than Pillow warns of. warnings.catch_warnings is not safe in threads.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     image: Image.Image = _open(file)
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):  # 16 or 32 bits per pixel, which PIL would clip to 8

@@ -54,7 +54,7 @@ from vqvae.priors import PRIORS
 from vqvae.randomness import forked, generator, stream
 from vqvae.registry import brief, build, resolve
 from vqvae.runs import Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
-from vqvae.schedules import parse_rate
+from vqvae.schedules import Schedule, parse_rate
 from vqvae.stage_one import AutoencoderTraining
 from vqvae.stage_two import PriorTraining, extract_codes
 from vqvae.training import AfterEpoch, Plan, Stage, fit
@@ -212,7 +212,7 @@ def refuse_idle_weights(given: Mapping[str, Any], config: Config, model: Autoenc
         reasons |= dict.fromkeys(("kl_weight", "free_bits"), constant)
     typed = {*given, *(given["objective"].options if "objective" in given else ())}
     for key, reason in reasons.items():
-        if key in typed and (value := config.objective.options[key]) not in (0, "0"):
+        if key in typed and any(Schedule.parse(str(value := config.objective.options[key])).values()):
             problem = f"has no effect, because {reason}; leave it out"
             raise OptionError(key, value, problem, owner=config.objective.name, slot="objective")
 

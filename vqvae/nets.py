@@ -19,7 +19,7 @@ from vqvae import vqgan
 from vqvae.batch_norm import BatchNorm
 from vqvae.contracts import Nets
 from vqvae.errors import OptionError
-from vqvae.registry import Passes, Range, Size, checked
+from vqvae.registry import Passes, Range, Size, checked, whole_numbers
 
 ImageShape = tuple[int, int, int]  # (C, H, W)
 POINT = (2, 1, 1)
@@ -561,13 +561,8 @@ class DallE(Nets):
         return layers
 
 
-def numbers_in(text: str) -> list[int]:
-    """Whole numbers separated by commas; 0 stands for a word that is none."""
-    return [int(word) if word.strip().isdecimal() and len(word) < 9 else 0 for word in text.split(",")]
-
-
 def _are_multipliers(text: str) -> bool:
-    return all(1 <= n <= 64 for n in numbers_in(text)) and len(numbers_in(text)) <= 8
+    return all(1 <= n <= 64 for n in whole_numbers(text)) and len(whole_numbers(text)) <= 8
 
 
 class VQGAN(Nets):
@@ -597,15 +592,15 @@ class VQGAN(Nets):
         features: Annotated[int, Range(1), "channels of the features (z_channels)"] = 64,
         attention: Annotated[
             str,
-            Passes(lambda text: text == "none" or 0 not in numbers_in(text), "none, or strides separated by commas"),
+            Passes(lambda text: text == "none" or 0 not in whole_numbers(text), "none, or strides separated by commas"),
             "levels with attention after every block, by their stride (attn_resolutions=16 at 256 pixels is 16)",
         ] = "none",
         middle_attention: Annotated[bool, "attention between the two middle blocks"] = True,
         groups: Annotated[int, Range(1), "of group norm; the largest number up to it that divides all widths"] = 8,
     ):
-        multipliers = numbers_in(ch_mult)
+        multipliers = whole_numbers(ch_mult)
         strides = [2**i for i in range(len(multipliers))]
-        attending = [] if attention == "none" else numbers_in(attention)
+        attending = [] if attention == "none" else whole_numbers(attention)
         if unknown := [stride for stride in attending if stride not in strides]:
             problem = f"has {unknown[0]}, and the levels of ch_mult={ch_mult} have {', '.join(map(str, strides))}"
             raise OptionError("attention", attention, problem)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -213,28 +213,29 @@ def vector_colors(vectors: Tensor, means: Tensor | None = None) -> np.ndarray:
     return (255 * rgb.clamp(0, 1)).round().to(torch.uint8).numpy()
 
 
-def embed_plane(vectors: Tensor, seed: int = 0) -> np.ndarray:
-    """Project vectors `[K, D]` onto the plane, `[K, 2]`: t-SNE, or PCA for fewer than five distinct vectors."""
+def embed_plane(vectors: Tensor, seed: int = 0) -> tuple[np.ndarray, Literal["t-SNE", "PCA"]]:
+    """Vectors `[K, D]` in the plane, `[K, 2]`, and how: by t-SNE, or by PCA for fewer than five distinct vectors."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
     x = vectors.detach().float().cpu().nan_to_num().numpy()
     distinct = len(np.unique(x, axis=0))
     if distinct < 2:
-        return np.zeros((len(x), 2))
+        return np.zeros((len(x), 2)), "PCA"
     if distinct < 5:
         flat = PCA(min(2, *x.shape)).fit_transform(x)
-        return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
+        return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1]))), "PCA"
     perplexity = min(30, (len(x) - 1) / 3)
-    return TSNE(2, perplexity=perplexity, init="random", random_state=seed, max_iter=750).fit_transform(x)
+    tsne = TSNE(2, perplexity=perplexity, init="random", random_state=seed, max_iter=750)
+    return tsne.fit_transform(x), "t-SNE"
 
 
 def codebook_map(vectors: Tensor, usage: Tensor | None, patches: Tensor, path: Path, *, title: str) -> None:
-    """Plot the code vectors `[K, D]` in the plane (t-SNE), each as the patch `[C, h, w]` that it decodes to.
+    """Plot the code vectors `[K, D]` in the plane (`embed_plane`), each as the patch `[C, h, w]` that it decodes to.
 
     The area of a patch is proportional to the usage `[K]` of its code; unused codes are small crosses.
     """
-    points = embed_plane(vectors)
+    points, method = embed_plane(vectors)
     extent = np.ptp(points, axis=0).max() or 1.0
     side, border = 1000, 50
     points = (points - points.min(axis=0)) / extent * (side - 2 * border) + border
@@ -243,7 +244,6 @@ def codebook_map(vectors: Tensor, usage: Tensor | None, patches: Tensor, path: P
     counts = np.ones(len(points)) if usage is None else usage.double().numpy()
     share = counts / max(counts.max(), 1)
     largest = float(np.clip(2.2 * side / math.sqrt(len(points)) / 2, 10, 90))
-    method = "t-SNE" if len(points) >= 5 else "PCA"
     note = f"{method} of {len(points)} codes, each as the patch it decodes to"
     if usage is not None:
         unused = int((counts == 0).sum())

@@ -215,6 +215,11 @@ def whole_number(value: Any) -> int:
     return int(number)
 
 
+def whole_numbers(text: str) -> list[int]:
+    """Whole numbers separated by commas; 0 stands for a word that is none, or has more than ten digits."""
+    return [int(word) if word.strip().isdecimal() and len(word) <= 10 else 0 for word in text.split(",")]
+
+
 def without_none(annotation: Any) -> tuple[Any, bool]:
     """`int | None` as (int, True), `int` as (int, False)."""
     arguments = typing.get_args(annotation)

@@ -362,7 +362,8 @@ def find_files(files: str | Path | Sequence[str | Path]) -> list[Path]:
         return paths
     counts = {int(match[2]) for _, match in found}
     if len(counts) > 1 or len(found) < len(paths):
-        other = next((path for path, match in found if int(match[2]) != int(found[0][1][2])), paths[0])
+        of_first = found[0][1][2]
+        other = next(p for p in paths if not (match := SHARD.search(p.name)) or match[2] != of_first)
         raise UserError(f"{found[0][0]}: does not belong to {other}; name the shards of one encoding")
     missing = set(range(*counts)) - {int(match[1]) for _, match in found}
     if missing or len(found) > max(counts):
@@ -387,7 +388,7 @@ def _content(path: Path) -> dict[str, np.ndarray]:
         if content[name].size > 8:
             raise UserError(f"{path}: its {name} has {content[name].size:,} values; encode again")
     codes = content["codes"]
-    if len(codes) > most if codes.ndim else False:
+    if codes.ndim and len(codes) > most:
         raise UserError(f"{path}: {len(codes):,} images are far more than a file of this size contains; encode again")
     return content
 

@@ -177,7 +177,7 @@ def fit(
         raise OptionError("accumulate", plan.accumulate, problem)
     resident = _resident(stage.examples, stage.labels, plan.device)
     loop = Loop(stage.module, *resident, plan, run, resume or {}, redraw=stage.redraw)
-    if resume and loop.step >= loop.total:
+    if resume and loop.step >= loop.end:
         distributed.on_first(lambda: run.repair_best(resume))  # it may have been killed just before its end
         problem = f"has taken all of its {loop.step} steps; raise epochs or max_steps"
         raise OptionError("resume", run.folder, problem)
@@ -189,11 +189,11 @@ def fit(
         with loop.progress.working("start"):
             loop.start()
     with Interrupt() as interrupt, contextlib.closing(loop.progress):
-        while loop.step < loop.total:
+        while loop.step < loop.end:
             if loop.train_epoch(interrupt):
                 with loop.progress.working("evaluation"), loop.averaged.in_use():
                     results = loop.close_epoch(stage.evaluate(), after_epoch)
-            interrupted = any(distributed.any_of(interrupt.wanted)) and loop.step < loop.total
+            interrupted = any(distributed.any_of(interrupt.wanted)) and loop.step < loop.end
             ends = bool(plan.patience) and loop.epoch - loop.best_epoch >= plan.patience
             if (interrupted or ends) and loop.saved_step < loop.step:
                 with loop.averaged.in_use():
@@ -235,6 +235,7 @@ class Loop:
         self.kept = {name: state.get(name) for name in KEPT}
         self.epoch_means, self.window = Means(state.get("epoch_means")), Means(state.get("window"))
         self.per_epoch, self.total = plan.steps_per_epoch(len(examples)), plan.total_steps(len(examples))
+        self.end = self.total  # earlier if the minutes are over; schedules go by `total`
         # checkpoints of an earlier version have no best_step
         self.best_step = state.get("best_step", min(self.best_epoch * self.per_epoch, self.step) or None)
         self.deadline = time.perf_counter() + 60 * plan.max_minutes if plan.max_minutes else math.inf
@@ -267,10 +268,10 @@ class Loop:
             now = time.perf_counter()
             late, wanted = distributed.any_of(now > self.deadline, interrupt.wanted)
             if late:
-                self.total = self.step
+                self.end = self.step
             if self.step % plan.log_every == 0:
                 self.log_window()
-            if self.step == self.total:
+            if self.step == self.end:
                 break
             steps, seconds = plan.checkpoint_every
             due = self.step % steps == 0 if steps else seconds is not None and now - saved > seconds
@@ -399,7 +400,7 @@ class Loop:
             self.reductions, self.reduced_epoch = self.reductions + 1, self.epoch
             self.progress.write(f"the learning rate falls to {self.rate(self.step):.3g}")
         rested = time.perf_counter() - self.published > plan.save_every
-        if self.epoch <= ALWAYS_SAVED or rested or self.step == self.total:
+        if self.epoch <= ALWAYS_SAVED or rested or self.step == self.end:
             self.publish(after_epoch, best=better)
         elif better:
             self.unsaved_best = copy.deepcopy(self._state())

@@ -12,16 +12,11 @@ from torch import Tensor
 from vqvae.bottlenecks.base import FixedCodes, Projection
 from vqvae.bottlenecks.gradients import straight_through
 from vqvae.contracts import Latent
-from vqvae.registry import Passes, checked
-
-
-def sizes_of(levels: str) -> list[int]:
-    """The levels of each channel; 0 stands for a word that is no whole number."""
-    return [int(word) if word.strip().isdecimal() else 0 for word in levels.split(",")]
+from vqvae.registry import Passes, checked, whole_numbers
 
 
 def valid_levels(levels: str) -> bool:
-    return min(sizes_of(levels)) >= 2 and math.prod(sizes_of(levels)) < 2**31
+    return min(whole_numbers(levels)) >= 2 and math.prod(whole_numbers(levels)) < 2**31
 
 
 class FSQ(FixedCodes):
@@ -50,7 +45,7 @@ class FSQ(FixedCodes):
         ] = "8,8,8",
     ):
         super().__init__()
-        sizes = sizes_of(levels)
+        sizes = whole_numbers(levels)
         self.num_codes, self.code_dim, self.grid = math.prod(sizes), len(sizes), grid
         self.projection = Projection(channels, len(sizes))
         places = [math.prod(sizes[:i]) for i in range(len(sizes))]

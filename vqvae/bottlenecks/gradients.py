@@ -17,7 +17,7 @@ Gradient = Annotated[
 
 def straight_through(z: Tensor, quantized: Tensor) -> Tensor:
     """`quantized` with the gradient of the identity: dL/dz := dL/dquantized (1711.00937, section 3.2)."""
-    return z + (quantized - z).detach()
+    return quantized.detach() + (z - z.detach())  # exactly `quantized`, which z + (quantized - z) is not
 
 
 def rotate_to(z: Tensor, quantized: Tensor) -> Tensor:

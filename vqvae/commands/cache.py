@@ -2,13 +2,13 @@
 
 import os
 import time
-from pathlib import Path
+from typing import Any
 
 from vqvae import cli
 from vqvae.commands import path
 from vqvae.errors import OptionError, printable
 
-ALL = "all"
+ALL = object()  # no text: a folder may have any name
 EXAMPLES = """
 examples
   vqvae cache                              list the caches, the oldest first
@@ -35,9 +35,8 @@ def main(argv: list[str]) -> int:
     if options.clear is None:
         print(_table(found))
         return 0
-    wanted = os.path.abspath(options.clear)
-    chosen = [c for c in found if options.clear == ALL or wanted == c.source or Path(wanted) in map(_absolute, c.files)]
-    if not chosen and options.clear != ALL:
+    chosen = found if options.clear is ALL else [c for c in found if _is_of(c, os.path.abspath(options.clear))]
+    if not chosen and options.clear is not ALL:
         raise OptionError("clear", options.clear, "no cache is of it; see vqvae cache")
     removed = [c for c in chosen if cache.remove(c)]
     print(f"removed {_count(removed)}, {_bytes(sum(c.size for c in removed))}")
@@ -46,8 +45,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _absolute(file: Path) -> Path:
-    return Path(os.path.abspath(file))
+def _is_of(cache: Any, path: str) -> bool:
+    """Whether the cache is of this folder or file, or is this file itself."""
+    return path == cache.source or path in map(os.path.abspath, cache.files)
 
 
 def _table(found: list) -> str:

@@ -14,7 +14,7 @@ from vqvae.data.cache import Reading
 from vqvae.data.containers import npz, parquet, webdataset
 from vqvae.data.image_folder import folder
 from vqvae.data.published import cifar10, fashion_mnist, mnist, mnist_binary, svhn
-from vqvae.errors import OptionError, one_line
+from vqvae.errors import OptionError, one_line, out_of_memory
 from vqvae.registry import Choice, Range, Sides, Size, Slot, arguments, checked, needs, resolve
 
 __all__ = ["DATASETS", "SLOT", "Dataset", "Images", "fingerprint", "load"]
@@ -86,7 +86,7 @@ def load(
             for key, split in data.splits.items()
         }
     except (MemoryError, RuntimeError) as problem:
-        if isinstance(problem, RuntimeError) and "alloc" not in str(problem):
+        if not out_of_memory(problem):
             raise
         raise OptionError("dataset", name, "does not fit into memory; use smaller or fewer images") from None
     probabilities = None if data.probabilities is None else data.probabilities[:limit]
