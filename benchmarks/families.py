@@ -67,14 +67,13 @@ def stepper(family: str, device: str) -> tuple[Callable[[], object], str]:
         examples = torch.randint(256, (plan.batch_size, *shape), dtype=torch.uint8)
     labels = torch.zeros(plan.batch_size, dtype=torch.int64)
     split = Images(examples, labels)
-    stage, model = experiment.stage_one(config, Dataset(config.dataset.name, split, split), plan, Fresh())
+    stage, model, *_ = experiment.stage_one(config, Dataset(config.dataset.name, split, split), plan, Fresh())
     module, size = stage.module, "x".join(map(str, shape))
     if family == config.prior.name:
         module, size = PriorTraining(model, conditional=False), "8x8 codes"
         examples = torch.randint(model.bottleneck.num_codes, (plan.batch_size, 8, 8), dtype=torch.int32)
     endless = plan._replace(epochs=10**6)  # no schedule ends
     loop = Loop(module.train(), examples.to(plan.device), labels, endless, NullRun(ROOT), {})
-    loop.bar.disable = True
     index = torch.arange(plan.batch_size)
     return lambda: loop.train_step(index), f"batch {plan.batch_size}, {size}"
 

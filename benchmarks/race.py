@@ -115,7 +115,7 @@ def our_training(name: str, config: Config, dataset: Dataset) -> Training:
     """train.py's, without its files."""
     plan = experiment.plan_of(config)
     torch.manual_seed(config.seed)
-    stage, model = experiment.stage_one(config, dataset, plan, Fresh())
+    stage, model, _ = experiment.stage_one(config, dataset, plan, Fresh())
     stage.module.train()
     loop = Loop(stage.module, stage.examples, stage.labels, plan, NullRun(Path("nowhere")), {})
     order = Order(len(stage.examples), config.seed)

@@ -196,7 +196,7 @@ def train(
     )  # fmt: skip
     if resume:
         module.load_state_dict(resume["module"])
-    stage = Stage(module, examples, training[1], held_out_metrics, draw=None, caption="")
+    stage = Stage(module, examples, training[1], held_out_metrics)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         results = fit(stage, plan, notes, resume=resume)
     return {

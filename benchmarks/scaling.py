@@ -172,7 +172,7 @@ def take_steps(case: Case, shape: tuple[int, int, int], batch: int, before: Call
         device=torch.device("cpu"), precision="fp32", checkpoint_every=(1000, None),
     )  # fmt: skip
     images = torch.randint(256, (batch * STEPS, *shape), dtype=torch.uint8)
-    stage = Stage(module, images, torch.zeros(len(images), dtype=torch.int64), lambda: {"neg_elbo": 0.0}, None, "")
+    stage = Stage(module, images, torch.zeros(len(images), dtype=torch.int64), lambda: {"neg_elbo": 0.0})
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         fit(stage, plan, NullRun(Path("nowhere")))
     return sum(p.numel() for p in module.parameters())

@@ -187,7 +187,7 @@ def loop(device: torch.device, steps: int) -> dict:
         run = Run(Path(tempfile.mkdtemp(dir=folders.name)) / "run", facts)
         module = ours(device)
         module.initialize = lambda batches: None
-        stage = Stage(module, images, labels, evaluate=lambda: {module.monitor: 0.0}, draw=None, caption="")
+        stage = Stage(module, images, labels, evaluate=lambda: {module.monitor: 0.0})
         fit(stage, plan_of(device), run)
         run.close()
 

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "flows": set(),
     "randomness": set(),
     "registry": {"errors"},
-    "schedules": {"errors"},
+    "schedules": {"errors", "registry"},
     "files": {"errors"},
     "devices": {"errors"},
     "interrupts": set(),

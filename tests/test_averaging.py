@@ -24,10 +24,10 @@ def test_the_average_is_the_recursion_over_all_weights_and_buffers():
         averaged.update(n)
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * value
-    with averaged.in_use() as trained:
+    with averaged.in_use():
         assert torch.allclose(net.weight, torch.full((2,), expected))
         assert net.num_batches_tracked == 5
-        assert trained["weight"].tolist() == [8.0, 8.0]
+        assert averaged.other["weight"].tolist() == [8.0, 8.0]
     assert net.weight.tolist() == [8.0, 8.0]
 
 
@@ -44,8 +44,8 @@ def test_a_decay_of_0_has_no_average():
     net = module(1.0)
     averaged = AveragedWeights(net, 0)
     averaged.update(0)
-    with averaged.in_use() as trained:
-        assert trained == {}
+    with averaged.in_use():
+        assert averaged.other == {}
         assert net.weight.tolist() == [1.0, 1.0]
 
 

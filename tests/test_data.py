@@ -61,7 +61,7 @@ def test_options_out_of_range_are_refused_before_any_file_is_read(name, options,
 def test_a_fingerprint_changes_with_any_pixel_label_or_shape():
     data = load("digits", limit=1500)
     images, labels = data.train
-    seen = {data.train.fingerprint(), data.test.fingerprint(), data.fingerprint(), fingerprint(images)}
+    seen = {data.train.fingerprint(), data.test.fingerprint(), fingerprint(images)}
     for position in (0, images.numel() // 2, images.numel() - 1):
         changed = images.clone()
         changed.view(-1)[position] ^= 1
@@ -69,7 +69,7 @@ def test_a_fingerprint_changes_with_any_pixel_label_or_shape():
     seen.add(Images(images, labels.flip(0)).fingerprint())
     seen.add(Images(images[:-1], labels[:-1]).fingerprint())
     seen.add(Images(images.view(-1, 1, 16, 64), labels).fingerprint())
-    assert len(seen) == 10
+    assert len(seen) == 9
     assert all(len(text) == 32 for text in seen)
 
 

@@ -83,7 +83,7 @@ def trained(name: str) -> tuple[State, State, dict[str, float]]:
     )  # fmt: skip
     run = Logged()
     held_out = lambda: {"neg_elbo": float(sum(distributed.gather_objects(distributed.rank())))}  # noqa: E731
-    fit(Stage(module, IMAGES, torch.zeros(21, dtype=torch.int64), held_out, draw=None, caption=""), plan, run)
+    fit(Stage(module, IMAGES, torch.zeros(21, dtype=torch.int64), held_out), plan, run)
     return before, copy(module.state_dict()), run.metrics
 
 

@@ -99,7 +99,7 @@ def train(
         toy.load_state_dict(saved["model"])
     run = Run(folder, FACTS)
     held_out = evaluate or (lambda: {"loss": float(toy.point.detach().square().sum())})
-    stage = Stage(toy, EXAMPLES, LABELS, evaluate=held_out, draw=None, caption="")
+    stage = Stage(toy, EXAMPLES, LABELS, evaluate=held_out)
     with closing(run):
         results = fit(stage, the_plan, run, after_epoch=after_epoch, resume=saved)
         run.close(results)
@@ -245,7 +245,7 @@ def test_the_rate_follows_its_schedule_and_each_groups_scale(tmp_path):
     toy = Scaled()
     before: list[Tensor] = []
     toy.at = lambda step: before.append(toy.point.detach().clone())
-    stage = Stage(toy, EXAMPLES, LABELS, evaluate=lambda: {"loss": 0.0}, draw=None, caption="")
+    stage = Stage(toy, EXAMPLES, LABELS, evaluate=lambda: {"loss": 0.0})
     the_plan = plan(epochs=1, lr=Schedule.parse("linear:0.1:0"))
     fit(stage, the_plan, Run(tmp_path / "run", FACTS))
     # AdamW's first step has the length of the rate, in every coordinate

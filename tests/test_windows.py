@@ -126,7 +126,7 @@ def test_a_damaged_cache_that_is_mapped_is_one_line(windows, tmp_path, monkeypat
     (index,) = (tmp_path / "cache").rglob("*.json")
     index.write_text("{}")
     second = load("folder", data_dir="in", image_size=8)  # the array is whole
-    assert second.fingerprint() == first.fingerprint()
+    assert second.train.fingerprint() == first.train.fingerprint()
     (array,) = (tmp_path / "cache").rglob("*.npy")
     with array.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
@@ -154,7 +154,7 @@ def test_a_cache_that_a_faster_process_made_and_maps_is_used(windows, tmp_path, 
 
     monkeypatch.setattr(cache, "_convert", overtaken)
     data = load("folder", data_dir="in", image_size=8)
-    assert data.fingerprint() == faster[0].fingerprint()
+    assert data.train.fingerprint() == faster[0].train.fingerprint()
     assert not list(tmp_path.rglob("*.partial"))
 
 

@@ -19,7 +19,7 @@ from vqvae.files import write_json
 from vqvae.probe import probe
 from vqvae.progress import WIDTH, columns
 from vqvae.randomness import generator
-from vqvae.runs import BEST, LAST, NullRun, Run
+from vqvae.runs import BEST, LAST, Run
 from vqvae.schedules import parse_rate
 from vqvae.training import KEPT
 
@@ -81,7 +81,7 @@ def assess(
     return about, results
 
 
-def assess_end(run: Run | NullRun, dataset: Dataset, headline: Sequence[str], device: torch.device) -> dict[str, float]:
+def assess_end(run: Run, dataset: Dataset, headline: Sequence[str], device: torch.device) -> dict[str, float]:
     """Evaluate on the test split, once, the models that a run leaves at its end: checkpoint.pt and best.pt.
 
     Prints and logs their metrics, and stores them in evaluation.json and evaluation-best.json; returns those of

@@ -17,7 +17,10 @@ class AveragedWeights:
     """
 
     def __init__(self, module: nn.Module, decay: float, trained: Mapping[str, Tensor] | None = None):
-        """`trained`: the weights of training, of a checkpoint that has averages as its own; both are exchanged."""
+        """The module's weights are the first average.
+
+        A checkpoint's weights are its averages; the module gets `trained`, the training weights beside them.
+        """
         self.module, self.decay = module, decay
         self.other = {name: tensor.clone() for name, tensor in self._tensors().items()}
         if trained is not None:
@@ -39,11 +42,11 @@ class AveragedWeights:
             get_ema_multi_avg_fn(decay)([a for a, _ in floats], [w for _, w in floats], updates)
 
     @contextlib.contextmanager
-    def in_use(self) -> Iterator[dict[str, Tensor]]:
-        """Within it the module has the average; its value are the weights of training, none without an average."""
+    def in_use(self) -> Iterator[None]:
+        """Exchange the weights for the averages within the block; `other` has the training weights meanwhile."""
         self._exchange()
         try:
-            yield self.other
+            yield
         finally:
             self._exchange()
 

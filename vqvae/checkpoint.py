@@ -99,7 +99,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged, or not written by vqvae: it does not end in its checksum; use another copy")
     if missing := FIELDS - set(content):
         raise UserError(f"{path}: not a vqvae checkpoint; it lacks {', '.join(sorted(missing))}; use another copy")
-    with _naming(path):
+    with _prefixed(path):
         content |= _described(content)
         _check_state(content)
     return content
@@ -160,14 +160,14 @@ def read_model(path: str | Path) -> dict[str, Any]:
         content["model"] = load_safetensors(raw)
     except Exception as problem:  # safetensors raises many types for damaged files
         raise UserError(f"{weights}: cannot be read ({one_line(problem)}); export the model again") from None
-    with _naming(weights):
+    with _prefixed(weights):
         _check_tensors(content["model"], "weights")
     return content
 
 
 def _read_foreign(path: Path) -> dict[str, Any]:
     content = {"format": FORMAT, **foreign.read(path)}
-    with _naming(path / foreign.SETTINGS):
+    with _prefixed(path / foreign.SETTINGS):
         return content | _described(content)
 
 
@@ -185,7 +185,7 @@ def _read_settings(path: Path) -> tuple[dict[str, Any], Any]:
     found = content.get("sha256")
     if not isinstance(found, str) or len(found) != len(UNKNOWN) or seal(text, found) != text:
         raise UserError(f"{path}: damaged, or changed: it does not match its checksum; export the model again")
-    with _naming(path):
+    with _prefixed(path):
         return {key: content[key] for key in ABOUT} | _described(content), content.get("weights_sha256")
 
 
@@ -248,7 +248,7 @@ def _read_evaluation(path: Path, content: Mapping[str, Any]) -> dict[str, Any] |
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _prefixed(path: Path) -> Iterator[None]:
     """Begin errors with the file's name."""
     try:
         yield

@@ -365,6 +365,42 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         group.add_argument(_flag(name), metavar=short.metavar, help=help, default=argparse.SUPPRESS)
 
 
+class Given(NamedTuple):
+    """The settings that were typed for a run, and the tables of the slots' members."""
+
+    settings: Mapping[str, Any]  # in their types
+    short: Mapping[str, Any]  # values of shorthands, as they were typed
+    slots: Mapping[str, Slot]
+
+    def resolve(self, chosen: Mapping[str, Any]) -> dict[str, Choice]:
+        """Every slot's choice with its shorthands folded in and all options checked; errors name what was typed."""
+        choices = {}
+        for slot in SLOTS:
+            choice = chosen.get(slot, FIELDS[slot].default)
+            typed = self.settings[slot].options if slot in self.settings else {}
+            mine = {name: s for name, s in SHORTHANDS.items() if s.slot == slot and name in self.short}
+            for name, s in mine.items():
+                if s.option in typed:
+                    other = f"--{slot} {choice.name} {s.option}={typed[s.option]}"
+                    raise OptionError(name, self.short[name], f"is given twice, also as {other}; keep one")
+            options = choice.options | {s.option: self.short[name] for name, s in mine.items()}
+            given = [*typed, *(s.option for s in mine.values())]
+            try:
+                choices[slot] = resolve(self.slots[slot], Choice(choice.name, options), given)
+                refuse_idle(self.slots[slot], choices[slot], given)
+                drop = choices[slot].options["label_drop"] if "label_drop" in given else 0
+                if drop and not chosen.get("conditional"):
+                    problem = "has no effect without --conditional; leave it out"
+                    raise OptionError("label_drop", drop, problem, owner=choice.name, slot=slot)
+            except OptionError as problem:
+                for name, s in mine.items():
+                    if problem.option == s.option:
+                        reason = problem.problem.replace("unknown option", f"--{slot} {choice.name} has no {s.option}")
+                        raise OptionError(name, self.short[name], reason) from None
+                raise
+        return choices
+
+
 def configure(given: Mapping[str, Any], start: Start, slots: Mapping[str, Slot]) -> Config:
     """The settings of a run: what was typed, over the preset's, over the defaults, each checked.
 
@@ -373,16 +409,16 @@ def configure(given: Mapping[str, Any], start: Start, slots: Mapping[str, Slot])
     model takes model and data from there. Raises `OptionError` that names the setting.
     """
     settings = {key: value for key, value in typed(given).items() if key not in SHORTHANDS}
-    short = {key: given[key] for key in SHORTHANDS if key in given}
+    all_given = Given(settings, {key: given[key] for key in SHORTHANDS if key in given}, slots)
     match start:
         case Resumed(content=content):
-            config = _resumed(Config.from_dict(content["config"]), settings, short, slots)
+            config = _resumed(Config.from_dict(content["config"]), all_given)
         case StageTwo(content=content):
-            config = _new(_stage_two(Config.from_dict(content["config"]), settings, short, slots))
+            config = _new(_stage_two(Config.from_dict(content["config"]), all_given))
         case Initialized(content=content):
-            config = _new(_initialized(Config.from_dict(content["config"]), settings, short, slots))
+            config = _new(_initialized(Config.from_dict(content["config"]), all_given))
         case Fresh():
-            config = _new(_fresh(settings, short, slots))
+            config = _new(_fresh(all_given))
     name = config.dataset.name
     if settings.get("data_dir", Config.data_dir) != Config.data_dir and name in slots["dataset"].built_in:
         raise OptionError("data_dir", config.data_dir, f"the data set {name} reads no files; leave it out")
@@ -401,9 +437,9 @@ def _new(config: Config) -> Config:
     return config
 
 
-def _fresh(settings: Mapping[str, Any], short: Mapping[str, Any], slots: Mapping[str, Slot]) -> Config:
-    chosen = _over_preset(settings)
-    return Config(**(chosen | _resolved(chosen, settings, short, slots)))
+def _fresh(given: Given) -> Config:
+    chosen = _over_preset(given.settings)
+    return Config(**(chosen | given.resolve(chosen)))
 
 
 def _over_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -419,19 +455,17 @@ def _over_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
 SIZES = ("num_codes", "code_dim")  # options of bottlenecks that a model to start from decides
 
 
-def _initialized(
-    first: Config, settings: Mapping[str, Any], short: Mapping[str, Any], slots: Mapping[str, Slot]
-) -> Config:
+def _initialized(first: Config, given: Given) -> Config:
     """The nets, the likelihood and the sizes of the bottleneck are those of the model to start from."""
-    given = {key: resolve(slots[key], getattr(first, key)) for key in ("nets", "likelihood", "bottleneck")}
-    chosen = _merge(given, _over_preset(settings))
-    chosen |= _resolved(chosen, settings, short, slots)
+    kept = {key: resolve(given.slots[key], getattr(first, key)) for key in ("nets", "likelihood", "bottleneck")}
+    chosen = _merge(kept, _over_preset(given.settings))
+    chosen |= given.resolve(chosen)
     for key in ("init", "spread"):
-        if "bottleneck" in settings and key in settings["bottleneck"].options:
+        if "bottleneck" in given.settings and key in given.settings["bottleneck"].options:
             problem = "has no effect, because the codes of --init-from are the first ones; leave it out"
             name, options = chosen["bottleneck"]
             raise OptionError(key, options[key], problem, owner=name, slot="bottleneck")
-    for slot, there in given.items():
+    for slot, there in kept.items():
         here = chosen[slot]
         if here.name != there.name:
             problem = f"the model of --init-from has {there.name}; leave it out"
@@ -452,60 +486,28 @@ def _merge(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def _resolved(
-    chosen: Mapping[str, Any], typed: Mapping[str, Any], short: Mapping[str, Any], slots: Mapping[str, Slot]
-) -> dict[str, Choice]:
-    """Every slot's choice with its shorthands folded in and all options checked; errors name what was typed."""
-    choices = {}
-    for key in SLOTS:
-        choice = chosen.get(key, FIELDS[key].default)
-        mine = {name: s for name, s in SHORTHANDS.items() if s.slot == key and name in short}
-        for name, s in mine.items():
-            if key in typed and s.option in typed[key].options:
-                other = f"--{key} {choice.name} {s.option}={typed[key].options[s.option]}"
-                problem = f"is given twice, also as {other}; keep one"
-                raise OptionError(name, short[name], problem)
-        options = choice.options | {s.option: short[name] for name, s in mine.items()}
-        try:
-            given = [*(typed[key].options if key in typed else ()), *(s.option for s in mine.values())]
-            choices[key] = resolve(slots[key], Choice(choice.name, options), given)
-            refuse_idle(slots[key], choices[key], given)
-            if "label_drop" in given and choices[key].options["label_drop"] and not chosen.get("conditional"):
-                problem = "has no effect without --conditional; leave it out"
-                value = choices[key].options["label_drop"]
-                raise OptionError("label_drop", value, problem, owner=choice.name, slot=key)
-        except OptionError as problem:
-            for name, s in mine.items():
-                if problem.option == s.option:
-                    reason = problem.problem.replace("unknown option", f"--{key} {choice.name} has no {s.option}")
-                    raise OptionError(name, short[name], reason) from None
-            raise
-    return choices
-
-
-def _resumed(base: Config, settings: Mapping[str, Any], short: Mapping[str, Any], slots: Mapping[str, Slot]) -> Config:
+def _resumed(base: Config, given: Given) -> Config:
     stored = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
-    wanted = _merge(stored, settings)
-    wanted |= _resolved(wanted, settings, short, slots)
-    options = ((name, SHORTHANDS[name]) for name in short)
+    wanted = _merge(stored, given.settings)
+    wanted |= given.resolve(wanted)
+    options = ((name, SHORTHANDS[name]) for name in given.short)
     changed = [name for name, s in options if wanted[s.slot].options[s.option] != stored[s.slot].options.get(s.option)]
-    changed += [key for key in settings if key not in ON_RESUME and wanted[key] != stored[key]]
+    changed += [key for key in given.settings if key not in ON_RESUME and wanted[key] != stored[key]]
     if changed:
         problem = f"a resumed run keeps its settings; only these may change: {', '.join(map(_flag, ON_RESUME))}"
-        raise OptionError(changed[0], {**settings, **short}[changed[0]], problem)
+        raise OptionError(changed[0], {**given.settings, **given.short}[changed[0]], problem)
     return Config(**wanted)
 
 
 FROM_STAGE_ONE = ("dataset", "nets", "bottleneck", "likelihood", "objective", "image_size")
 
 
-def _stage_two(
-    first: Config, settings: Mapping[str, Any], short: Mapping[str, Any], slots: Mapping[str, Slot]
-) -> Config:
+def _stage_two(first: Config, given: Given) -> Config:
+    settings = given.settings
     for key in (*FROM_STAGE_ONE, "preset", "init_from"):
         if key in settings:
             raise OptionError(key, settings[key], "the model and data come from --checkpoint; leave it out")
-    for key, value in short.items():
+    for key, value in given.short.items():
         if SHORTHANDS[key].slot != "prior":
             raise OptionError(key, value, "the model and data come from --checkpoint; leave it out")
     if settings.get("augment", "none") != "none":
@@ -515,7 +517,7 @@ def _stage_two(
         raise OptionError("checkpoint", settings.get("checkpoint"), problem)
     stored = {key: getattr(first, key) for key in (*FROM_STAGE_ONE, "data_dir", "limit", "validation")}
     chosen = stored | dict(settings)
-    return Config(**(chosen | _resolved(chosen, settings, short, slots)))
+    return Config(**(chosen | given.resolve(chosen)))
 
 
 def _typed(key: str, value: Any) -> Any:

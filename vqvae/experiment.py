@@ -3,10 +3,10 @@
 import contextlib
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,7 +133,7 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
     plan.check(len(dataset.train.images) * config.data_shards)
     torch.manual_seed(stream(config.seed, "weights"))
     build_stage = stage_two if config.checkpoint else stage_one
-    stage, model = build_stage(config, dataset, plan, start)
+    stage, model, drawing = build_stage(config, dataset, plan, start)
     about = run_data.describe(dataset, model)
     if resumed:
         run_data.compare(resumed["data"], about, config)
@@ -159,21 +159,17 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
             make_folder(Path(config.plot_dir), "plot_dir")  # first, so that an error shows the folder as it was typed
             make_folder(plot_folder, "plot_dir")
             remove_parts(images_folder)
-            draw_originals(stage, run, facts["examples"]["images"], images_folder)
+            if drawing:
+                title = f"{printable(folder.name)}: held-out originals"
+                plots.image_grid(facts["examples"]["images"], images_folder / "original.png", title=title)
 
     with contextlib.closing(run):
-        try:
-            log_images = image_logger(stage, run, images_folder, plan.device)
+        log_images = image_logger(stage, drawing, run, images_folder, plan.device)
+        with explaining(lambda: summary.how_to_go_on(folder, shown_plots)):
             results = fit(stage, plan, run, on_start=on_start, after_epoch=log_images, resume=resumed)
-        except KeyboardInterrupt as stopped:  # before the first step, or the second one
-            stopped.args = (summary.how_to_go_on(folder, shown_plots),)
-            raise
         if results is not None:
-            try:
+            with explaining(lambda: f"the run is complete; {summary.how_to_evaluate(folder)}"):
                 results = assess_end(run, dataset, stage.module.headline, plan.device)
-            except KeyboardInterrupt as stopped:
-                stopped.args = (f"the run is complete; {summary.how_to_evaluate(folder)}",)
-                raise
         run.close(results)
     distributed.barrier()  # a second stage reads what the first process wrote
     if results is None:
@@ -181,6 +177,16 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
         return None
     print(summary.closing(folder, shown_plots))
     return folder
+
+
+@contextlib.contextmanager
+def explaining(line: Callable[[], str]) -> Iterator[None]:
+    """Tell in the message of Ctrl-C, before the first step or a second one, how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        stopped.args = (line(),)
+        raise
 
 
 def compared(config: Config) -> dict[str, str | float]:
@@ -312,7 +318,19 @@ def name_run(config: Config, lock: Lock) -> Path:
     return logs / config.name
 
 
-def stage_one(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tuple[Stage, Autoencoder]:
+class Drawing(NamedTuple):
+    """The images that a stage shows after an epoch."""
+
+    draw: Callable[[], Tensor]  # images [N, C, H, W] in [0, 1]
+    caption: str  # what they are
+    originals: Tensor | None = None  # [N, C, H, W] in [0, 1], what they reconstruct
+    code_maps: Callable[[], Tensor] | None = None  # images [N, 3, H, W] uint8: originals and their codes as colors
+
+
+Built = tuple[Stage, Autoencoder, Drawing | None]  # None of points, which are no images
+
+
+def stage_one(config: Config, dataset: Dataset, plan: Plan, start: Start) -> Built:
     """The whole autoencoder, trained on images."""
     images, held_out = dataset.train.images, dataset.held_out
     resumed = start.content if isinstance(start, Resumed) else None
@@ -341,23 +359,27 @@ def stage_one(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
     if compiled:
         model.encoder.compile()
         model.decoder.compile()
-    codes, mapped = model.discrete if model.shows_images else None, held_out.images[:MAPS_SHOWN]
     stage = Stage(
         module,
         images,
         dataset.train.labels,
         evaluate=lambda: evaluate(model, *held_out, seed=config.seed),
-        draw=(lambda: model.reconstruct(held_out.images[:EXAMPLES_KEPT])) if model.shows_images else None,
-        caption="reconstructions",
         redraw=None if dataset.probabilities is None else lambda epoch: dataset.training_images(config.seed, epoch),
-        originals=unit_range(held_out.images[:EXAMPLES_KEPT]) if model.shows_images else None,
-        code_maps=(lambda: report.code_maps(model, codes, mapped)) if codes else None,
         compiled=compiled,
     )
-    return stage, model
+    if not model.shows_images:
+        return stage, model, None
+    codes, shown, mapped = model.discrete, held_out.images[:EXAMPLES_KEPT], held_out.images[:MAPS_SHOWN]
+    drawing = Drawing(
+        lambda: model.reconstruct(shown),
+        "reconstructions",
+        originals=unit_range(shown),
+        code_maps=(lambda: report.code_maps(model, codes, mapped)) if codes else None,
+    )
+    return stage, model, drawing
 
 
-def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tuple[Stage, Autoencoder]:
+def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> Built:
     """A prior, trained on the codes of a frozen autoencoder."""
     path = str(config.checkpoint)
     if isinstance(start, Resumed):  # the checkpoint holds the new prior
@@ -391,39 +413,30 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> tup
         codes,
         distributed.rows_of_parts(dataset.train.labels, config.data_shards),
         evaluate=lambda: module.evaluate(held_out, dataset.held_out.labels, config.seed),
-        draw=sample if model.shows_images else None,
-        caption="samples",
         compiled=compiled,
     )
-    return stage, model
+    return stage, model, Drawing(sample, "samples") if model.shows_images else None
 
 
-def draw_originals(stage: Stage, run: Run | NullRun, originals: Tensor, folder: Path) -> None:
-    """Draw the held-out images that a stage's images are compared with."""
-    if stage.draw is not None:
-        plots.image_grid(originals, folder / "original.png", title=f"{printable(run.folder.name)}: held-out originals")
-
-
-def image_logger(stage: Stage, run: Run | NullRun, folder: Path, device: torch.device) -> AfterEpoch:
+def image_logger(stage: Stage, drawing: Drawing | None, run: Run, folder: Path, device: torch.device) -> AfterEpoch:
     """A function that draws the stage's images after an epoch, and the code usage for TensorBoard."""
-    draw = stage.draw
 
     def log_images(epoch: int, step: int, usage: Tensor | None) -> None:
         if distributed.rank() > 0:
             return
         if usage is not None:
             run.log_images("code_usage", plots.usage_bars(usage), step)
-        if draw is None:
+        if drawing is None:
             return
         with evaluating(stage.module), forked(device):
-            images = draw().cpu()
-            if stage.code_maps is not None:
-                run.log_images("code_maps", plots.montage(stage.code_maps()), step)
+            images = drawing.draw().cpu()
+            if drawing.code_maps is not None:
+                run.log_images("code_maps", plots.montage(drawing.code_maps()), step)
         path = folder / f"epoch_{epoch:03d}.png"
-        plots.image_grid(images, path, title=f"{printable(run.folder.name)}: {stage.caption}, epoch {epoch}")
-        if stage.originals is not None:  # next to each other, in TensorBoard
-            images = torch.stack([stage.originals, images], dim=1).flatten(0, 1)
-        run.log_images(stage.caption, plots.montage(images), step)
+        plots.image_grid(images, path, title=f"{printable(run.folder.name)}: {drawing.caption}, epoch {epoch}")
+        if drawing.originals is not None:  # next to each other, in TensorBoard
+            images = torch.stack([drawing.originals, images], dim=1).flatten(0, 1)
+        run.log_images(drawing.caption, plots.montage(images), step)
 
     return log_images
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vqvae import fonts
 from vqvae.files import whole_file
-from vqvae.metrics import METRICS
+from vqvae.metrics import METRICS, perplexity
 
 Color = tuple[int, int, int]  # red, green, blue, 0 to 255
 Item = TypeVar("Item")
@@ -62,9 +62,9 @@ def montage(images: Tensor, columns: int = 8, scale: int = 1) -> Tensor:
     return torch.from_numpy(sheet).permute(2, 0, 1)
 
 
-def display_scale(images: Tensor, target: int = 64) -> int:
-    """The integer factor that brings the longer side of small images closest to `target` pixels."""
-    return max(1, round(target / max(images.shape[-2:])))
+def display_scale(images: Tensor) -> int:
+    """The integer factor that brings the longer side of small images closest to 64 pixels."""
+    return max(1, round(64 / max(images.shape[-2:])))
 
 
 def evenly(items: Sequence[Item], most: int) -> list[Item]:
@@ -270,11 +270,10 @@ def usage_chart(usage: Tensor, path: Path, *, title: str, names: Sequence[str] =
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     figure, axes = _chart((8, 4))
     for level, share in enumerate(shares):
-        used = share[share > 0]
-        perplexity = float(np.exp(-(used * np.log(used)).sum()))
-        label = f"perplexity {perplexity:.1f} of {shares.shape[1]}, {len(used)} codes in use"
+        used = int((share > 0).sum())
+        label = f"perplexity {perplexity(usage[level]):.1f} of {shares.shape[1]}, {used} codes in use"
         label = f"{names[level]}: {label}" if len(shares) > 1 else label
-        share = share[: len(used) + 1]  # the other codes have no area
+        share = share[: used + 1]  # the other codes have no area
         axes.fill_between(np.arange(len(share)), share, step="mid", color=f"C{level}", alpha=0.6, label=label)
     axes.axhline(1 / shares.shape[1], color="#cc6677", linestyle="--", label=f"uniform usage, 1 / {shares.shape[1]}")
     axes.set(xlabel="codes, by decreasing usage", ylabel="share of held-out positions", xlim=(0, shares.shape[1]))

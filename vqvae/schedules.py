@@ -10,6 +10,7 @@ import math
 from typing import NamedTuple
 
 from vqvae.errors import OptionError, UserError, near_misses
+from vqvae.registry import LARGEST
 
 SHAPES = {
     "linear": lambda progress: progress,
@@ -17,10 +18,6 @@ SHAPES = {
     # a slow start and a steep end: the published ramps of deep-vector-quantization
     "quarter-cosine": lambda progress: 1 - math.cos(math.pi / 2 * progress),
 }
-
-
-LARGEST = 3.4e38  # what a float32 can store
-MOST_STEPS = 2**31 - 1
 
 
 class Piece(NamedTuple):
@@ -48,8 +45,8 @@ class Schedule(NamedTuple):
             except UserError as problem:
                 raise OptionError(option, text, str(problem)) from None
             return cls(tuple(pieces))
-        if not abs(value) <= LARGEST:
-            raise OptionError(option, text, f"must be a finite number of at most {LARGEST:g}, or a schedule")
+        if not abs(value) <= LARGEST[float]:
+            raise OptionError(option, text, f"must be a finite number of at most {LARGEST[float]:g}, or a schedule")
         return cls((Piece("linear", value, value, None),))
 
     def __call__(self, step: int, total_steps: int) -> float:
@@ -91,7 +88,7 @@ def parse_rate(text: str, option: str = "lr") -> tuple[Schedule, Plateau | None]
         plateau = Plateau(float(factor), int(patience))
     except ValueError:
         plateau = None
-    if plateau is None or not (0 < plateau.factor < 1 and 0 <= plateau.patience <= MOST_STEPS):
+    if plateau is None or not (0 < plateau.factor < 1 and 0 <= plateau.patience <= LARGEST[int]):
         problem = "must be plateau:rate:factor:patience, with a factor between 0 and 1, such as plateau:1e-3:0.5:3"
         raise OptionError(option, text, problem)
     return Schedule.parse(start, option), plateau
@@ -140,8 +137,8 @@ def _piece(text: str) -> Piece:
         start, end, *steps = map(float, numbers)
     except ValueError:
         raise UserError("start, end and steps must be numbers") from None
-    if not all(abs(value) <= LARGEST for value in (start, end)):  # nan compares as false
-        raise UserError(f"start and end must be finite numbers of at most {LARGEST:g}")
-    if steps and not (1 <= steps[0] <= MOST_STEPS and steps[0] == int(steps[0])):
-        raise UserError(f"steps must be a whole number from 1 to {MOST_STEPS}")
+    if not all(abs(value) <= LARGEST[float] for value in (start, end)):  # nan compares as false
+        raise UserError(f"start and end must be finite numbers of at most {LARGEST[float]:g}")
+    if steps and not (1 <= steps[0] <= LARGEST[int] and steps[0] == int(steps[0])):
+        raise UserError(f"steps must be a whole number from 1 to {LARGEST[int]}")
     return Piece(shape, start, end, int(steps[0]) if steps else None)

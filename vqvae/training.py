@@ -27,7 +27,7 @@ from vqvae.interrupts import Interrupt
 from vqvae.optimizer import OPTIMIZERS
 from vqvae.progress import Progress
 from vqvae.randomness import Purpose, seed_globally, stream
-from vqvae.runs import NullRun, Run
+from vqvae.runs import Run
 from vqvae.schedules import Plateau, Schedule
 
 MOST_SKIPPED = 10  # updates in a row, with on_nan=skip
@@ -109,11 +109,10 @@ class Health:
     """Remembers the first step whose loss or gradient was not finite, on the device: reading it synchronizes."""
 
     QUANTITIES = ("training loss", "gradient")
+    GOOD = 2**62
 
     def __init__(self) -> None:
         self.first: Tensor | None = None  # [2] int64, the steps; GOOD where there is none
-
-    GOOD = 2**62
 
     def watch(self, loss: Tensor, gradient: Tensor, step: int) -> None:
         """Note a step's loss and gradient norm, both scalars."""
@@ -145,24 +144,24 @@ class Stage(NamedTuple):
     examples: Tensor  # [N, ...], images or codes
     labels: Tensor  # [N] int64
     evaluate: Callable[[], dict[str, Any]]  # held-out metrics; entries of KEPT go into the checkpoint
-    draw: Callable[[], Tensor] | None  # images [N, C, H, W] in [0, 1] to show after each epoch
-    caption: str  # what those images are
-    originals: Tensor | None = None  # [N, C, H, W] in [0, 1], what those images reconstruct
     redraw: Callable[[int], Tensor] | None = None  # the examples of an epoch, where every epoch has its own
-    code_maps: Callable[[], Tensor] | None = None  # images [N, 3, H, W] uint8: originals and their codes as colors
     compiled: bool = False
 
 
 AfterEpoch = Callable[[int, int, Tensor | None], None]  # gets the epoch, the step, and code usage [levels, K]
 
 
+def nothing(epoch: int, step: int, usage: Tensor | None) -> None:
+    pass
+
+
 def fit(
     stage: Stage,
     plan: Plan,
-    run: Run | NullRun,
+    run: Run,
     *,
     on_start: Callable[[], None] = lambda: None,
-    after_epoch: AfterEpoch = lambda epoch, step, usage: None,
+    after_epoch: AfterEpoch = nothing,
     resume: dict[str, Any] | None = None,
 ) -> dict[str, float] | None:
     """Train to the end of the plan; returns the last held-out metrics, or None when interrupted.
@@ -176,7 +175,7 @@ def fit(
         problem = "must be 1 with batch norm, which needs the whole batch at once; use other nets, or several processes"
         raise OptionError("accumulate", plan.accumulate, problem)
     resident = _resident(stage.examples, stage.labels, plan.device)
-    loop = Loop(stage.module, *resident, plan, run, resume or {}, redraw=stage.redraw)
+    loop = Loop(stage.module, *resident, plan, run, resume or {}, redraw=stage.redraw, after_epoch=after_epoch)
     if resume and loop.step >= loop.end:
         distributed.on_first(lambda: run.repair_best(resume))  # it may have been killed just before its end
         problem = f"has taken all of its {loop.step} steps; raise epochs or max_steps"
@@ -192,12 +191,12 @@ def fit(
         while loop.step < loop.end:
             if loop.train_epoch(interrupt):
                 with loop.progress.working("evaluation"), loop.averaged.in_use():
-                    results = loop.close_epoch(stage.evaluate(), after_epoch)
+                    results = loop.close_epoch(stage.evaluate())
             interrupted = any(distributed.any_of(interrupt.wanted)) and loop.step < loop.end
             ends = bool(plan.patience) and loop.epoch - loop.best_epoch >= plan.patience
             if (interrupted or ends) and loop.saved_step < loop.step:
                 with loop.averaged.in_use():
-                    loop.publish(after_epoch)
+                    loop.publish()
             if interrupted:
                 return None
             if ends:
@@ -216,15 +215,16 @@ class Loop:
         examples: Tensor,
         labels: Tensor,
         plan: Plan,
-        run: Run | NullRun,
+        run: Run,
         state: dict[str, Any],
         *,
         redraw: Callable[[int], Tensor] | None = None,
+        after_epoch: AfterEpoch = nothing,
     ):
         if plan.device.type == "cpu":
             keep_memory()
         self.module, self.examples, self.labels, self.plan, self.run = module, examples, labels, plan, run
-        self.redraw = redraw
+        self.redraw, self.after_epoch = redraw, after_epoch
         self.optimizer = OPTIMIZERS[plan.optimizer](module.parameter_groups(plan.weight_decay), plan.device)
         if state:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -377,7 +377,7 @@ class Loop:
             self.progress.show(means)
             self.window = Means()
 
-    def close_epoch(self, results: dict[str, Any], after_epoch: AfterEpoch) -> dict[str, float]:
+    def close_epoch(self, results: dict[str, Any]) -> dict[str, float]:
         """Log the epoch's training and held-out metrics, draw and save if it is time; returns the held-out metrics.
 
         Averaged weights must be in use.
@@ -401,15 +401,15 @@ class Loop:
             self.progress.write(f"the learning rate falls to {self.rate(self.step):.3g}")
         rested = time.perf_counter() - self.published > plan.save_every
         if self.epoch <= ALWAYS_SAVED or rested or self.step == self.end:
-            self.publish(after_epoch, best=better)
+            self.publish(best=better)
         elif better:
             self.unsaved_best = copy.deepcopy(self._state())
         self.progress.row(self.epoch, trained, results, self.speed)
         return results
 
-    def publish(self, after_epoch: AfterEpoch, *, best: bool = False) -> None:
+    def publish(self, *, best: bool = False) -> None:
         """Draw and save a closed epoch, which may be the best so far. Averaged weights must be in use."""
-        after_epoch(self.epoch, self.step, self.kept.get("usage"))
+        self.after_epoch(self.epoch, self.step, self.kept.get("usage"))
         self._write(best=best)
         self.published = time.perf_counter()
 

@@ -39,7 +39,8 @@ OF_EVALUATE = ("iw_samples", "output", "probe", "metrics", "weights", "samples")
 EVALUATE_USES = ("checkpoint", "data_dir", "device", *OF_EVALUATE)
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]) -> dict[str, Any]:
+    """The flags that were typed, settings in their types."""
     parser = cli.parser(__doc__, EXAMPLES, prog=cli.program("train"))
     add_flags(parser)
     other = parser.add_argument_group("other")
@@ -68,44 +69,55 @@ def main(argv: list[str]) -> int:
     own: dict[str, Any] = {
         key: options.pop(key) for key in ("resume", "rescan", "list", "evaluate", *OF_EVALUATE) if key in options
     }
-    given: dict[str, Any] = {**own, **typed(options)}
+    return {**own, **typed(options)}
+
+
+def main(argv: list[str]) -> int:
+    given = parse(argv)
     if "list" in given:
-        what = given.pop("list")
-        _refuse(given, (), f"has no effect, because --list {what} only prints")
-        if what == "presets":
-            print(presets.describe())
-            return 0
-
-        from vqvae import experiment
-
-        print(experiment.listing(what))
-        return 0
+        return _list(given)
     if given.pop("evaluate", False):
-        if "checkpoint" not in given:
-            raise OptionError("evaluate", None, "name the model with --checkpoint logs/<run>/checkpoint.pt")
-        used = ", ".join(f"--{key.replace('_', '-')}" for key in EVALUATE_USES)
-        _refuse(given, EVALUATE_USES, f"has no effect, because --evaluate does not train; it uses only {used}")
-
-        words = tuple(dict.fromkeys(given.pop("metrics", ())))
-        if not set(words) - {"lpips"}:
-            _refuse(given, given.keys() - {"samples"}, "has no effect without --metrics fid, kid, is or lite0")
-        if not words:
-            _refuse(given, given.keys() - {"weights"}, "has no effect without --metrics")
-
-        from vqvae import experiment
-
-        asked = experiment.Asked(
-            iw_samples=given.pop("iw_samples", None),
-            samples=given.pop("samples", 0),
-            probed=given.pop("probe", False),
-        )
-        output, weights = given.pop("output", None), given.pop("weights", ())
-        return experiment.evaluate_checkpoint(given, asked, output, words=words, weights=weights)
+        return _evaluate(given)
     _refuse(given, given.keys() - set(OF_EVALUATE), "has no effect without --evaluate")
 
     from vqvae import experiment
 
     return experiment.run(given, given.pop("resume", None))
+
+
+def _list(given: dict[str, Any]) -> int:
+    what = given.pop("list")
+    _refuse(given, (), f"has no effect, because --list {what} only prints")
+    if what == "presets":
+        print(presets.describe())
+        return 0
+
+    from vqvae import experiment
+
+    print(experiment.listing(what))
+    return 0
+
+
+def _evaluate(given: dict[str, Any]) -> int:
+    if "checkpoint" not in given:
+        raise OptionError("evaluate", None, "name the model with --checkpoint logs/<run>/checkpoint.pt")
+    used = ", ".join(f"--{key.replace('_', '-')}" for key in EVALUATE_USES)
+    _refuse(given, EVALUATE_USES, f"has no effect, because --evaluate does not train; it uses only {used}")
+    words = tuple(dict.fromkeys(given.pop("metrics", ())))
+    if not set(words) - {"lpips"}:
+        _refuse(given, given.keys() - {"samples"}, "has no effect without --metrics fid, kid, is or lite0")
+    if not words:
+        _refuse(given, given.keys() - {"weights"}, "has no effect without --metrics")
+
+    from vqvae import experiment
+
+    asked = experiment.Asked(
+        iw_samples=given.pop("iw_samples", None),
+        samples=given.pop("samples", 0),
+        probed=given.pop("probe", False),
+    )
+    output, weights = given.pop("output", None), given.pop("weights", ())
+    return experiment.evaluate_checkpoint(given, asked, output, words=words, weights=weights)
 
 
 def _refuse(given: Mapping[str, Any], used: Collection[str], problem: str) -> None:

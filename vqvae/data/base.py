@@ -82,10 +82,6 @@ class Dataset(NamedTuple):
         probabilities = None if self.probabilities is None else self.probabilities[kept]
         return self._replace(train=train, validation=validation, probabilities=probabilities)
 
-    def fingerprint(self) -> str:
-        """32 hexadecimal digits that change with any pixel or label of either split."""
-        return fingerprint(*self.train, *self.test)
-
     def training_images(self, seed: int, epoch: int) -> Tensor:
         """The training images `[N, C, H, W]` of an epoch, a pure function of (seed, epoch) where they are drawn."""
         if self.probabilities is None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from vqvae.data.base import Dataset, Images, validation_count
 from vqvae.data.listing import Layout, in_order
 from vqvae.decoding import Read, Resize, Shape, optional_formats
-from vqvae.errors import OptionError, UserError, one_line, shown
+from vqvae.errors import OptionError, UserError, one_line, printable, shown
 from vqvae.files import WINDOWS, NotWritten, partial_of, replace, whole_file, write_text
 from vqvae.progress import images_bar
 from vqvae.registry import Options, Passes, Range, Size
@@ -146,7 +146,7 @@ def cached(source: Source, shape: Shape, part: Part | None = None, *, rescan: bo
     unreadable = source.unlisted | {name: file["reason"] for name, file in content["unreadable"].items()}
     if not content["paths"]:
         name, reason = next(iter(unreadable.items()))
-        found = f"none of its {len(unreadable):,} images can be read ({quoted(name)}: {reason})"
+        found = f"none of its {len(unreadable):,} images can be read ({printable(name)}: {reason})"
         raise OptionError("data_dir", source.path, found)
     above, *splits = content["layout"]
     images = torch.from_numpy(_mapped(array)[: len(content["paths"])])
@@ -314,7 +314,7 @@ class _Rows:
     def put(self, row: int, result: bytes | str, access: list[int], name: tuple[str, str]) -> Image:
         """Write an image, or remember why it cannot be read; `name` is its name and stamp."""
         if isinstance(result, str):
-            self.unreadable[row] = {"access": access, "stamp": name[1], "reason": quoted(result)}
+            self.unreadable[row] = {"access": access, "stamp": name[1], "reason": printable(result)}
             return Image(*name, row, 0, self.unreadable[row])
         self._write(row, result)
         self.sums[row] = known = zlib.crc32(result)
@@ -593,17 +593,12 @@ def dataset(source: Source, size: Size | None, options: ImageOptions, reading: R
         source.kind,
         splits[0],
         splits[2],
-        tuple(map(quoted, classes)),
+        tuple(map(printable, classes)),
         "; ".join(notes),
         unreadable=dict(sorted(found.unreadable.items())),
         shuffled=True,  # by the hashes of their names
         validation=splits[1] if validation and reading.validation else None,
     )
-
-
-def quoted(name: str) -> str:
-    """A name without control characters, which a terminal would obey."""
-    return name if name.isprintable() else repr(name)
 
 
 def _listed(folders: Iterable[str]) -> str:

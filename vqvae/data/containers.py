@@ -113,7 +113,7 @@ class Containers:
             raise UserError(f"{path}: no {self.suffix} file of images ({reason}); replace it, or remove it") from None
 
 
-class Part(NamedTuple):
+class NpzSplit(NamedTuple):
     """The images of a split in an npz file."""
 
     split: str
@@ -121,7 +121,7 @@ class Part(NamedTuple):
     labels: list[str | None]
 
     @classmethod
-    def of(cls, split: str, images: np.ndarray, labels: np.ndarray | None) -> "Part":
+    def of(cls, split: str, images: np.ndarray, labels: np.ndarray | None) -> "NpzSplit":
         """Raises `ValueError` for arrays that are no images or labels."""
         found = f"{images.dtype} {list(images.shape)}"
         if images.ndim == 4 and images.shape[3] not in CHANNELS and images.shape[1] in CHANNELS:
@@ -149,7 +149,7 @@ class Npz(Containers):
     kind, suffix = "npz", ".npz"
 
     def contents(self) -> Contents:
-        self.parts: list[Part] = []
+        self.parts: list[NpzSplit] = []
         whites: dict[str, int] = {}  # of each kind of number: one for all arrays, so that equal values stay equal
         for container in self.files:
             with self.open(container.path) as file:
@@ -174,7 +174,7 @@ class Npz(Containers):
             yield i, functools.partial(read_array, values, white, shape)
 
 
-def _parts(file: BinaryIO) -> list[Part]:
+def _parts(file: BinaryIO) -> list[NpzSplit]:
     """The images of each split in an npz file, and their labels."""
     roles: dict[tuple[str, str], str] = {}  # split and role -> name of the array
     names = array_names(file)
@@ -189,7 +189,7 @@ def _parts(file: BinaryIO) -> list[Part]:
         raise ValueError(f"its arrays are {', '.join(names)[:100]}; images, or x_train and x_test, are needed")
     arrays = read_arrays(file, [name for (split, role), name in roles.items() if role and split in splits])
     found = {key: arrays.get(name) for key, name in roles.items()}
-    return [Part.of(split, arrays[roles[split, "images"]], found.get((split, "labels"))) for split in splits]
+    return [NpzSplit.of(split, arrays[roles[split, "images"]], found.get((split, "labels"))) for split in splits]
 
 
 class Parquet(Containers):
