@@ -82,10 +82,11 @@ def work(family: str, device: str) -> None:
     """Print the batch in words. Then, for each number of seconds read, train that long and print ms per step."""
     import torch
 
+    answers, sys.stdout = sys.stdout, sys.stderr  # the loop prints, too
     step, what = stepper(family, device)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     step()
-    print(what, flush=True)
+    print(what, file=answers, flush=True)
     for line in sys.stdin:
         step()  # the other process has filled the caches
         wait()
@@ -94,7 +95,7 @@ def work(family: str, device: str) -> None:
             step()
             wait()
             steps += 1
-        print(1000 * (time.perf_counter() - start) / steps, flush=True)
+        print(1000 * (time.perf_counter() - start) / steps, file=answers, flush=True)
 
 
 def measure(family: str, trees: list[Path], turns: int, seconds: float, device: str) -> dict:

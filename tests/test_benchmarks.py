@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import json
 import sys
 from functools import partial
@@ -199,6 +200,17 @@ def test_times_of_other_settings_are_not_mixed(benchmark):
     assert families.stored_rows(path, settings) == {"vae": {"family": "vae", "ms": 3}}
     with pytest.raises(SystemExit, match="has times of other settings .turns.; name another file"):
         families.stored_rows(path, settings | {"turns": 3})
+
+
+@pytest.mark.parametrize(("family", "what"), [("vae-points", "batch 64, 2x1x1"), ("pixelcnn", "batch 64, 8x8 codes")])
+def test_a_worker_answers_with_the_time_of_a_step_and_nothing_else(benchmark, monkeypatch, capsys, family, what):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("0\n0\n"))
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # which the worker changes
+    benchmark("families").work(family, "cpu")
+    described, *times = capsys.readouterr().out.splitlines()
+    assert described == what
+    assert len(times) == 2
+    assert min(map(float, times)) > 0
 
 
 def test_a_prior_is_trained_again_for_other_minutes_and_other_codes(benchmark, monkeypatch):
