@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tests.helpers import images, run_train, training
 from vqvae import metrics
-from vqvae.evaluation import evaluate
+from vqvae.evaluation import Totals, evaluate
 from vqvae.features import frechet
-from vqvae.metrics import METRICS, TABLE, Examples, Facts, Metric, Split, Totals, perplexity
+from vqvae.metrics import METRICS, TABLE, Examples, Facts, Metric, Split, perplexity
 from vqvae.ssim import ssim
 
 FACTS = Facts(dimensions=12, data_variance=0.05, eight_bit=True, num_codes=5, codes_per_image=4)

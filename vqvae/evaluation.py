@@ -6,8 +6,9 @@ B batch, N examples, C channels, H W pixels, S importance samples, h w code grid
 """
 
 import contextlib
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def evaluate(
             "the prior only bounds log p(z), and importance weights would exceed the bound; use 0, or another prior"
         )
         raise OptionError("iw_samples", iw_samples, problem)
-    totals = metrics.Totals()
+    totals = Totals()
     with evaluating(model), seeded(seed, model.device):
         for batch, batch_labels in shares.batches(batch_size or model.at_once, images, labels):
             x, y = unit_range(batch.to(model.device)), batch_labels.to(model.device)
@@ -93,7 +94,7 @@ def evaluate(
             for (mine,) in shares.batches(len(drawn), drawn):
                 for net in nets:
                     totals.add_features("samples", net.features(mine))
-    totals = metrics.Totals.of_shares(distributed.gather_objects(totals))
+    totals = Totals.of_shares(distributed.gather_objects(totals))
     results = distributed.on_first(lambda: totals.results(facts_of(model)))
     if model.discrete is None and model.bottleneck.code_dim == 2:
         count = min(len(images), MOST_POINTS)
@@ -128,12 +129,12 @@ def evaluate_prior(
 
     A prior that estimates a bound of log p draws from generators seeded with `seed`.
     """
-    totals = metrics.Totals()
+    totals = Totals()
     with evaluating(model.prior), seeded(seed, model.device):
         for batch, batch_labels in shares.batches(batch_size, codes, labels):
             log_prior = log_prior_of_codes(model, batch.to(model.device), batch_labels.to(model.device), conditional)
             totals.add(metrics.of_examples(metrics.Examples(log_prior)))
-    totals = metrics.Totals.of_shares(distributed.gather_objects(totals))
+    totals = Totals.of_shares(distributed.gather_objects(totals))
     return distributed.on_first(lambda: totals.results(facts_of(model)))
 
 
@@ -160,3 +161,90 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         torch.manual_seed(stream(seed, "evaluation"))
         shares.seed(stream(seed, "evaluation"))
         yield
+
+
+class Totals:
+    """Sums up a split: per-example values, means over batches, code usage and posterior means."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[Tensor]] = {}
+        self.sums: dict[str, float] = {}
+        self.count = 0
+        self.usage: Tensor | None = None
+        self.latents: list[Tensor] = []
+        self.features: dict[str, dict[str, list[Tensor]]] = {}
+        self.codes: list[Tensor] = []
+
+    @classmethod
+    def of_shares(cls, shares: Sequence["Totals"]) -> "Totals":
+        """Those of a split of which several processes had a share of each batch, in the order of its examples."""
+        if len(shares) == 1:
+            return shares[0]
+        whole, first = cls(), shares[0]  # the first has rows of every batch
+        for name in first.rows:
+            whole.rows[name] = _interleaved([share.rows.get(name, []) for share in shares])
+        for word, sets in first.features.items():
+            whole.features[word] = {
+                which: _interleaved([share.features.get(word, {}).get(which, []) for share in shares]) for which in sets
+            }
+        whole.sums = {name: sum(share.sums.get(name, 0.0) for share in shares) for name in first.sums}
+        whole.count = sum(share.count for share in shares)
+        whole.latents = _interleaved([share.latents for share in shares])
+        whole.codes = _interleaved([share.codes for share in shares])
+        for share in shares:
+            if share.usage is not None:
+                whole.add_usage(share.usage)
+        return whole
+
+    def add(self, values: Mapping[str, Tensor], stats: Mapping[str, Tensor] | None = None) -> None:
+        """Add a batch's per-example values, each `[B]`, and its scalars, which are weighted by B."""
+        size = len(next(iter(values.values())))
+        for name, value in values.items():
+            self.rows.setdefault(name, []).append(value.cpu().double())
+        for name, value in (stats or {}).items():
+            self.sums[name] = self.sums.get(name, 0) + size * float(value)
+        self.count += size
+
+    def add_usage(self, counts: Tensor) -> None:
+        counts = counts.cpu().double()
+        self.usage = counts if self.usage is None else self.usage + counts
+
+    def add_codes(self, codes: Tensor) -> None:
+        """Add codes `[B, ...]` of a single level that are too many to count each."""
+        self.codes.append(codes.flatten().cpu().int())
+
+    def add_latents(self, means: Tensor) -> None:
+        """Add posterior means `[B, D, ...]`."""
+        self.latents.append(means.flatten(1).cpu().double())
+
+    def add_features(self, which: str, features: Mapping[str, Tensor]) -> None:
+        """Add features `[B, F]`, by the word that asks for metrics in them; `which` is a field of `Features`."""
+        for word, values in features.items():
+            self.features.setdefault(word, {}).setdefault(which, []).append(values.cpu())
+
+    def results(self, facts: metrics.Facts) -> dict[str, Any]:
+        """Every mean, its standard error as `<name>_se`, whole-set metrics, and `usage` `[levels, K]` as int64.
+
+        A single example has no standard errors.
+        """
+        results: dict[str, Any] = {name: total / self.count for name, total in self.sums.items()}
+        for name, parts in self.rows.items():
+            values = torch.cat(parts)
+            results[name] = float(values.mean())
+            if len(values) > 1:
+                results[f"{name}_se"] = float(values.std() / math.sqrt(len(values)))
+        latents = torch.cat(self.latents) if self.latents else None
+        features = {
+            word: metrics.Features(**{which: torch.cat(parts) for which, parts in sets.items()})
+            for word, sets in self.features.items()
+        }
+        usage = torch.cat(self.codes).unique(return_counts=True)[1].double()[None] if self.codes else self.usage
+        results |= metrics.of_split(metrics.Split(results, facts, usage, latents, features))
+        if self.usage is not None:
+            results["usage"] = self.usage.long()
+        return results
+
+
+def _interleaved(lists: list[list[Tensor]]) -> list[Tensor]:
+    """The first entries of all lists, then their second ones, and so on."""
+    return [entry for entries in itertools.zip_longest(*lists) for entry in entries if entry is not None]
