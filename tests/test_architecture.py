@@ -91,11 +91,12 @@ ALLOWED: dict[str, set[str]] = {
     },
     "summary": {"autoencoder", "cli", "config", "data", "distributed", "errors", "registry", "runs", "training"},
     "run_data": {"autoencoder", "config", "data", "distributed", "errors", "summary"},
+    "two_stages": {"autoencoder", "cli", "config", "data", "errors", "presets", "runs", "training"},
     "experiment": {
         "assessment", "autoencoder", "checkpoint", "cli", "config", "contracts", "data", "devices", "distributed",
         "errors", "evaluation", "features", "files", "interrupts", "metrics", "objectives", "plots", "presets",
         "priors", "randomness", "registry", "report", "run_data", "runs", "schedules", "stage_one", "stage_two",
-        "summary", "training",
+        "summary", "training", "two_stages",
     },
     "commands": {
         "checkpoint", "cli", "compare", "config", "data", "devices", "distributed", "errors", "experiment",

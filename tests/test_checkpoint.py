@@ -393,13 +393,13 @@ def test_a_check_draws_no_random_numbers(tmp_path):
     torch.manual_seed(0)
     expected = make(**choices(prior="transformer")).prior.state_dict()
     torch.manual_seed(0)
-    found = checkpoint.restore(stored, new_prior=new_prior).prior.state_dict()
+    found = checkpoint.with_new_prior(stored, "checkpoint", new_prior, 0).prior.state_dict()
     assert all(torch.equal(value, found[key]) for key, value in expected.items())
 
 
 def test_an_error_of_a_new_prior_stays_one_of_its_option():
     with pytest.raises(OptionError, match="prior=normal: needs latent_dim"):
-        checkpoint.restore(content(), new_prior=Config(**choices(prior="normal")))
+        checkpoint.with_new_prior(content(), "checkpoint", Config(**choices(prior="normal")), 0)
 
 
 def archive_of(path: Path, *instructions: bytes, records: dict[str, bytes] | None = None, **options) -> None:

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -327,22 +326,3 @@ def test_stages_that_do_not_fit_are_refused(two_runs, monkeypatch, capsys, line,
     assert message in err
     assert err.count("\n") == 1
     assert sorted(path.name for path in Path("logs").iterdir()) == runs
-
-
-def test_a_preset_of_two_stages_runs_both(there, capsys):
-    line = "--preset vqvae-pixelcnn --dataset digits --limit 40 --batch-size 20 --image-size 8 --hidden 256"
-    assert train(f"{line} {' '.join(SMALL_PIXELCNN)} --max-steps 2 --name two") == 0
-    config = json.loads(Path("logs/two-prior/config.json").read_text())
-    assert config["prior"]["options"]["blocks"] == 1
-    assert config["bottleneck"]["options"]["code_dim"] == 256
-    assert (config["patience"], config["batch_size"]) == (5, 20)
-    assert load("logs/two-prior").discrete is not None
-    for more, message in (
-        ("--name two", "--name two-prior: logs/two-prior already contains a run"),
-        ("--name other --prior pixelcnn blocks=-1", "--prior pixelcnn blocks=-1: must be at least 1"),
-        ("--name other --patience 0", "--patience 0: must be"),
-    ):  # before the first stage
-        shutil.rmtree("logs/two", ignore_errors=True)
-        assert train(f"{line} --max-steps 2 {more}") == 2
-        assert message in capsys.readouterr().err
-        assert [path.name for path in Path("logs").iterdir()] == ["two-prior"]

@@ -42,8 +42,8 @@ def assess(
 
     Raises `OptionError` for what the data or the model do not have: labels to probe, images to compare.
     """
-    if asked.probed and not dataset.classes:
-        raise OptionError("probe", None, f"the data set {dataset.name} has no labels; leave it out")
+    if asked.probed:
+        dataset.need_classes("probe")
     config, test = Config.from_dict(content["config"]), dataset.test
     model = checkpoint.restore(content, str(path)).to(device)
     if asked.nets and not model.shows_images:

@@ -258,6 +258,18 @@ def _wide(module: Module) -> Module:
     return copy.deepcopy(module).float() if dtype_of(module).itemsize < 4 else module
 
 
+def build_prior(choice: Choice, bottleneck: Bottleneck, num_classes: int = 0) -> Any:
+    """The prior of a choice, for the latents of a bottleneck; `num_classes` > 0 conditions it on labels.
+
+    Raises `OptionError` for a prior that does not fit them.
+    """
+    of_codes = {"num_classes": num_classes, "scales": bottleneck.scales}
+    prior = build(SLOTS["prior"], choice, {**bottleneck.prior_context(), **of_codes})
+    if num_classes and not needs(SLOTS["prior"], choice.name, "num_classes"):
+        raise OptionError("conditional", None, f"the prior {choice.name} cannot use labels; leave it out")
+    return prior
+
+
 def build_autoencoder(
     choices: Mapping[str, Choice],
     *,
@@ -284,10 +296,7 @@ def build_autoencoder(
     encoder = nets.encoder()
     decoder = nets.decoder(bottleneck.code_dim, image_shape[0] * likelihood.params_per_channel)
     # last, so that models with one seed that differ only in their prior start from the same nets
-    of_codes = {"num_classes": num_classes, "scales": bottleneck.scales}
-    prior = build(SLOTS["prior"], choices["prior"], {**bottleneck.prior_context(), **of_codes})
-    if num_classes and not needs(SLOTS["prior"], choices["prior"].name, "num_classes"):
-        raise OptionError("conditional", None, f"the prior {choices['prior'].name} cannot use labels; leave it out")
+    prior = build_prior(choices["prior"], bottleneck, num_classes)
     model = Autoencoder(
         encoder=encoder,
         bottleneck=bottleneck,

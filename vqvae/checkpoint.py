@@ -453,23 +453,16 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Autoencoder:
     return restore(read_model(path), str(path)).to(device)
 
 
-def restore(content: dict[str, Any], name: str = "checkpoint", *, new_prior: Config | None = None) -> Autoencoder:
+def restore(content: dict[str, Any], name: str = "checkpoint") -> Autoencoder:
     """Build the model that a checkpoint's content describes, load its weights, and set evaluation mode.
 
-    With `new_prior`, the model gets an untrained prior, built from these settings, instead of the checkpoint's. Errors
-    begin with `name`, except those about the new prior.
+    Errors begin with `name`.
     """
-    if new_prior:
-        verify(content, name)
-        model = _build(content, new_prior)
-        old = {key: value for key, value in content["model"].items() if not key.startswith("prior.")}
-        model.load_state_dict(old | {f"prior.{key}": value for key, value in model.prior.state_dict().items()})
-        return model.eval()
     try:
         config = Config.from_dict(content["config"])
         with _Budget(content["model"].values()) as budget:
             budget.check(config)
-            model = _build(content, config)
+            model = _build(content, config, len(content["data"]["classes"]))
     except UserError as problem:
         raise UserError(f"{name}: {problem}") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError, MemoryError):
@@ -479,6 +472,18 @@ def restore(content: dict[str, Any], name: str = "checkpoint", *, new_prior: Con
     if usage is not None and usage.shape != _usage_shape(model):
         raise UserError(f"{name}: its usage does not count the model's codes")
     model.load_state_dict(content["model"])
+    return model.eval()
+
+
+def with_new_prior(content: dict[str, Any], name: str, config: Config, num_classes: int) -> Autoencoder:
+    """The model that a checkpoint's content describes, with an untrained prior of these settings, in evaluation mode.
+
+    A conditional prior is for `num_classes`. Errors about the checkpoint begin with `name`.
+    """
+    verify(content, name)
+    model = _build(content, config, num_classes)
+    old = {key: value for key, value in content["model"].items() if not key.startswith("prior.")}
+    model.load_state_dict(old | {f"prior.{key}": value for key, value in model.prior.state_dict().items()})
     return model.eval()
 
 
@@ -523,14 +528,14 @@ def verify(content: dict[str, Any], name: str) -> None:
             _check_same(dict(parts), content["trained"], name)
 
 
-def _build(content: Mapping[str, Any], config: Config) -> Autoencoder:
+def _build(content: Mapping[str, Any], config: Config, num_classes: int) -> Autoencoder:
     data = content["data"]
     channels, height, width = data["shape"]
     return build_autoencoder(
         {slot: getattr(config, slot) for slot in SLOTS},
         image_shape=(channels, height, width),
         data_variance=data["variance"],
-        num_classes=len(data["classes"]) if config.conditional else 0,
+        num_classes=num_classes if config.conditional else 0,
     )
 
 

@@ -532,6 +532,17 @@ def _typed(key: str, value: Any) -> Any:
     return Choice.parse(key, value.split() if isinstance(value, str) else value)
 
 
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that gives these settings."""
+    words = list[str]()
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            words.append(_flag(name) if value else f"--no-{name.replace('_', '-')}")
+        else:
+            words += [_flag(name), *(str(value).split() if isinstance(value, Choice) else [str(value)])]
+    return words
+
+
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 

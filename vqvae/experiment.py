@@ -24,6 +24,7 @@ from vqvae import (
     report,
     run_data,
     summary,
+    two_stages,
 )
 from vqvae.assessment import Asked, assess, assess_end, with_earlier
 from vqvae.autoencoder import Autoencoder, build_autoencoder, unit_range
@@ -39,7 +40,6 @@ from vqvae.config import (
     configure,
     default_name,
     interval,
-    typed,
 )
 from vqvae.contracts import OptimizerName, evaluating
 from vqvae.data import Dataset
@@ -52,12 +52,13 @@ from vqvae.files import make_folder, remove_parts, write_json
 from vqvae.presets import PRESETS
 from vqvae.priors import PRIORS
 from vqvae.randomness import forked, generator, stream
-from vqvae.registry import brief, build, resolve
-from vqvae.runs import Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
+from vqvae.registry import brief, build
+from vqvae.runs import LAST, Lock, NullRun, Run, claim, claim_free, list_unreadable, refuse_saved
 from vqvae.schedules import Schedule, parse_rate
 from vqvae.stage_one import AutoencoderTraining
 from vqvae.stage_two import PriorTraining, extract_codes
 from vqvae.training import AfterEpoch, Plan, Stage, fit
+from vqvae.two_stages import second_stage
 
 SLOTS = {"dataset": data.SLOT, **autoencoder.SLOTS, "objective": objectives.SLOT}
 LISTINGS = {
@@ -66,57 +67,50 @@ LISTINGS = {
 }  # fmt: skip
 EXAMPLES_KEPT, POINTS_KEPT = 64, 2000  # held-out images or points in a checkpoint, so that plots need no data
 MAPS_SHOWN = 16  # held-out images whose codes TensorBoard shows
-SHARED_BY_STAGES = (
-    "batch_size", "validation", "device", "precision", "compile", "seed", "on_nan", "data_shards", "log_dir",
-    "plot_dir", "log_every", "checkpoint_every", "save_every", "max_steps", "max_minutes",
-)  # fmt: skip
 
 
 def run(given: dict[str, Any], resume: str | None = None) -> int:
     """Train what the settings describe, both stages of a preset that has two; returns the exit code."""
     rescan = given.pop("rescan", False)
     preset = PRESETS.get(given.get("preset", ""))
-    second = _second_stage(given, preset.prior) if preset and preset.prior and resume is None else None
+    second = second_stage(given, preset.prior) if preset and preset.prior and resume is None else None
     try:
-        folder = train(given, resume, rescan=rescan)
-        if folder and second and interrupts.received is None:
-            folder = train(second | {"name": _second_name(folder.name), "checkpoint": str(folder / "checkpoint.pt")})
+        folder = train(given, resume, rescan=rescan, second=second)
+        if folder and second:
+            if interrupts.received is None:
+                folder = train(second | two_stages.start_of(folder))
+            else:
+                print(two_stages.how_to_go_on(second, folder))
     finally:
         distributed.stop()
     return 0 if folder else 130
 
 
-def _second_stage(given: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a preset's second stage: its own, what was typed for the prior, and where and how long to run.
-
-    Raises `OptionError` now for what would be refused after the first stage.
-    """
-    own: dict[str, Any] = {key: given.pop(key) for key in ("prior", "conditional", "patience") if key in given}
-    second = typed({**settings, **own, **{key: given[key] for key in SHARED_BY_STAGES if key in given}})
-    resolve(SLOTS["prior"], second["prior"])
-    if name := given.get("name"):
-        refuse_saved(Path(second.get("log_dir", Config.log_dir), _second_name(name)))
-    return second
-
-
-def _second_name(first: str) -> str:
-    return f"{first}-prior"
-
-
-def train(given: Mapping[str, Any], resume: str | None = None, *, rescan: bool = False) -> Path | None:
+def train(
+    given: Mapping[str, Any],
+    resume: str | None = None,
+    *,
+    rescan: bool = False,
+    second: Mapping[str, Any] | None = None,
+) -> Path | None:
     """Train one stage from the settings given; returns its run folder, or None when interrupted.
 
-    `rescan` converts all images of the data again.
+    `rescan` converts all images of the data again. `second` are the settings of a stage that is to follow.
     """
     with Lock() as lock:
-        return _train(given, resume, lock, rescan)
+        return _train(given, resume, lock, rescan, second)
 
 
-def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: bool) -> Path | None:
+def _train(
+    given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: bool, second: Mapping[str, Any] | None
+) -> Path | None:
     start = how_it_starts(given, resume, lock)
     resumed = start.content if isinstance(start, Resumed) else None
     config = configure(given, start, SLOTS)
     plan = plan_of(config)
+    following = None
+    if second:  # checked before the data are read
+        following = configure({**second, "checkpoint": LAST}, StageTwo(LAST, {"config": config.to_dict()}), SLOTS)
     # a resumed run keeps what was chosen first, on any machine and in any version
     config.precision, config.optimizer = plan.precision, plan.optimizer
     distributed.start(plan.device)
@@ -124,8 +118,8 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
         wanted = Path(config.log_dir, config.name)
         distributed.on_first(lambda: refuse_saved(wanted))  # before the data are read
     dataset = run_data.load_shared(config, rescan=rescan)
-    if config.conditional and not dataset.classes:
-        raise OptionError("conditional", None, f"the data set {dataset.name} has no labels; leave it out")
+    if config.conditional:
+        dataset.need_classes("conditional")
 
     plan = plan._replace(augment=augmentation(config.augment, dataset.train.images))
     if config.checkpoint:
@@ -134,6 +128,8 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
     torch.manual_seed(stream(config.seed, "weights"))
     build_stage = stage_two if config.checkpoint else stage_one
     stage, model, drawing = build_stage(config, dataset, plan, start)
+    if following:
+        two_stages.check(following, plan_of(following), dataset, model)
     about = run_data.describe(dataset, model)
     if resumed:
         run_data.compare(resumed["data"], about, config)
@@ -174,8 +170,12 @@ def _train(given: Mapping[str, Any], resume: str | None, lock: Lock, rescan: boo
     distributed.barrier()  # a second stage reads what the first process wrote
     if results is None:
         print(f"interrupted; {summary.how_to_go_on(folder, shown_plots)}")
+        if second and (folder / LAST).exists():
+            print(two_stages.how_to_go_on(second, folder))
         return None
     print(summary.closing(folder, shown_plots))
+    if resumed and (line := two_stages.missing(config, folder)):
+        print(line)
     return folder
 
 
@@ -389,11 +389,9 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> Bui
             if checkpoint.restore(start.content, path).discrete is None:
                 problem = "its latent is continuous; name a model with codes, on which stage two trains a prior"
                 raise OptionError("checkpoint", path, problem)
-        model = checkpoint.restore(start.content, path, new_prior=config)
+        model = checkpoint.with_new_prior(start.content, path, config, len(dataset.classes))
     model.to(plan.device)
-    if not any(True for _ in model.prior.parameters()):
-        problem = "has no parameters to train; try unigram, pixelcnn, transformer or masked"
-        raise OptionError("prior", config.prior.name, problem)
+    two_stages.need_weights(model.prior, config.prior.name)
     # next to the autoencoder, so that every prior trained on its codes finds them; but no checkpoint names a place
     folder = start.folder if isinstance(start, Resumed) else checkpoint.locate(path).parent
     codes = extract_codes(model, dataset.train.images, folder / "codes-train.npz", parts=config.data_shards)

@@ -12,6 +12,13 @@ class Preset(NamedTuple):
     differs: tuple[str, ...] = ()  # what is not as in the source, each with its reason
 
 
+# flags that are typed for a preset of two stages: of the second one, and of both
+OF_THE_PRIOR = ("prior", "conditional", "patience")
+OF_BOTH_STAGES = (
+    "batch_size", "accumulate", "clip", "ema_weights", "shuffle", "validation", "device", "precision", "compile",
+    "seed", "on_nan", "data_shards", "log_dir", "plot_dir", "log_every", "checkpoint_every", "save_every", "max_steps",
+    "max_minutes",
+)  # fmt: skip
 ADAM = {"optimizer": "adamw"}
 WHOLE = ADAM | {"validation": "test"}  # of sources that train on the whole training split and watch the test split
 WATCHED = "evaluated after each epoch and chooses best.pt, because the source holds out nothing else"
@@ -366,4 +373,8 @@ def describe() -> str:
             notes.append(f"\n    test split: {WATCHED}")
         shown = "\n    then ".join(flags)
         blocks.append(f"--preset {name}\n    {preset.source}\n    {shown}{''.join(notes)}")
+    prior, both = (", ".join(f"--{key.replace('_', '-')}" for key in keys) for keys in (OF_THE_PRIOR, OF_BOTH_STAGES))
+    blocks.append(
+        f"Typed for a preset of two stages, {prior} are of the second one, {both} of both, others of the first."
+    )
     return "\n\n".join(blocks)

@@ -60,6 +60,12 @@ class Dataset(NamedTuple):
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: split for name, split in splits.items() if split is not None}
 
+    def need_classes(self, option: str) -> None:
+        """Raise `OptionError` for an option that needs labels, if the data have none."""
+        if not self.classes:
+            why = f" ({self.note})" if self.note else ""
+            raise OptionError(option, None, f"the data set {self.name} has no labels{why}; leave it out")
+
     def with_validation(self, share: float) -> "Dataset":
         """The data with a share of the training images, at least one, in a validation split instead.
 

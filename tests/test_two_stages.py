@@ -1,0 +1,132 @@
+"""Presets of two stages, and a prior's stage whose data have other classes than the autoencoder's."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers import run_train
+from tests.test_stage_two import SMALL_PIXELCNN
+from vqvae import load, presets
+from vqvae.stage_one import AutoencoderTraining
+
+LINE = "--preset vqvae-pixelcnn --dataset digits --limit 40 --batch-size 20 --image-size 8 --hidden 256"
+
+
+@pytest.fixture(autouse=True)
+def there(tmp_path, monkeypatch):
+    """An empty folder to run in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def write_images(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.fromarray(np.random.default_rng(i).integers(256, size=(16, 16, 3), dtype=np.uint8)).save(
+            folder / f"{i}.png"
+        )
+
+
+def train(line: str) -> int:
+    return run_train(*shlex.split(line), small=False)
+
+
+def test_a_preset_of_two_stages_runs_both(capsys):
+    line = "--preset vqvae-pixelcnn --dataset digits --limit 40 --batch-size 20 --image-size 8 --hidden 256"
+    assert train(f"{line} {' '.join(SMALL_PIXELCNN)} --max-steps 2 --name two") == 0
+    config = json.loads(Path("logs/two-prior/config.json").read_text())
+    assert config["prior"]["options"]["blocks"] == 1
+    assert config["bottleneck"]["options"]["code_dim"] == 256
+    assert (config["patience"], config["batch_size"]) == (5, 20)
+    assert load("logs/two-prior").discrete is not None
+    for more, message in (
+        ("--name two", "--name two-prior: logs/two-prior already contains a run"),
+        ("--name other --prior pixelcnn blocks=-1", "--prior pixelcnn blocks=-1: must be at least 1"),
+        ("--name other --patience 0", "--patience 0: must be"),
+    ):  # before the first stage
+        shutil.rmtree("logs/two", ignore_errors=True)
+        assert train(f"{line} --max-steps 2 {more}") == 2
+        assert message in capsys.readouterr().err
+        assert [path.name for path in Path("logs").iterdir()] == ["two-prior"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--prior uniform", "--prior uniform: has no parameters to train"),
+        ("--prior made-flow", "prior made-flow: needs latent_dim"),
+        ("--batch-size 38", "--batch-size 38: larger than the 36 training examples"),
+        ("--dataset photos --image-size 16 --conditional", "--conditional: the data set photos has no labels"),
+        ("--prior unigram blocks=1", "--prior unigram blocks=1: unknown option"),
+    ],
+)
+def test_what_the_second_stage_would_refuse_is_refused_before_the_first_one_trains(capsys, more, message):
+    line = LINE if "--dataset" not in more else LINE.replace("--dataset digits", "").replace("--image-size 8", "")
+    line = line if "--batch-size" not in more else line.replace("--batch-size 20", "")
+    assert train(f"{line} --max-steps 2 --validation {0.1 if 'size 38' in more else 'test'} {more}") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not [path for path in Path("logs").glob("*") if any(path.iterdir())]
+
+
+def test_flags_of_memory_and_of_the_end_of_training_are_of_both_stages():
+    line = LINE.replace("--hidden 256", "--nets sonnet hidden=8 --bottleneck vq code_dim=8 projection=yes")
+    flags = "--accumulate 2 --clip 1 --ema-weights 0.5 --shuffle blocks"
+    assert train(f"{line} {' '.join(SMALL_PIXELCNN)} --max-steps 2 --epochs 3 --name two {flags}") == 0
+    first, second = (json.loads(Path(f"logs/{name}/config.json").read_text()) for name in ("two", "two-prior"))
+    for config in (first, second):
+        assert [config[key] for key in ("accumulate", "clip", "ema_weights", "shuffle")] == [2, 1.0, 0.5, "blocks"]
+    assert (first["epochs"], second["epochs"]) == (3, 30)
+    assert "--prior, --conditional, --patience are of the second one, --batch-size, --accumulate" in presets.describe()
+
+
+def test_an_interrupted_first_stage_says_how_to_train_the_prior(monkeypatch, capsys):
+    summary = AutoencoderTraining.summary
+
+    def interrupted(self, means):
+        monkeypatch.setattr(AutoencoderTraining, "summary", summary)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return summary(self, means)
+
+    words = f"{LINE} {' '.join(SMALL_PIXELCNN)} --log-every 1 --max-steps 3 --epochs 3 --device cpu --name two"
+    monkeypatch.setattr(AutoencoderTraining, "summary", interrupted)
+    assert train(words) == 143
+    out = capsys.readouterr().out
+    (resume,) = re.findall(r"Resume with: python train.py (.*)", out)
+    (prior,) = re.findall(r"then its prior: python train.py (.*)", out)
+    assert "--prior pixelcnn channels=8 blocks=1 head=8" in prior
+    assert train(resume) == 0
+    assert "then its prior: python train.py --name two-prior --checkpoint logs/two/checkpoint.pt --optimizer adamw" in (
+        capsys.readouterr().out
+    )
+    assert train(prior) == 0
+    assert load("logs/two-prior").prior is not None
+    assert json.loads(Path("logs/two-prior/config.json").read_text())["prior"]["options"]["blocks"] == 1
+    assert train("--resume logs/two --max-steps 4") == 0
+    assert "its prior" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kinds", [("cat", "dog"), ("cat", "dog", "emu", "fox")])
+@pytest.mark.parametrize("first", [("cat", "dog", "emu"), ()])
+def test_a_conditional_prior_is_for_the_classes_of_its_own_data(kinds, first):
+    for folder, names in (("one", first or [""]), ("two", kinds)):
+        for name in names:
+            write_images(Path(folder, name), 30)
+    line = "--dataset folder --image-size 16 --hidden 8 --codes 16 --max-steps 2 --batch-size 10 --device cpu"
+    assert train(f"{line} --data-dir one --name run") == 0
+    line = f"{' '.join(SMALL_PIXELCNN)} --checkpoint logs/run --conditional --max-steps 2 --batch-size 10 --device cpu"
+    assert train(f"{line} --data-dir two --name prior") == 0
+    assert train("--resume logs/prior --max-steps 3 --data-dir two") == 0
+    model = load("logs/prior")
+    assert model.sample(len(kinds), labels=torch.arange(len(kinds))).shape == (len(kinds), 3, 16, 16)
