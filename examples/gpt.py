@@ -15,21 +15,20 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from vqvae import load
+from vqvae import load, tokens
 from vqvae.plots import image_grid
 
 
-def read_sequences(path: Path) -> tuple[Tensor, int, tuple[int, ...]]:
-    """The sequences `[N, 1 + h*w]` in a file of codes, the codebook size K, and the grid (h, w).
+def read_sequences(files: str) -> tuple[Tensor, int, tuple[int, ...]]:
+    """The sequences `[N, 1 + h*w]` in a file of codes or its shards, the codebook size K, and the grid (h, w).
 
     Codes are 0 to K - 1. The first token is K + label, or K for images without a label.
     """
-    with np.load(path) as file:
-        content = dict(file)
-    num_codes, codes = int(content["num_codes"]), content["codes"].astype(np.int64)
-    labels = content.get("labels", np.zeros(len(codes), np.int64)).clip(0)
-    sequences = np.concatenate([num_codes + labels[:, None], codes.reshape(len(codes), -1)], axis=1)
-    return torch.from_numpy(sequences), num_codes, tuple(content["grid"].tolist())
+    content = tokens.load_codes(files)
+    codes = content.codes.astype(np.int64)
+    labels = np.zeros(len(codes), np.int64) if content.labels is None else content.labels.clip(0)
+    sequences = np.concatenate([content.num_codes + labels[:, None], codes.reshape(len(codes), -1)], axis=1)
+    return torch.from_numpy(sequences), content.num_codes, codes.shape[1:]
 
 
 def train(sequences: Tensor, steps: int, device: str) -> GPT2LMHeadModel:
@@ -37,7 +36,7 @@ def train(sequences: Tensor, steps: int, device: str) -> GPT2LMHeadModel:
     sizes = {"vocab_size": int(sequences.max()) + 1, "n_positions": sequences.shape[1], "n_embd": 128}
     config = GPT2Config(**sizes, n_layer=4, n_head=4, bos_token_id=None, eos_token_id=None)
     model = GPT2LMHeadModel(config).to(device)
-    held_out, training = sequences.split([len(sequences) // 20, len(sequences) - len(sequences) // 20])
+    held_out, training = sequences.tensor_split([max(1, len(sequences) // 20)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(1, steps + 1):
         batch = training[torch.randint(len(training), (64,))].to(device)
@@ -64,12 +63,14 @@ def sample(model: GPT2LMHeadModel, num_codes: int, count: int) -> Tensor:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("codes", type=Path, help="a file that vqvae encode wrote")
+    parser.add_argument("codes", help="a file that vqvae encode wrote; codes.npz stands for its shards, too")
     parser.add_argument("--checkpoint", required=True, help="the model that encoded it, which decodes the samples")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--output", type=Path, default=Path("gpt.png"), help="image of 100 samples (default: gpt.png)")
     options = parser.parse_args(argv)
     sequences, num_codes, grid = read_sequences(options.codes)
+    if len(sequences) < 2:
+        parser.error(f"{options.codes} has {len(sequences)} images; encode two or more")
     gpt = train(sequences, options.steps, device="cuda" if torch.cuda.is_available() else "cpu")
     images = load(options.checkpoint).decode(sample(gpt, num_codes, 100).view(-1, *grid))
     image_grid(images, options.output, title="samples of a GPT-2 over codes", columns=10)

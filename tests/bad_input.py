@@ -309,7 +309,8 @@ export --checkpoint logs/run --output logs/run | --output logs/run: is not empty
 export --checkpoint logs/run --output /proc/out | --output /proc/out: /proc cannot be written to
 
 # checkpoints of the wrong kind
-train --resume nowhere | --resume nowhere:
+train --resume nowhere | --resume nowhere: no such run; name its folder
+train --resume logs/rum | --resume logs/rum: no such run (did you mean 'run'?); name
 train --resume in | --resume in:
 train --resume text.pt | --resume text.pt:
 train --evaluate --checkpoint nowhere | --checkpoint nowhere:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tests.helpers import CONSTANT, ROOT, SMALL, images, run_train
 from vqvae import checkpoint, cli, experiment, load, run_data
-from vqvae.commands import export, visualize
+from vqvae.commands import export, train, visualize
 from vqvae.data import Dataset, Images
 from vqvae.runs import Lock
 from vqvae.stage_one import AutoencoderTraining
@@ -161,6 +161,16 @@ def test_a_weight_of_a_constant_is_refused(there, capsys, line, message):
     assert run_train(*line.split()) == 2
     assert message in capsys.readouterr().err
     assert not list(there.iterdir())
+
+
+TYPED = [line.strip().split("  ")[0] for line in train.EXAMPLES.splitlines() if line.startswith("  python train.py")]
+
+
+@pytest.mark.parametrize("line", [line for line in TYPED if not re.search("--(resume|checkpoint|evaluate|list)", line)])
+def test_the_examples_of_help_train(there, line):
+    words = re.sub(r"--(dataset|data-dir|image-size|epochs) \S+", "", line.removeprefix("python train.py")).split()
+    more = "--dataset digits --limit 40 --batch-size 20 --max-steps 1 --device cpu"
+    assert run_train(*words, *more.split(), small=False) == 0
 
 
 def test_a_weight_of_0_is_no_weight(there):

@@ -308,6 +308,19 @@ def test_damage_to_an_exported_folder_is_named_in_one_line(workdir, what):
     assert "\n" not in str(caught.value)
 
 
+def test_what_needs_a_run_says_that_a_folder_has_an_exported_model(workdir, capsys):
+    model = stored(workdir / "run")
+    Path("exported").mkdir()
+    next(export(checkpoint.read("run"), model, Path("exported")))
+    for line, message in (
+        ("train --resume exported", "--resume exported: an exported model, which has no training to resume; --init"),
+        ("train --evaluate --checkpoint exported", "--checkpoint exported: an exported model; this needs the check"),
+        ("visualize --checkpoint exported", "exported: an exported model; this needs the checkpoint.pt of its run"),
+    ):
+        assert run(line) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_flipped_bit_of_an_exported_folder_is_refused(workdir):
     model = stored(workdir / "run")
     Path("exported").mkdir()

@@ -183,7 +183,7 @@ def test_images_outside_of_the_classes_are_a_reason_for_none(tree):
         write_flat(tree / name)
     data = load("folder", data_dir=tree, image_size=8)
     assert data.classes == ()
-    assert data.note == "no classes, because of images outside of them: 1, such as 3.png"
+    assert data.note == "no classes, because of images without one: 1, such as 3.png"
 
 
 def test_a_note_of_long_paths_is_short_enough_for_a_checkpoint(tree):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.checkpoints import Payload, stored
 from tests.helpers import ROOT, images
-from vqvae import __version__, data, tokens
+from vqvae import __version__, checkpoint, data, tokens
 from vqvae.__main__ import COMMANDS, main
 from vqvae.data.image_folder import read_image
 from vqvae.errors import UserError
@@ -439,6 +439,30 @@ def test_shards_that_do_not_belong_together_are_refused(workdir, capsys):
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(UserError, match="nothing-\\*.npz: no such file"):
         tokens.load_codes("nothing-*.npz")
+
+
+def test_a_file_that_would_be_read_in_place_of_the_shards_is_not_overlooked(workdir, capsys):
+    stored(workdir / "run")
+    write_images("in/a.png")
+    encode = "encode --checkpoint run --input in --device cpu --output codes.npz"
+    assert run(encode) == 0
+    assert run(f"{encode} --shards 2") == 2
+    assert "--output codes.npz: exists, and would be read in place of its shards" in capsys.readouterr().err
+    assert not list(workdir.glob("codes-*"))
+
+
+def test_a_data_set_is_encoded_as_it_was_trained_on(workdir):
+    write_images(*(f"in/{i}.png" for i in range(40)))
+    write_images(*(f"other/{i}.png" for i in range(8)))
+    options = "channels=1 holdout=0.4 resize=pad"
+    line = f"train --dataset folder {options} --data-dir in --image-size 16 --hidden 8 --codes 8 --max-steps 1"
+    assert run(f"{line} --batch-size 5 --device cpu --name gray") == 0
+    encode = "encode --checkpoint logs/gray --dataset folder --device cpu --split test --data-dir"
+    assert run(f"{encode} in --output test.npz") == 0
+    held_out = data.load("folder", data_dir="in", image_size=16, channels=1, holdout=0.4, resize="pad").test
+    model = tokens.restore(checkpoint.read("logs/gray"), "logs/gray", "cpu")
+    assert torch.equal(torch.from_numpy(tokens.load_codes("test.npz").codes.astype(int)), model.encode(held_out.images))
+    assert run(f"{encode} other --output other.npz") == 0
 
 
 def test_labels_of_shards_are_joined(workdir):

@@ -81,6 +81,8 @@ def read(path: str | Path) -> dict[str, Any]:
     except UserError:
         raise
     except FileNotFoundError:
+        if any(path.parent.glob("*.safetensors")):
+            raise UserError(f"{path.parent}: an exported model; this needs the checkpoint.pt of its run") from None
         raise UserError(f"{path}: no such file; a run saves its checkpoint as logs/<run>/checkpoint.pt") from None
     except Forbidden:
         raise UserError(

@@ -131,7 +131,7 @@ class Config:
     prior: Annotated[Choice, "distribution over the latent; with --checkpoint, the stage-two prior to train"] = _slot(
         "uniform"
     )
-    objective: Annotated[Choice, "what training descends, such as elbo reduction=sum free_bits=2"] = _slot("elbo")
+    objective: Annotated[Choice, "what training descends, such as elbo reduction=sum"] = _slot("elbo")
     preset: Annotated[str | None, "a published set-up, see --list presets; other flags override it"] = _field(
         None, "model"
     )

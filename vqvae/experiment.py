@@ -246,9 +246,15 @@ def how_it_starts(given: Mapping[str, Any], resume: str | None, lock: Lock) -> S
     if resume is not None:
         path = checkpoint.locate(resume)
         folder = path.parent
+        if not os.path.lexists(resume):
+            runs = [file.parent.name for file in Path(resume).parent.glob(f"*/{LAST}")]
+            near = near_misses(Path(resume).name, runs)
+            raise OptionError("resume", resume, f"no such run{near}; name its folder, or its checkpoint.pt")
         if path.name not in ("checkpoint.pt", "best.pt"):
             raise OptionError("resume", resume, "name the run's folder, or its checkpoint.pt")
         with naming("resume", resume):
+            if not path.exists() and any(folder.glob("*.safetensors")):
+                raise UserError("an exported model, which has no training to resume; --init-from trains on from it")
             if (folder / "config.json").exists() and os.environ.get("RANK", "0") == "0":
                 lock.take(folder)
             if Path(resume).is_dir() and lock.path and not path.exists():

@@ -234,6 +234,8 @@ def encode_shards(
     same model and the same examples are kept.
     """
     shards = shards or (distributed.world() if distributed.world() > 1 else None)
+    if shards and path.exists():
+        raise UserError(f"{path}: exists, and would be read in place of its shards; remove it, or use another name")
     paths, checksum = shard_paths(path, shards), weights_checksum(model)
     images, kept = 0, 0
     for number in range(distributed.rank(), len(paths), distributed.world()):

@@ -98,9 +98,13 @@ def encode(options: argparse.Namespace, output: Path) -> int:
     with naming("checkpoint", options.checkpoint):
         content = checkpoint.read_model(options.checkpoint)
         model = tokens.restore(content, options.checkpoint, options.device)
-    if "resize" in choice.options and "resize" not in typed.options:  # as in training
-        trained = content["config"]["dataset"]["options"].get("resize", "crop")
-        choice = resolve(data.SLOT, Choice(choice.name, choice.options | {"resize": trained}))
+    there = content["config"]["dataset"]
+    trained = dict(there["options"])
+    if there["name"] != choice.name:
+        trained = {"resize": trained.get("resize", "crop")}
+        trained |= {"channels": 1} if model.image_shape[0] == 1 else {}
+    known = {key: value for key, value in trained.items() if key in choice.options}
+    choice = resolve(data.SLOT, Choice(choice.name, known | typed.options))
     source: tokens.Source
     if options.input:
         resize = choice.options["resize"]

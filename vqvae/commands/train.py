@@ -18,7 +18,7 @@ examples
   python train.py --preset sonnet-cifar10 --name paper  a published set-up; other flags override it
   python train.py --dataset folder --data-dir ~/Pictures --image-size 64
   python train.py --bottleneck vq codebook=gradient init=uniform revive=0
-  python train.py --objective elbo reduction=sum free_bits=2
+  python train.py --bottleneck gumbel --objective elbo reduction=sum free_bits=2
   python train.py --lr linear:0:3e-4:500,cosine:3e-4:1e-6
   python train.py --resume logs/vqvae-cifar10 --epochs 80
   python train.py --prior pixelcnn --checkpoint logs/vqvae-cifar10/checkpoint.pt

@@ -582,7 +582,7 @@ def dataset(source: Source, size: Size | None, options: ImageOptions, reading: R
     outside = [path for path, label in zip(paths, labels, strict=True) if label is None]
     classes = names if len(names) > 1 and not outside else []
     if len(names) > 1 and outside:
-        notes.append(f"no classes, because of images outside of them: {len(outside):,}, such as {shown(outside[0])}")
+        notes.append(f"no classes, because of images without one: {len(outside):,}, such as {shown(outside[0])}")
     if found.unreadable:
         notes.append(f"unreadable files left out: {len(found.unreadable):,}")
     numbers = {name: number for number, name in enumerate(classes)}
