@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vqvae.bottlenecks import BOTTLENECKS
-from vqvae.contracts import Bottleneck, Discrete, Latent, Likelihood, check_codes, dtype_of, evaluating, kind_of
+from vqvae.contracts import Bottleneck, Discrete, Latent, Likelihood, Prior, check_codes, dtype_of, evaluating, kind_of
 from vqvae.devices import full_precision
 from vqvae.errors import OptionError
 from vqvae.likelihoods import LIKELIHOODS
@@ -68,7 +68,7 @@ class Autoencoder(nn.Module):
 
     bottleneck: Bottleneck
     likelihood: Likelihood
-    prior: Any  # an nn.Module that keeps contracts.Prior
+    prior: Prior
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Autoencoder(nn.Module):
         bottleneck: Bottleneck,
         decoder: nn.Module,
         likelihood: Likelihood,
-        prior: Any,
+        prior: Prior,
         image_shape: tuple[int, int, int],
         data_variance: float,
         spatial: bool = True,
@@ -258,13 +258,13 @@ def _wide(module: Module) -> Module:
     return copy.deepcopy(module).float() if dtype_of(module).itemsize < 4 else module
 
 
-def build_prior(choice: Choice, bottleneck: Bottleneck, num_classes: int = 0) -> Any:
+def build_prior(choice: Choice, bottleneck: Bottleneck, num_classes: int = 0) -> Prior:
     """The prior of a choice, for the latents of a bottleneck; `num_classes` > 0 conditions it on labels.
 
     Raises `OptionError` for a prior that does not fit them.
     """
     of_codes = {"num_classes": num_classes, "scales": bottleneck.scales}
-    prior = build(SLOTS["prior"], choice, {**bottleneck.prior_context(), **of_codes})
+    prior: Prior = build(SLOTS["prior"], choice, {**bottleneck.prior_context(), **of_codes})
     if num_classes and not needs(SLOTS["prior"], choice.name, "num_classes"):
         raise OptionError("conditional", None, f"the prior {choice.name} cannot use labels; leave it out")
     return prior
@@ -296,7 +296,10 @@ def build_autoencoder(
     encoder = nets.encoder()
     decoder = nets.decoder(bottleneck.code_dim, image_shape[0] * likelihood.params_per_channel)
     # last, so that models with one seed that differ only in their prior start from the same nets
-    prior = build_prior(choices["prior"], bottleneck, num_classes)
+    of_codes = {"num_classes": num_classes, "scales": bottleneck.scales}
+    prior: Prior = build(SLOTS["prior"], choices["prior"], {**bottleneck.prior_context(), **of_codes})
+    if num_classes and not needs(SLOTS["prior"], choices["prior"].name, "num_classes"):
+        raise OptionError("conditional", None, f"the prior {choices['prior'].name} cannot use labels; leave it out")
     model = Autoencoder(
         encoder=encoder,
         bottleneck=bottleneck,

@@ -236,18 +236,33 @@ def kind_of(value: object) -> str:
     return type(value).__name__
 
 
-class Prior(Protocol):
-    """A distribution over latents."""
+class Prior(nn.Module):
+    """A distribution over latents on a grid (h, w)."""
 
     sampling_options: tuple[str, ...]  # those of `sample`, which `check_sampling` checks
-    exact: bool  # whether `log_prob` is log p(z) itself; otherwise its mean over the noise is at most log p(z)
-    optimizer: OptimizerName  # that of its training on stored codes, unless another is asked for
+    exact = True  # whether `log_prob` is log p(z) itself; otherwise its mean over the noise is at most log p(z)
+    optimizer: OptimizerName = "adamw"  # that of its training on stored codes, unless another is asked for
+    anchor: Tensor  # scalar; samples have its device and dtype
+
+    def __init__(self, grid: tuple[int, int]):
+        super().__init__()
+        self.grid = (grid[0], grid[1])
+        self.register_buffer("anchor", torch.zeros(()), persistent=False)
 
     def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
         """log p(z) in nats, `[B]`."""
+        raise NotImplementedError
+
+    def check_sampling(self, *, temperature: Any = 1.0) -> Any:
+        """The sampler's options, checked. Raises ValueError for values out of range."""
+        raise NotImplementedError
 
     def sample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """n draws: codes `[n, h, w]`, or vectors `[n, D, 1, 1]`; at temperature 0, the likeliest of each position."""
+        """n draws: codes `[n, h, w]`, or vectors `[n, D, h, w]`; at temperature 0, the likeliest of each position.
+
+        Raises ValueError for options out of range.
+        """
+        raise NotImplementedError
 
 
 class Likelihood(nn.Module):

@@ -1,4 +1,4 @@
-"""Base classes of all priors, and the checks of what their samplers take.
+"""The base class of priors over codes, and the checks of what samplers take.
 
 B batch, h w code grid, K codes.
 """
@@ -6,34 +6,16 @@ B batch, h w code grid, K codes.
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqvae import sampling, shares
-from vqvae.contracts import OptimizerName, check_codes, kind_of
+from vqvae.contracts import Prior, check_codes, kind_of
 from vqvae.errors import OptionError
 from vqvae.registry import Option, Range
 
 LabelDrop = Annotated[
     float, Range(0, below=1), "share of training examples without their label, which sampling with guidance needs"
 ]
-
-
-class BasePrior(nn.Module):
-    """A distribution over latents on a grid (h, w). Members implement `log_prob` and `sample` of `contracts.Prior`."""
-
-    sampling_options: tuple[str, ...] = ("temperature",)
-    exact = True
-    optimizer: OptimizerName = "adamw"  # the one that learns stored codes faster
-    anchor: Tensor  # scalar; samples have its device and dtype
-
-    def __init__(self, grid: tuple[int, int]):
-        super().__init__()
-        self.grid = (grid[0], grid[1])
-        self.register_buffer("anchor", torch.zeros(()), persistent=False)
-
-    def check_sampling(self, *, temperature: Any = 1.0) -> Any:
-        """The sampler's options, checked. Raises ValueError for values out of range."""
-        return sampling.checked("temperature", temperature)
 
 
 class Sampling(NamedTuple):
@@ -45,7 +27,7 @@ class Sampling(NamedTuple):
     guidance: float = 1.0  # logits are u + guidance (c - u), with the label (c) and without (u); 1: with it only
 
 
-class CodePrior(BasePrior):
+class CodePrior(Prior):
     """A distribution over codes `[B, h, w]`, conditional on labels if `num_classes` > 0.
 
     With `label_drop` > 0, training replaces that share of labels by one more class, `num_classes`, which stands for all
@@ -65,7 +47,7 @@ class CodePrior(BasePrior):
     ) -> Sampling:
         """The sampler's options, checked. Raises ValueError for values out of range."""
         how = Sampling(
-            super().check_sampling(temperature=temperature),
+            sampling.checked("temperature", temperature),
             number("top_k", int, top_k, Range(0, self.num_codes)),
             sampling.checked("top_p", top_p),
             sampling.checked("guidance", guidance),

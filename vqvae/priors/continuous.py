@@ -4,14 +4,15 @@ B batch, D latent dimension, h w grid of the latent.
 """
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from vqvae.contracts import Latent
+from vqvae import sampling
+from vqvae.contracts import Latent, Prior
 from vqvae.flows import Stack
-from vqvae.priors.base import BasePrior, check_count
+from vqvae.priors.base import check_count
 from vqvae.registry import Range, checked
 
 
@@ -20,8 +21,10 @@ def log_normal(x: Tensor) -> Tensor:
     return (-0.5 * (x.square() + math.log(2 * math.pi))).flatten(1).sum(1)
 
 
-class Normal(BasePrior):
+class Normal(Prior):
     """Standard normal, log p(z) = log N(z; 0, I): the prior of the VAE (1312.6114, appendix B)."""
+
+    sampling_options = ("temperature",)
 
     def __init__(self, *, latent_dim: int, grid: tuple[int, int]):
         super().__init__(grid)
@@ -30,6 +33,10 @@ class Normal(BasePrior):
     def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
         """log p(z) in nats, `[B]`."""
         return log_normal(latent.need_z())
+
+    def check_sampling(self, *, temperature: Any = 1.0) -> float:
+        """The temperature, checked."""
+        return sampling.checked("temperature", temperature)
 
     def sample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """Draw vectors `[n, D, h, w]`; `temperature` multiplies the standard deviation, so that 0 gives the mean."""
