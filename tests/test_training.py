@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tests.checkpoints import content
 from tests.helpers import choose, training
 from vqvae import checkpoint
-from vqvae.contracts import TrainOutput
+from vqvae.contracts import Trainable, TrainOutput
 from vqvae.errors import OptionError, UserError
 from vqvae.optimizer import decay_groups
 from vqvae.runs import NullRun, Run
@@ -31,7 +31,7 @@ FACTS = {
 }
 
 
-class Toy(nn.Module):
+class Toy(Trainable):
     """Fits a point to noisy examples; the noise comes from the global generator, as a real model's does."""
 
     monitor = "loss"
@@ -49,9 +49,6 @@ class Toy(nn.Module):
         self.labels.append(labels)
         loss = (batch + torch.randn_like(batch) - self.point).square().mean()
         return TrainOutput(loss, {"loss": loss.detach(), "commitment": 2 * loss.detach()})
-
-    def of_batch(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        return metrics
 
     def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
         return {name: float(value) for name, value in means.items()}

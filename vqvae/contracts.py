@@ -326,25 +326,30 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
-class Trainable(Protocol):
-    """The interface that the training loop needs of a module."""
+class Trainable(nn.Module):
+    """A module that the training loop can train."""
 
     monitor: str  # the held-out metric whose lowest value makes best.pt
     headline: tuple[str, ...]  # metrics for the terminal, the most important first
 
-    def __call__(self, batch: Tensor, labels: Tensor, step: int) -> TrainOutput: ...
+    def forward(self, batch: Tensor, labels: Tensor, step: int) -> TrainOutput:
+        raise NotImplementedError
 
     def of_batch(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         """The metrics of a batch, with those that are functions of its sums. Its shares were added up before."""
+        return metrics
 
     def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
         """Metrics averaged over steps, as plain numbers."""
+        raise NotImplementedError
 
     def initialize(self, batches: Callable[[int], Tensor]) -> None:
-        """Called before the first step; `batches(n)` gives n training examples, the same in every process."""
+        """Called before the first step; `batches(n)` gives n training examples, the same in every process. Optional."""
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for optimizer.py, as of `Objective.parameter_groups`."""
+        raise NotImplementedError
 
     def saved_state(self) -> dict[str, Any]:
         """The state of the module in a checkpoint: the autoencoder as `model`, and more."""
+        raise NotImplementedError

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqvae import distributed, metrics, shares
 from vqvae.autoencoder import Autoencoder, unit_range
 from vqvae.batch_norm import statistics_kept
-from vqvae.contracts import Objective, TrainOutput
+from vqvae.contracts import Objective, Trainable, TrainOutput
 from vqvae.evaluation import facts_of
 
 
-class AutoencoderTraining(nn.Module):
+class AutoencoderTraining(Trainable):
     """Batches of images to a loss and metrics."""
 
     monitor = "neg_elbo"

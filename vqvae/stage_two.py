@@ -9,19 +9,18 @@ B batch, N images, h w code grid, K codes.
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqvae import distributed, metrics
 from vqvae.archives import read_arrays
 from vqvae.autoencoder import Autoencoder, unit_range
 from vqvae.checkpoint import weights_checksum
-from vqvae.contracts import Discrete, TrainOutput, evaluating
+from vqvae.contracts import Discrete, Trainable, TrainOutput, evaluating
 from vqvae.data.base import fingerprint
 from vqvae.evaluation import evaluate_prior, facts_of, log_prior_of_codes, seeded
 from vqvae.files import NotWritten, open_file, whole_file
@@ -29,7 +28,7 @@ from vqvae.optimizer import decay_groups
 from vqvae.progress import images_bar
 
 
-class PriorTraining(nn.Module):
+class PriorTraining(Trainable):
     """Batches of codes `[B, h, w]` to nats per code."""
 
     monitor = "prior_nats"
@@ -52,10 +51,6 @@ class PriorTraining(nn.Module):
         loss = nats / codes[0].numel()
         return TrainOutput(loss, {"loss": loss.detach(), "prior_nats": nats.detach()})
 
-    def of_batch(self, monitored: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The metrics of a batch; none is a function of sums over it."""
-        return monitored
-
     def summary(self, means: dict[str, Tensor]) -> dict[str, float]:
         """Metrics averaged over steps, as plain numbers."""
         numbers = {name: float(value) for name, value in means.items()}
@@ -64,9 +59,6 @@ class PriorTraining(nn.Module):
     def evaluate(self, codes: Tensor, labels: Tensor, seed: int = 0) -> dict[str, Any]:
         """The prior's metrics on held-out codes `[N, h, w]`; `seed` is that of a prior which estimates a bound."""
         return evaluate_prior(self.model, codes, labels, conditional=self.conditional, seed=seed)
-
-    def initialize(self, batches: Callable[[int], Tensor]) -> None:
-        """Priors start from their random weights."""
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         return decay_groups(self, weight_decay)

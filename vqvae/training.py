@@ -19,7 +19,7 @@ from torch import Tensor, autocast, nn
 from vqvae import distributed, shares
 from vqvae.averaging import AveragedWeights
 from vqvae.batch_norm import BatchNorm
-from vqvae.contracts import OptimizerName, TrainOutput
+from vqvae.contracts import OptimizerName, Trainable, TrainOutput
 from vqvae.data.batches import Shuffle, batch_indices, block_of, read_ahead
 from vqvae.devices import keep_memory, widest_float
 from vqvae.errors import OptionError, UserError
@@ -140,7 +140,7 @@ def seed_step(seed: int, step: int, device: str = "cpu", purpose: Purpose = "noi
 class Stage(NamedTuple):
     """The parts of one stage of training."""
 
-    module: Any  # an nn.Module that keeps contracts.Trainable
+    module: Trainable
     examples: Tensor  # [N, ...], images or codes
     labels: Tensor  # [N] int64
     evaluate: Callable[[], dict[str, Any]]  # held-out metrics; entries of KEPT go into the checkpoint
@@ -211,7 +211,7 @@ class Loop:
 
     def __init__(
         self,
-        module: Any,
+        module: Trainable,
         examples: Tensor,
         labels: Tensor,
         plan: Plan,
