@@ -13,10 +13,11 @@ from vqvae.contracts import Latent
 from vqvae.errors import OptionError
 from vqvae.priors import PRIORS, masked
 from vqvae.priors.autoregressive import AutoregressivePrior
-from vqvae.priors.base import Sampling, draw
+from vqvae.priors.base import draw
 from vqvae.priors.masked import Masked, masks, schedule
 from vqvae.priors.transformer import Transformer, TransformerOptions, sources
 from vqvae.registry import Choice, Slot, build
+from vqvae.sampling import Sampling
 
 SIZES = {
     "unigram": {},
@@ -643,3 +644,25 @@ def test_masked_samples_of_a_few_images_at_a_time_are_those_of_all_at_once(posit
 def test_options_of_few_step_samples_out_of_range_are_refused(options, message):
     with pytest.raises(OptionError, match=re.escape(message)):
         make("masked").sample(2, **options)
+
+
+def test_options_of_samples_may_be_text():
+    options = {"temperature": 0.9, "top_k": 3, "steps": 4, "choice_temperature": 2.5}
+    prior = make("masked")
+    drawn = [
+        prior.sample(8, generator=torch.Generator().manual_seed(0), **{k: kind(v) for k, v in options.items()})
+        for kind in (lambda value: value, str)
+    ]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(("name", "option"), [("pixelcnn", "steps"), ("masked", "naive"), ("uniform", "hot")])
+def test_a_sampler_takes_no_options_of_others(name, option):
+    prior = PRIORS["uniform"](num_codes=5, grid=(4, 5)) if name == "uniform" else make(name)
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+        prior.sample(2, **{option: 1})
+
+
+def test_priors_over_vectors_take_no_labels():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'labels'"):
+        PRIORS["normal"](latent_dim=2, grid=(1, 1)).sample(2, labels=torch.tensor([0, 1]))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from vqvae.autoencoder import Autoencoder, Elbo
+    from vqvae.sampling import Sampling
 
 
 OptimizerName = Literal["muon", "adamw"]  # a row of optimizer.OPTIMIZERS
@@ -239,7 +240,7 @@ def kind_of(value: object) -> str:
 class Prior(nn.Module):
     """A distribution over latents on a grid (h, w)."""
 
-    sampling_options: tuple[str, ...]  # those of `sample`, which `check_sampling` checks
+    sampling_options: tuple[str, ...]  # the fields of `sampling.Sampling` that `sample` takes
     exact = True  # whether `log_prob` is log p(z) itself; otherwise its mean over the noise is at most log p(z)
     optimizer: OptimizerName = "adamw"  # that of its training on stored codes, unless another is asked for
     anchor: Tensor  # scalar; samples have its device and dtype
@@ -253,15 +254,12 @@ class Prior(nn.Module):
         """log p(z) in nats, `[B]`."""
         raise NotImplementedError
 
-    def check_sampling(self, *, temperature: Any = 1.0) -> Any:
-        """The sampler's options, checked. Raises ValueError for values out of range."""
+    def check_sampling(self, **options: Any) -> "Sampling":
+        """Options of `sample`, in their types. Raises `OptionError`, a ValueError, for values out of range."""
         raise NotImplementedError
 
-    def sample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """n draws: codes `[n, h, w]`, or vectors `[n, D, h, w]`; at temperature 0, the likeliest of each position.
-
-        Raises ValueError for options out of range.
-        """
+    def sample(self, n: int, *, generator: torch.Generator | None = None, **options: Any) -> Tensor:
+        """n draws: codes `[n, h, w]`, or vectors `[n, D, h, w]`; at temperature 0, the likeliest of each position."""
         raise NotImplementedError
 
 

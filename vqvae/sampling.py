@@ -1,13 +1,14 @@
-"""The options of samplers, for the command line and for `sample`: ranges, defaults and explanations.
+"""The options of samplers, for the command line and for `sample` of priors: ranges, defaults and explanations.
 
 This module imports no torch, because `--help` prints them.
 """
 
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 from vqvae.registry import Option, Range
 
-OPTIONS = {  # by name; a default of None stands for the prior's own
+OPTIONS = {  # by name; a default of None stands for that of `Sampling`, which only masked priors use
     option.name: option
     for option in (
         Option(
@@ -34,6 +35,35 @@ OPTIONS = {  # by name; a default of None stands for the prior's own
 }  # fmt: skip
 
 
-def checked(name: str, value: Any) -> Any:
-    """The value of an option in its type. Raises `OptionError`, a ValueError, for one out of range."""
-    return OPTIONS[name].convert(value)
+class Sampling(NamedTuple):
+    """How a sampler draws. Priors over vectors have a temperature only, and masked priors have all options.
+
+    temperature         divides the logits; at 0, each position gets its likeliest code. It multiplies the deviation of
+                        vectors.
+    top_k               number of most likely codes to draw from at each position, at most K; 0 for all.
+    top_p               draws from the fewest most likely codes that have this probability together (1904.09751), at
+                        that temperature and among the top_k; 1 for all.
+    guidance            how much stronger the label's influence is: logits are u + guidance (c - u), with the label (c)
+                        and without it (u); 1 leaves it, 0 ignores the label. Needs a prior trained with `label_drop`.
+    steps               forward passes of a masked prior; at most one per code that is not given.
+    choice_temperature  scale of the Gumbel noise in a masked prior's choice of the codes to keep, which falls linearly
+                        with the steps, to 0 at the last. A large one, such as 1e9, makes the order random: with as many
+                        steps as codes, samples then follow the chain.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance: float = 1.0
+    steps: int = 8
+    choice_temperature: float = 4.5  # MaskGIT's
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], known: Collection[str]) -> "Sampling":
+        """The options of a sampler that takes those in `known`, in their types.
+
+        Raises `OptionError`, a ValueError, for a value out of range, and TypeError for another option.
+        """
+        if others := [name for name in options if name not in known]:
+            raise TypeError(f"sample() got an unexpected keyword argument '{others[0]}'")
+        return cls(**{name: OPTIONS[name].convert(value) for name, value in options.items()})

@@ -5,7 +5,7 @@ B batch, h w code grid, K codes.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -60,34 +60,26 @@ class AutoregressivePrior(CodePrior):
         self,
         n: int,
         *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        guidance: float = 1.0,
         labels: Tensor | None = None,
         given: tuple[Tensor, int] | None = None,
         generator: torch.Generator | None = None,
         progress: Callable[[int, int], None] | None = None,
         naive: bool = False,
+        **options: Any,
     ) -> Tensor:
         """Draw codes `[n, h, w]` (int64).
 
-        temperature   divides the logits; at 0, each position gets its likeliest code.
-        top_k         number of most likely codes to draw from at each position, at most K; 0 for all.
-        top_p         draws from the fewest most likely codes that have this probability together (1904.09751), at that
-                      temperature and among the top_k; 1 for all.
-        guidance      how much stronger the label's influence is: logits are u + guidance (c - u), with the label (c)
-                      and without it (u); 1 leaves it, 0 ignores the label. Needs a prior trained with `label_drop`.
-        labels        classes `[n]`, needed if the prior has classes, and refused if it has none.
-        given         codes `[n, h, w]` and how many of their rows to keep; the rest is drawn.
-        progress      called with (positions done, positions) after each position.
-        naive         run a whole forward pass for every position, for tests and timing.
+        labels     classes `[n]`, needed if the prior has classes, and refused if it has none.
+        given      codes `[n, h, w]` and how many of their rows to keep; the rest is drawn.
+        progress   called with (positions done, positions) after each position.
+        naive      run a whole forward pass for every position, for tests and timing.
+        options    those in `sampling_options`; `sampling.Sampling` explains them.
 
         The uniform numbers are drawn in advance, one per position, and go through the inverse distribution function.
         The stepper and the naive way thus draw the same codes from one seed. Raises ValueError for values out of range.
         """
         n = check_count(n)
-        how = self.check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
+        how = self.check_sampling(**options)
         kept, rows = self.check_given(n, given)
         labels = self.sample_labels(n, labels)
         h, w = self.grid

@@ -3,28 +3,20 @@
 B batch, h w code grid, K codes.
 """
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from vqvae import sampling, shares
+from vqvae import shares
 from vqvae.contracts import Prior, check_codes, kind_of
 from vqvae.errors import OptionError
 from vqvae.registry import Option, Range
+from vqvae.sampling import Sampling
 
 LabelDrop = Annotated[
     float, Range(0, below=1), "share of training examples without their label, which sampling with guidance needs"
 ]
-
-
-class Sampling(NamedTuple):
-    """How a sampler draws codes from logits."""
-
-    temperature: float = 1.0  # divides the logits; at 0, the likeliest code
-    top_k: int = 0  # draws among so many likeliest codes; 0: among all
-    top_p: float = 1.0  # draws among the fewest likeliest codes that have this probability together; 1: among all
-    guidance: float = 1.0  # logits are u + guidance (c - u), with the label (c) and without (u); 1: with it only
 
 
 class CodePrior(Prior):
@@ -34,7 +26,7 @@ class CodePrior(Prior):
     of them: classifier-free guidance (2207.12598) compares the two. Members have `label_rows` embeddings of classes.
     """
 
-    sampling_options: tuple[str, ...] = Sampling._fields
+    sampling_options: tuple[str, ...] = ("temperature", "top_k", "top_p", "guidance")
 
     def __init__(self, num_codes: int, grid: tuple[int, int], num_classes: int = 0, label_drop: float = 0.0):
         super().__init__(grid)
@@ -42,19 +34,12 @@ class CodePrior(Prior):
         self.label_drop = label_drop if num_classes else 0.0
         self.label_rows = num_classes + (self.label_drop > 0)
 
-    def check_sampling(
-        self, *, temperature: Any = 1.0, top_k: Any = 0, top_p: Any = 1.0, guidance: Any = 1.0
-    ) -> Sampling:
-        """The sampler's options, checked. Raises ValueError for values out of range."""
-        how = Sampling(
-            sampling.checked("temperature", temperature),
-            number("top_k", int, top_k, Range(0, self.num_codes)),
-            sampling.checked("top_p", top_p),
-            sampling.checked("guidance", guidance),
-        )
+    def check_sampling(self, **options: Any) -> Sampling:
+        number("top_k", int, options.get("top_k", 0), Range(0, self.num_codes))
+        how = Sampling.of(options, self.sampling_options)
         if how.guidance != 1 and not self.label_drop:
             problem = "needs a prior of classes that was trained with label_drop above 0; leave it out"
-            raise OptionError("guidance", guidance, problem)
+            raise OptionError("guidance", options["guidance"], problem)
         return how
 
     def without_some(self, labels: Tensor | None) -> Tensor | None:

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from vqvae import sampling
 from vqvae.contracts import Latent, Prior
 from vqvae.flows import Stack
 from vqvae.priors.base import check_count
 from vqvae.registry import Range, checked
+from vqvae.sampling import Sampling
 
 
 def log_normal(x: Tensor) -> Tensor:
@@ -34,17 +34,15 @@ class Normal(Prior):
         """log p(z) in nats, `[B]`."""
         return log_normal(latent.need_z())
 
-    def check_sampling(self, *, temperature: Any = 1.0) -> float:
-        """The temperature, checked."""
-        return sampling.checked("temperature", temperature)
+    def check_sampling(self, **options: Any) -> Sampling:
+        return Sampling.of(options, self.sampling_options)
 
-    def sample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, n: int, *, generator: torch.Generator | None = None, **options: Any) -> Tensor:
         """Draw vectors `[n, D, h, w]`; `temperature` multiplies the standard deviation, so that 0 gives the mean."""
         shape = (check_count(n), self.latent_dim, *self.grid)
         device, dtype = self.anchor.device, self.anchor.dtype
-        return self.check_sampling(temperature=temperature) * torch.randn(
-            shape, generator=generator, device=device, dtype=dtype
-        )
+        temperature = self.check_sampling(**options).temperature
+        return temperature * torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
 
 class MadeFlow(Normal):
@@ -73,11 +71,11 @@ class MadeFlow(Normal):
         return log_normal(eps) + log_det
 
     @torch.no_grad()
-    def sample(self, n: int, *, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, n: int, *, generator: torch.Generator | None = None, **options: Any) -> Tensor:
         """Draw vectors `[n, D, h, w]`.
 
         `temperature` multiplies the standard deviation of eps; with 0 and one flow, each coordinate is the likeliest
         one given those before it.
         """
-        eps = super().sample(n, temperature=temperature, generator=generator)
+        eps = super().sample(n, generator=generator, **options)
         return self.flow.inverse(eps.flatten(1)).view_as(eps)

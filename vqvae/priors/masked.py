@@ -11,15 +11,14 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from vqvae import sampling, shares
+from vqvae import shares
 from vqvae.contracts import Latent, evaluating
 from vqvae.priors.autoregressive import look_up
-from vqvae.priors.base import LabelDrop, Sampling, check_count, draw, guided, uniform_numbers
+from vqvae.priors.base import LabelDrop, check_count, draw, guided, uniform_numbers
 from vqvae.priors.transformer import CodeTransformer, TransformerOptions
 from vqvae.registry import Range, checked
+from vqvae.sampling import Sampling
 
-CHOICE_TEMPERATURE = 4.5  # MaskGIT's
-STEPS = 8
 AT_ONCE = 4096  # positions in one pass when sampling, which bounds the memory of their logits
 
 
@@ -122,47 +121,26 @@ class Masked(CodeTransformer):
             of_codes = log_p.gather(-1, codes.flatten(1).unsqueeze(-1)).squeeze(-1)
         return of_codes.where(masked, 0).sum(1) * (masked.shape[1] / masked.sum(1))
 
-    def check_sampling(
-        self, *, steps: Any = STEPS, choice_temperature: Any = CHOICE_TEMPERATURE, **others: Any
-    ) -> Sampling:
-        """The sampler's options, checked. Raises ValueError for values out of range."""
-        sampling.checked("steps", steps)
-        sampling.checked("choice_temperature", choice_temperature)
-        return super().check_sampling(**others)
-
     @torch.no_grad()
     def sample(
         self,
         n: int,
         *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        guidance: float = 1.0,
-        steps: int = STEPS,
-        choice_temperature: float = CHOICE_TEMPERATURE,
         labels: Tensor | None = None,
         given: tuple[Tensor, int] | None = None,
         generator: torch.Generator | None = None,
         progress: Callable[[int, int], None] | None = None,
+        **options: Any,
     ) -> Tensor:
         """Draw codes `[n, h, w]` (int64) in a few steps (2202.04200, section 3.2).
 
         Every step draws a code for each unknown position and keeps those of largest log p + noise. The number of
         unknown codes falls as a quarter of a cosine; every step adds at least one.
 
-        steps               forward passes; at most one per code that is not given.
-        choice_temperature  scale of the Gumbel noise of the choice, which falls linearly with the steps, to 0 at the
-                            last. A large one, such as 1e9, makes the order random: with as many steps as codes,
-                            samples then follow the chain.
-
-        The other arguments are those of `AutoregressivePrior.sample`. Raises ValueError for values out of range.
+        Arguments are those of `AutoregressivePrior.sample`. Raises ValueError for values out of range.
         """
         n = check_count(n)
-        how = self.check_sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, steps=steps,
-            choice_temperature=choice_temperature,
-        )  # fmt: skip
+        how = self.check_sampling(**options)
         kept, rows = self.check_given(n, given)
         labels = self.sample_labels(n, labels)
         device = self.anchor.device
@@ -173,13 +151,13 @@ class Masked(CodeTransformer):
         codes = kept.flatten(1).clone()
         length, first = codes.shape[1], rows * self.grid[1]
         unknown = torch.arange(first, length, device=device).expand(n, -1)  # [n, positions without a code]
-        counts = schedule(length - first, int(steps))
+        counts = schedule(length - first, how.steps)
         with evaluating(self):
             for step, left in enumerate(counts, 1):
                 u = unknown.shape[1]
                 drawn, score = self._draw_unknown(codes, unknown, labels, uniform(u), how)
                 noise = -(-uniform(u).clamp(min=torch.finfo(torch.float32).tiny).log()).log()
-                score = score + choice_temperature * (1 - step / len(counts)) * noise
+                score = score + how.choice_temperature * (1 - step / len(counts)) * noise
                 chosen, rest = score.argsort(dim=1, descending=True, stable=True).split([u - left, left], dim=1)
                 codes.scatter_(1, unknown.gather(1, chosen), drawn.gather(1, chosen))
                 unknown = unknown.gather(1, rest)

@@ -5,6 +5,7 @@ B batch, h w code grid, K codes.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,22 +32,19 @@ class Uniform(CodePrior):
         self,
         n: int,
         *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        guidance: float = 1.0,
         labels: Tensor | None = None,
         given: tuple[Tensor, int] | None = None,
         generator: torch.Generator | None = None,
         progress: Callable[[int, int], None] | None = None,
         naive: bool = False,
+        **options: Any,
     ) -> Tensor:
         """Draw codes `[n, h, w]` (int64). Arguments are those of `AutoregressivePrior.sample`.
 
-        All codes are equally likely: `temperature`, also 0, `top_k`, `top_p` and `naive` change nothing.
+        All codes are equally likely: `options`, also a temperature of 0, and `naive` change nothing.
         """
         n = check_count(n)
-        self.check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
+        self.check_sampling(**options)
         self.sample_labels(n, labels)
         kept, rows = self.check_given(n, given)
         h, w = self.grid
