@@ -171,7 +171,7 @@ def enumerated(words: str, *, samples: int = 2) -> tuple[list[Tensor], list[Tens
         share = log_q.sum(0).exp().detach()  # [B], the probability of these draws
         for image in range(2):
             score = log_q[:, image : image + 1]
-            latent = Latent.of_codes(grid[list(draws)])._replace(loss=torch.zeros(()), score=score)
+            latent = Latent.of_codes(grid[list(draws)])._replace(score=score)
             likelihood = decoder[list(draws), image]
             elbo: Any = Elbo(likelihood, score.flatten(), log_prior[list(draws)], latent, likelihood, likelihood)
             total = total + share[image] * chosen(elbo, likelihood, model, 0) / 2

@@ -50,10 +50,20 @@ class Latent(NamedTuple):
     score: Tensor | None = None
 
     @classmethod
-    def of_codes(cls, codes: Tensor) -> "Latent":
-        """A latent that consists of codes `[B, h, w]` (int64) only, as stage two trains on."""
-        zero = torch.zeros(len(codes), device=codes.device)
-        return cls(z=None, codes=codes, log_q=zero, loss=zero.new_zeros(()), stats={})
+    def of_codes(
+        cls,
+        codes: Tensor,
+        z: Tensor | None = None,
+        *,
+        loss: Tensor | None = None,
+        stats: dict[str, Tensor] | None = None,
+    ) -> "Latent":
+        """A latent whose posterior is one code per position, `[B, h, w]` (int64): log q = 0.
+
+        Stage two trains on latents without z. The loss is 0 unless given.
+        """
+        log_q = torch.zeros(len(codes), device=codes.device)
+        return cls(z, codes, log_q, log_q.new_zeros(()) if loss is None else loss, stats or {})
 
     def need_z(self) -> Tensor:
         """z; raises ValueError if the latent has codes only."""

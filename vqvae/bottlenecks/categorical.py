@@ -117,7 +117,7 @@ class CategoricalPosterior(Discrete):
     def quantize(self, features: Tensor) -> Latent:
         f = self.projection(features)
         codes = self.codebook.nearest(vectors_of(f)).view(len(f), *f.shape[2:]) if self.by_distance else f.argmax(1)
-        return Latent.of_codes(codes)._replace(z=self.embed(codes))
+        return Latent.of_codes(codes, self.embed(codes))
 
     def forward(self, features: Tensor, step: int) -> Latent:
         table = self.codebook.table()
@@ -184,7 +184,7 @@ class Deterministic(CategoricalPosterior):
 
     def hard_draw(self, log_p: Tensor) -> Latent:
         codes = log_p.argmax(-1)
-        return Latent.of_codes(codes)._replace(z=self.embed(codes))
+        return Latent.of_codes(codes, self.embed(codes))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,7 +70,7 @@ class FSQ(FixedCodes):
         half = self.levels // 2
         codes = ((rounded.long() + half) * self.places).sum(-1)
         z = straight_through(bounded, rounded) / half
-        return Latent.of_codes(codes)._replace(z=z.movedim(-1, 1), loss=z.new_zeros(()))
+        return Latent.of_codes(codes, z.movedim(-1, 1), loss=z.new_zeros(()))
 
     def forward(self, features: Tensor, step: int) -> Latent:
         return self.quantize(features)

@@ -78,8 +78,7 @@ class LFQ(FixedCodes):
             certain, varied = self.entropies(vectors_of(f))
             loss = loss + entropy_weight * (certain - self.diversity * varied)
             stats |= {"choice_entropy": certain.detach(), "usage_entropy": varied.detach()}
-        latent = Latent.of_codes(codes)
-        return latent._replace(z=straight_through(f, signs), loss=loss, stats=stats)
+        return Latent.of_codes(codes, straight_through(f, signs), loss=loss, stats=stats)
 
 
 def _joint(logits: Tensor) -> Tensor:

@@ -107,8 +107,7 @@ class MultiCodebook(Discrete):
             loss = loss + torch.stack([F.mse_loss(level.vectors, level.given.detach()) for level in used]).mean()
         codes = torch.stack([level.codes for level in levels], dim=3).flatten(2)  # [B, h, w Q]
         z = straight_through(f, self.join([level.vectors for level in used]))
-        zero = torch.zeros(len(f), device=f.device)
-        return Latent(z, codes, log_q=zero, loss=loss, stats={"commitment": commitment.detach()})
+        return Latent.of_codes(codes, z, loss=loss, stats={"commitment": commitment.detach()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,10 +271,9 @@ class Hierarchy(Discrete):
         top = quantize_top(self.down(features))
         bottom = quantize_bottom(torch.cat([features, self.decode_top(top.z)], dim=1))
         below = bottom.codes.unflatten(2, (-1, 2)).movedim(3, 2).flatten(1, 2)  # [B, 2h, w/2]
-        return Latent(
-            torch.cat([self.up(top.z), bottom.z], dim=1),
+        return Latent.of_codes(
             torch.cat([top.codes, below], dim=1),
-            log_q=bottom.log_q,
+            torch.cat([self.up(top.z), bottom.z], dim=1),
             loss=top.loss + bottom.loss,
             stats={f"commitment_{name}": part.stats["commitment"] for name, part in (("top", top), ("bottom", bottom))},
         )

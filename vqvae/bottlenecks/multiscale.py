@@ -149,9 +149,8 @@ class MultiScale(Discrete):
         if len(self.convolutions) or not self.codebooks[0].learns_by_ema:
             loss = loss + torch.stack([F.mse_loss(total, f.detach()) for total in found.sums]).mean()
         codes = torch.cat([codes.flatten(1) for codes in found.codes], dim=1).unflatten(1, self.grid)
-        zero = torch.zeros(len(f), device=f.device)
         z = straight_through(f, found.sums[-1])
-        return Latent(z, codes, log_q=zero, loss=loss, stats={"commitment": commitment.detach()})
+        return Latent.of_codes(codes, z, loss=loss, stats={"commitment": commitment.detach()})
 
 
 def identity(channels: int) -> nn.Conv2d:

@@ -81,7 +81,7 @@ class Stochastic(Discrete):
     def quantize(self, features: Tensor) -> Latent:
         f = self.projection(features)
         codes = nearest_code(vectors_of(f), self.vectors).view(len(f), *f.shape[2:])
-        return Latent.of_codes(codes)._replace(z=self.embed(codes))
+        return Latent.of_codes(codes, self.embed(codes))
 
     def forward(self, features: Tensor, step: int) -> Latent:
         f = self.projection(features).movedim(1, -1)  # [B, h, w, D]

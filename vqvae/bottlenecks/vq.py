@@ -72,8 +72,7 @@ class NearestCode(Discrete):
             varied = entropy(soft_usage(rows, table.clone(), self.temperature))
             loss, stats = loss - diversity * varied, stats | {"usage_entropy": varied.detach()}
         z = self.gradient_estimator(f, e)
-        log_q = torch.zeros(len(f), device=f.device)
-        return Latent(z, codes, log_q, loss=self.weight * loss, stats=stats), rows, nearest
+        return Latent.of_codes(codes, z, loss=self.weight * loss, stats=stats), rows, nearest
 
 
 def soft_usage(f: Tensor, codebook: Tensor, temperature: float) -> Tensor:
