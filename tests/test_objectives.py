@@ -174,7 +174,7 @@ def enumerated(words: str, *, samples: int = 2) -> tuple[list[Tensor], list[Tens
             latent = Latent.of_codes(grid[list(draws)])._replace(score=score)
             likelihood = decoder[list(draws), image]
             elbo: Any = Elbo(likelihood, score.flatten(), log_prior[list(draws)], latent, likelihood, likelihood)
-            total = total + share[image] * chosen(elbo, likelihood, model, 0) / 2
+            total = total + share[image] * chosen(elbo, model, 0) / 2
     return list(exact), list(torch.autograd.grad(total, (logits, decoder)))
 
 
@@ -287,9 +287,9 @@ class Perceptual(ElboObjective):
         super().__init__(total_steps=total_steps, options=options)
         self.net = nn.Conv2d(1, width, 3)
 
-    def forward(self, elbo, images, model, step) -> Tensor:
-        error = self.net(model.likelihood.center(elbo.params)) - self.net(images)
-        return super().forward(elbo, images, model, step) + error.square().mean()
+    def forward(self, elbo, model, step) -> Tensor:
+        error = self.net(model.likelihood.center(elbo.params)) - self.net(elbo.x)
+        return super().forward(elbo, model, step) + error.square().mean()
 
     def parameter_groups(self, model, weight_decay):
         own = {"params": list(self.net.parameters()), "lr_scale": 2.0}

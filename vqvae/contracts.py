@@ -312,8 +312,8 @@ class Objective(nn.Module):
     its own (a perceptual loss, a discriminator) registers it as a submodule and returns its parameters as a group.
     """
 
-    def forward(self, elbo: "Elbo", images: Tensor, model: "Autoencoder", step: int) -> Tensor:
-        """The scalar loss of a batch x in [0, 1], `[S*B, C, H, W]`, given the terms of its bound."""
+    def forward(self, elbo: "Elbo", model: "Autoencoder", step: int) -> Tensor:
+        """The scalar loss of a batch, given the terms of its bound. `elbo.x` are the images."""
         raise NotImplementedError
 
     def check(self, model: "Autoencoder") -> None:

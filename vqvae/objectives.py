@@ -40,7 +40,7 @@ class ElboObjective(Objective):
         self.options, self.total_steps = options, total_steps
         self.kl_weight = Schedule.parse(options.kl_weight, "kl_weight")
 
-    def forward(self, elbo: "Elbo", images: Tensor, model: "Autoencoder", step: int) -> Tensor:
+    def forward(self, elbo: "Elbo", model: "Autoencoder", step: int) -> Tensor:
         nats = -elbo.log_likelihood.mean() - model.likelihood.log_normalizer
         weight, positions = self.kl_weight(step, self.total_steps), self.averaged_over(model)
         rate, free = self.rate(elbo).mean() / positions, self.options.free_bits * math.log(2)

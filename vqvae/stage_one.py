@@ -35,7 +35,7 @@ class AutoencoderTraining(Trainable):
         model = self.model
         self.objective.freeze(model, step)
         elbo = model.elbo(unit_range(images), labels, step, for_prior=self.objective.for_prior)
-        loss = self.objective(elbo, elbo.x, model, step)
+        loss = self.objective(elbo, model, step)
         with torch.no_grad():
             shown = model.likelihood.center(elbo.params)
             examples = metrics.Examples(
