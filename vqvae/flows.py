@@ -112,8 +112,8 @@ class Stack(nn.Module):
 class SimplexFlow(nn.Module):
     """An inverse autoregressive flow on points of the simplex, w `[B, L, K]`: w'_k = w_k s_k / n, n = sum_k w_k s_k.
 
-    The scales of a latent are s = softplus(u) + softplus(b), `[B, L, K - 1]`, where u is a function of the latents
-    before it; the last code's scale is 1. b = log(e/2 - 1) gives s = 1 at u = 0, where the flow starts.
+    The scales of a latent are s = 1 + softplus(u) - log 2, `[B, L, K - 1]`, where u is a function of the latents before
+    it; the last code's scale is 1. At u = 0, where the flow starts, s = 1.
 
     log |dw'/dw| on the K - 1 free coordinates of a latent is sum_k log s_k - K log n, because the flow is a projective
     map of the simplex. The Jacobian is block triangular, so that the latents' terms add up. Corners of the simplex are
@@ -137,7 +137,6 @@ class SimplexFlow(nn.Module):
     ):
         super().__init__()
         self.latents, self.by_transformer = latents, parameters == "transformer"
-        self.shift = math.log(math.e / 2 - 1)
         if self.by_transformer:
             self.read, self.write = nn.Linear(num_codes, width), nn.Linear(width, num_codes - 1)
             self.positions = nn.Parameter(0.02 * torch.randn(latents, width))
@@ -160,7 +159,7 @@ class SimplexFlow(nn.Module):
             u = self.gate * self.write(h)
         else:
             u = torch.einsum("lj,bjk->blk", self.weight.tril(-1), w[..., :-1])
-        return F.softplus(u) + math.log1p(math.exp(self.shift))
+        return F.softplus(u) + math.log(math.e / 2)  # 1 - log 2
 
     def forward(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """w' `[B, L, K]` and log |dw'/dw|, `[B]`."""
