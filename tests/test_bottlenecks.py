@@ -437,3 +437,13 @@ def test_gaussian_draws_have_its_moments():
 def test_gaussian_refuses_what_it_cannot_do(options, message):
     with pytest.raises(OptionError, match=f"^{message}"):
         make("gaussian", **{"grid": (1, 1)} | options)
+
+
+def test_a_latents_size_in_words_has_its_singulars():
+    one, two = (VQ(channels=4, grid=grid, options=VQOptions(num_codes=1024, code_dim=4)) for grid in ((1, 1), (2, 3)))
+    assert (one.describe(), two.describe()) == (
+        "1x1 codes of 1,024: 1 token, 10 bits",
+        "2x3 codes of 1,024: 6 tokens, 60 bits",
+    )
+    gaussians = [BOTTLENECKS["gaussian"](channels=4, grid=(1, 1), latents=latents) for latents in (1, 16)]
+    assert [gaussian.describe() for gaussian in gaussians] == ["1 dimension", "16 dimensions"]

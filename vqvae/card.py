@@ -51,12 +51,11 @@ def _what(content: Mapping[str, Any], model: Autoencoder) -> str:
     config, shape = Config.from_dict(content["config"]), "x".join(map(str, model.image_shape))
     chosen = {name: _plain(brief(slot, getattr(config, name))) for name, slot in SLOTS.items()}
     parameters = sum(p.numel() for p in model.parameters())
-    if model.discrete is not None:
-        grid, codes = "x".join(map(str, model.discrete.grid)), model.discrete
-        latent = f"{grid} codes of {codes.num_codes:,}: {codes.tokens:,} tokens, {codes.bits:,.0f} bits"
-    else:
-        latent = f"{model.bottleneck.code_dim} dimensions"
-    rows = {"image": f"{shape} (channels, rows, columns)", "latent": latent, "parameters": f"{parameters:,}"}
+    rows = {
+        "image": f"{shape} (channels, rows, columns)",
+        "latent": model.bottleneck.describe(),
+        "parameters": f"{parameters:,}",
+    }
     kind = "tokenizer" if model.discrete is not None else "autoencoder"
     return f"An image {kind}, trained with vqvae.\n\n{_table(('property', 'value'), rows | chosen)}"
 

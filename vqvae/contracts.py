@@ -142,6 +142,10 @@ class Bottleneck(nn.Module):
     def prior_context(self) -> PriorContext:
         raise NotImplementedError
 
+    def describe(self) -> str:
+        """The size of an image's latent in words."""
+        raise NotImplementedError
+
 
 class Discrete(Bottleneck):
     """A bottleneck whose latent is a grid of codes.
@@ -187,12 +191,20 @@ class Discrete(Bottleneck):
     def prior_context(self) -> PriorContext:
         return {"num_codes": self.num_codes, "grid": self.grid}
 
+    def describe(self) -> str:
+        h, w = self.grid
+        tokens = f"{self.tokens:,} token{'s' if self.tokens > 1 else ''}"
+        return f"{h}x{w} codes of {self.num_codes:,}: {tokens}, {self.bits:,.0f} bits"
+
 
 class Continuous(Bottleneck):
     """A bottleneck whose latent is a vector `[B, D, 1, 1]`."""
 
     def prior_context(self) -> PriorContext:
         return {"latent_dim": self.code_dim, "grid": self.grid}
+
+    def describe(self) -> str:
+        return f"{self.code_dim} dimension{'s' if self.code_dim > 1 else ''}"
 
 
 def count_codes(codes: Tensor, num_codes: int) -> Tensor:

@@ -92,8 +92,7 @@ class Report:
         """The codes of an image in words, such as `7x7 codes, K = 512`; the dimensions of a continuous latent."""
         bottleneck = self.model.discrete
         if bottleneck is None:
-            dimensions = self.model.bottleneck.code_dim
-            return f"latent of {dimensions} dimension{'s' if dimensions > 1 else ''}"
+            return f"latent of {self.model.bottleneck.describe()}"
         shapes = {name: tuple(level.shape[1:]) for name, level in _levels(bottleneck).items()}
         sizes = {name: f"{h}x{w}" if self.model.spatial else str(h * w) for name, (h, w) in shapes.items()}
         if len(sizes) == 1:

@@ -26,6 +26,7 @@ def opening(
     parameters = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
     processes = f" over {distributed.world()} processes" if distributed.world() > 1 else ""
     processes += f" in {config.accumulate} shares each" if config.accumulate > 1 else ""
+    uncounted = "" if model.discrete is None or model.discrete.counted else "; their use is counted in evaluation only"
     chosen = {slot: str(brief(SLOTS[slot], getattr(config, slot))) for slot in SLOTS}
     total, per_epoch = plan.total_steps(len(stage.examples)), plan.steps_per_epoch(len(stage.examples))
     return "\n".join([
@@ -35,7 +36,7 @@ def opening(
         f"model  {chosen['nets']} nets, {chosen['bottleneck']}; {parameters:,} parameters to train",
         f"       {chosen['likelihood']} likelihood, {chosen['prior']} prior",
         *([f"start  the weights of {printable(config.init_from)}"] if config.init_from else []),
-        f"latent {describe_latent(model)}",
+        f"latent {model.bottleneck.describe()}{uncounted}",
         f"plan   {total:,} steps, {per_epoch:,} an epoch; batch {config.batch_size}{processes}, seed {config.seed}, "
         f"{plan.device}, {plan.precision}{', compiled' if stage.compiled else ''}",
     ])  # fmt: skip
@@ -45,17 +46,6 @@ def describe_splits(dataset: Dataset) -> str:
     """The number of images of each split, and by which of them models are chosen."""
     sizes = ", ".join(f"{len(split.images):,} {name}" for name, split in dataset.splits.items())
     return sizes if dataset.validation else f"{sizes} (by which best.pt is chosen)"
-
-
-def describe_latent(model: Autoencoder) -> str:
-    """The size of an image's latent."""
-    if model.discrete is None:
-        return f"{model.bottleneck.code_dim} dimensions"
-    codes = model.discrete
-    h, w = codes.grid
-    uncounted = "" if codes.counted else "; their use is counted in evaluation only"
-    tokens = "1 token" if codes.tokens == 1 else f"{codes.tokens:,} tokens"
-    return f"{h}x{w} codes of {codes.num_codes:,}: {tokens}, {codes.bits:,.0f} bits{uncounted}"
 
 
 def warn_of_few_updates(config: Config, plan: Plan, examples: int) -> None:
