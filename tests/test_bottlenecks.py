@@ -371,6 +371,7 @@ def test_codes_are_embedded_as_they_were_quantized(name):
         assert latent.codes.shape == (4, *bottleneck.grid)
         assert torch.allclose(bottleneck.embed(latent.codes), latent.z, atol=1e-6)
         assert bottleneck.usage(latent.codes).sum() == latent.codes.numel()
+        assert tuple(bottleneck.maps(latent.codes)) == bottleneck.level_names
     assert bottleneck.code_vectors().shape[0] == bottleneck.num_codes
     if not bottleneck.stochastic and not isinstance(bottleneck, Deterministic):  # it computes distances in two ways
         assert torch.equal(bottleneck(features, 1).codes, bottleneck.quantize(features).codes)

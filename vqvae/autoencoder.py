@@ -161,7 +161,7 @@ class Autoencoder(nn.Module):
         bottleneck = self._need_codes("decode")
         codes = check_codes(codes, bottleneck.num_codes, bottleneck.grid).to(self.device)
         if levels is not None:
-            most = len(bottleneck.maps(codes))
+            most = len(bottleneck.level_names)
             if not 1 <= levels <= most:
                 raise ValueError(f"levels must be from 1 to {most}, not {levels}")
         return self.decode_latents(_wide(bottleneck).embed(codes, levels))

@@ -504,9 +504,7 @@ def transfer(content: Mapping[str, Any], model: Autoencoder, name: str) -> None:
 def _usage_shape(model: Autoencoder) -> tuple[int, ...]:
     """The shape `[levels, K]` of the counts of a model's codes; () without codes."""
     codes = model.discrete
-    if codes is None:
-        return ()
-    return len(codes.maps(torch.zeros(1, *codes.grid, dtype=torch.int64))), codes.num_codes
+    return () if codes is None else (len(codes.level_names), codes.num_codes)
 
 
 def verify(content: dict[str, Any], name: str) -> None:

@@ -155,6 +155,7 @@ class Discrete(Bottleneck):
     """
 
     num_codes: int  # K
+    level_names: tuple[str, ...] = ("codes",)  # the keys of `maps`
     start_vectors = 20_000
 
     @property
@@ -182,7 +183,7 @@ class Discrete(Bottleneck):
 
     def maps(self, codes: Tensor) -> dict[str, Tensor]:
         """The codes `[B, h, w]` as one named map per level, for plots and counts."""
-        return {"codes": codes}
+        return {self.level_names[0]: codes}
 
     def usage(self, codes: Tensor) -> Tensor:
         """How often each code of each level occurs, `[levels, K]`."""

@@ -86,7 +86,7 @@ class Quantizer(nn.Module):
             raise OptionError("iaf_flows", options["iaf_flows"], problem, owner=name)
         code_dim = self.bottleneck.code_dim
         self.output: nn.Module = nn.Identity() if code_dim == dim else nn.Conv2d(code_dim, dim, 1)
-        self.levels = self.bottleneck.grid[1]  # Q
+        self.levels = len(self.bottleneck.level_names)  # Q
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._step: int | None = None  # steps as a plain number, which no GPU has to be waited for
         self.register_load_state_dict_post_hook(_count_again)

@@ -207,7 +207,7 @@ def _shown_maps(bottleneck: Discrete, codes: Tensor) -> dict[str, Tensor]:
     return {name: maps[name] for name in plots.evenly(list(maps), MOST_LEVELS)}
 
 
-def _some(names: list[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     """A note for the title of a plot that cannot show all levels."""
     return f"{MOST_LEVELS} of {len(names)} levels" if len(names) > MOST_LEVELS else ""
 
@@ -232,7 +232,7 @@ def code_visualization(report: Report, path: Path) -> None:
     report.need_images()
     bottleneck = report.need_codes()
     codes = report.model.encode(report.images[:8])
-    names = list(_levels(bottleneck))
+    names = bottleneck.level_names
     if len(names) > 1:
         codes = codes[:4]
     images, maps = report.images[: len(codes)], _shown_maps(bottleneck, codes)
@@ -287,7 +287,7 @@ def levels(report: Report, path: Path) -> None:
     bottleneck = report.need_codes()
     images = report.images[:10]
     codes = report.model.encode(images)
-    names = list(_levels(bottleneck))
+    names = bottleneck.level_names
     if len(names) == 1:
         raise NotApplicable("the codes have a single level")
     rows = [("originals", images)]
@@ -303,7 +303,7 @@ def codebook(report: Report, path: Path) -> None:
     """The codebook in the plane, each code as the patch it decodes to."""
     report.need_images()
     bottleneck = report.need_codes()
-    if len(_levels(bottleneck)) > 1:
+    if len(bottleneck.level_names) > 1:
         raise NotApplicable("a code's image depends on the codes of the other levels")
     if bottleneck.num_codes > MOST_CODES:
         raise NotApplicable(f"there are {bottleneck.num_codes:,} codes, and the plot shows at most {MOST_CODES:,}")
@@ -335,7 +335,7 @@ def usage(report: Report, path: Path) -> None:
     bottleneck = report.need_codes()
     if report.content["usage"] is None:
         raise NotApplicable("only a stage-one checkpoint written after an evaluation has the code usage")
-    names = list(_levels(bottleneck))
+    names = bottleneck.level_names
     shown = plots.evenly(range(len(names)), MOST_LEVELS)
     title = report.title("code usage over the whole held-out split", report.tokens(), _some(names))
     counts = report.content["usage"][shown]

@@ -49,6 +49,7 @@ class MultiCodebook(Discrete):
     def __init__(self, channels: int, grid: tuple[int, int], options: CodebookOptions, *, levels: int, dim: int):
         super().__init__()
         self.options, self.levels = options, levels
+        self.level_names = tuple(f"level {i + 1}" for i in range(levels))
         self.num_codes, self.code_dim = options.num_codes, options.code_dim
         self.start_vectors = options.start_vectors
         self.grid = (grid[0], grid[1] * levels)
@@ -74,8 +75,7 @@ class MultiCodebook(Discrete):
         return self.codebooks[0].table()
 
     def maps(self, codes: Tensor) -> dict[str, Tensor]:
-        levels = codes.unflatten(2, (-1, self.levels)).unbind(3)
-        return {f"level {i + 1}": level for i, level in enumerate(levels)}
+        return dict(zip(self.level_names, codes.unflatten(2, (-1, self.levels)).unbind(3), strict=True))
 
     def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:
         maps = self.maps(codes).values()
@@ -209,6 +209,8 @@ class Hierarchy(Discrete):
     The code grid `[B, h/2 + 2 h, w/2]` has the top's rows first, then every bottom row as its even and its odd
     columns. So a prior in raster order predicts the top first, and codes of one place are in one column.
     """
+
+    level_names = ("top", "bottom")
 
     def __init__(self, *, channels: int, grid: tuple[int, int], options: HierarchyOptions = HierarchyOptions()):
         super().__init__()

@@ -61,6 +61,7 @@ class MultiScale(Discrete):
             raise OptionError("scales", options.scales, problem)
         self.options, self.sizes = options, sizes[-options.scales :]
         self.scales = self.sizes if len(self.sizes) > 1 else ()
+        self.level_names = tuple(f"{h}x{w}" for h, w in self.scales) or ("codes",)
         self.num_codes, self.code_dim = options.num_codes, options.code_dim
         self.start_vectors = options.start_vectors
         self.grid = (sum(h * w for h, w in self.sizes), 1) if self.scales else (grid[0], grid[1])
@@ -85,10 +86,9 @@ class MultiScale(Discrete):
         return [part.flatten(0, 1) for part in ([torch.cat(scales, dim=1)] if self.options.shared else scales)]
 
     def maps(self, codes: Tensor) -> dict[str, Tensor]:
-        if not self.scales:
-            return {"codes": codes}
         parts = codes.flatten(1).split([h * w for h, w in self.sizes], dim=1)
-        return {f"{h}x{w}": part.unflatten(1, (h, w)) for part, (h, w) in zip(parts, self.sizes, strict=True)}
+        grids = (part.unflatten(1, size) for part, size in zip(parts, self.sizes, strict=True))
+        return dict(zip(self.level_names, grids, strict=True))
 
     def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:
         maps = list(self.maps(codes).values())[:levels]
