@@ -23,7 +23,7 @@ from vqvae.programs import HALVES, interfaces
 class Format(NamedTuple):
     """A format of an exported folder."""
 
-    check: Callable[[Mapping[str, Any]], None]  # raises OptionError for a model that it cannot hold, given its content
+    check: Callable[[Mapping[str, Any]], None]  # raises OptionError for a model that it cannot store, given its content
     write: Callable[[dict[str, Any], Autoencoder, Path], Iterator[str]]  # the files; describes each, once checked
     usage: Callable[[Autoencoder], str]  # how to use them, for the card
     library: str  # that opens them, as hubs call it

@@ -171,7 +171,7 @@ def make_folder(folder: Path, option: str) -> Path:
 
 
 def claim_empty(folder: Path) -> Path:
-    """Make a folder; raises `UserError` if it holds anything or cannot be made."""
+    """Make a folder; raises `UserError` if it contains anything or cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):

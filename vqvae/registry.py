@@ -4,7 +4,7 @@ A slot (data, nets, bottleneck, prior, likelihood, objective) is a table of name
 function whose keyword-only parameters are its configuration:
 
 - one without a default is context, which the program supplies (`channels`, `grid` ...; see contracts.py);
-- one with a default is an option. Its annotation holds everything else about it: type, range and explanation, as in
+- one with a default is an option. Its annotation contains everything else about it: type, range and explanation, as in
   `beta: Annotated[float, Range(0), "weight of the commitment loss"] = 0.25`;
 - one annotated with an `Options` dataclass stands for all of that class's fields: options that members share.
 

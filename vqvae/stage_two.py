@@ -1,6 +1,6 @@
 """Stage two: a prior trained on the codes of a frozen autoencoder.
 
-The training loop sees a thin wrapper. Checkpoints hold the whole autoencoder with its prior replaced, so the result
+The training loop sees a thin wrapper. Checkpoints contain the whole autoencoder with its prior replaced, so the result
 samples, evaluates and draws as any other model does.
 
 B batch, N images, h w code grid, K codes.

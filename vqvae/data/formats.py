@@ -42,7 +42,7 @@ def contents(path: Path) -> bytes:
 def idx(raw: bytes) -> Tensor:
     """The values of an IDX file of unsigned bytes, uint8, with 1 to 4 axes.
 
-    The file holds the magic bytes 0 0 8 rank, the sizes as big-endian uint32, then the values.
+    The file contains the magic bytes 0 0 8 rank, the sizes as big-endian uint32, then the values.
     """
     rank = raw[3] if len(raw) > 3 else 0
     if raw[:3] != b"\x00\x00\x08" or not 1 <= rank <= 4 or len(raw) < 4 + 4 * rank:
@@ -75,7 +75,7 @@ class PickledArray(Built):
         ):
             raise ValueError("an array without a shape of up to 4 axes")
         if not isinstance(content, str | bytes) or len(content) != math.prod(shape):
-            raise ValueError(f"an array of {math.prod(shape)} bytes that holds others")
+            raise ValueError(f"an array of {math.prod(shape)} bytes that contains others")
         content = content.encode("latin-1") if isinstance(content, str) else content
         return np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
 
@@ -123,7 +123,7 @@ def cifar_batch(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
 Order = Literal["<", ">"]  # of the bytes of a number
 MATRIX, COMPRESSED = 14, 15
 NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
-HEAD = 1024  # bytes of a variable that hold its name
+HEAD = 1024  # bytes of a variable that contain its name
 MOST_VARIABLES = 100
 
 
