@@ -388,7 +388,7 @@ def stage_one(config: Config, dataset: Dataset, plan: Plan, start: Start) -> Bui
 def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> Built:
     """A prior, trained on the codes of a frozen autoencoder."""
     path = str(config.checkpoint)
-    if isinstance(start, Resumed):  # the checkpoint holds the new prior
+    if isinstance(start, Resumed):  # its checkpoint has the new prior
         model = checkpoint.restore(start.content, path)
     elif isinstance(start, StageTwo):
         with torch.random.fork_rng(devices=[]):  # the new prior's weights are drawn as if this model were not

@@ -44,6 +44,7 @@ class Muon(AdamW):
 
     A kernel moves by its mean gradient as a matrix `[out, height * width * in]` whose singular values are all set to
     about 1, scaled so that its entries have the size of those of AdamW's steps (2502.16982, section 2.2).
+    torch.optim.Muon refuses kernels, which have four axes.
     """
 
     @torch.no_grad()

@@ -65,5 +65,5 @@ class Sampling(NamedTuple):
         Raises `OptionError`, a ValueError, for a value out of range, and TypeError for another option.
         """
         if others := [name for name in options if name not in known]:
-            raise TypeError(f"sample() got an unexpected keyword argument '{others[0]}'")
+            raise TypeError(f"sample() takes no {others[0]} with this prior; its options are {', '.join(known)}")
         return cls(**{name: OPTIONS[name].convert(value) for name, value in options.items()})

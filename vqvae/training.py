@@ -207,7 +207,7 @@ def fit(
 
 
 class Loop:
-    """A training run between two steps: all that a checkpoint must hold, and the steps themselves."""
+    """A training run between two steps: all that a checkpoint must contain, and the steps themselves."""
 
     def __init__(
         self,
@@ -350,7 +350,7 @@ class Loop:
         self.progress.write(f"step {self.step}: the loss or the gradient is not finite; the update is skipped")
 
     def need_finite(self) -> None:
-        """Raise `UserError` if anything that a checkpoint would hold is not finite. Synchronizes with the device."""
+        """Raise `UserError` if anything that a checkpoint would contain is not finite. Synchronizes with the device."""
         problem = self.health.problem()
         if problem is None:
             state = {**self.module.saved_state(), "optimizer": self.optimizer.state_dict()}
@@ -467,7 +467,7 @@ def take(tensor: Tensor, index: Tensor, device: torch.device) -> Tensor:
 
 
 def not_finite(state: Any, name: str = "") -> str | None:
-    """The name of the first tensor of floats in a nested state that holds NaN or infinity, or None."""
+    """The name of the first tensor of floats in a nested state with NaN or infinity, or None."""
     if isinstance(state, Tensor):
         return name if state.is_floating_point() and not state.isfinite().all() else None
     items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
