@@ -152,10 +152,20 @@ def test_shortcuts_take_their_main_option_by_position():
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_layer_takes_the_type_of_its_weights(name, dtype):
-    quantize = Quantizer(name, 12).to(dtype)
-    out = quantize(batch().to(dtype))
-    assert out.z.dtype == dtype
+    quantize = Quantizer(name, 12)
+    quantize(batch())
+    quantize.to(dtype)
     assert all(value.dtype == dtype for value in quantize.state_dict().values() if value.is_floating_point())
+    if dtype == torch.bfloat16 and any(key.endswith("counts") for key in quantize.state_dict()):
+        before = copy.deepcopy(quantize.state_dict())
+        with pytest.raises(ValueError, match=r"in half precision cannot be trained; float\(\) the layer"):
+            quantize(batch().to(dtype))
+        assert all(torch.equal(value, before[key]) for key, value in quantize.state_dict().items())
+        quantize.float()
+        assert quantize(batch().to(dtype)).z.dtype == dtype
+        quantize.to(dtype)
+    else:
+        assert quantize(batch().to(dtype)).z.dtype == dtype
     out = quantize.eval()(20 * batch().to(dtype))
     assert torch.equal(out.z, quantize.decode(out.codes))
 

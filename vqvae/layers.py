@@ -46,8 +46,9 @@ class Quantizer(nn.Module):
 
     Vectors of another dimension than `code_dim` (default: D) go through a 1x1 convolution, and z through another one
     back to D channels. The layer computes in the type of its weights or of the input, whichever is wider, within
-    autocast too; z has the type of the input. In a process group, such as DDP's, the codebook is that of the vectors of
-    all processes, which must all call the layer in training.
+    autocast too; z has the type of the input. So keep it in float32 within a model in half precision (`layer.float()`):
+    a codebook in half precision cannot be trained, and raises ValueError. In a process group, such as DDP's, the
+    codebook is that of the vectors of all processes, which must all call the layer in training.
 
         quantize = Quantizer("residual", 64, num_codes=256, quantizers=4)
         out = quantize(features)

@@ -165,7 +165,11 @@ class Codebook(nn.Module):
 
         Without `sums`, which are overwritten, the optimizer trains the vectors. f `[N, D]` are the vectors onto which
         dead codes may move.
+
+        Raises ValueError in half precision, in which a running mean loses its small steps.
         """
+        if self.counts.dtype.itemsize < 4:
+            raise ValueError("a codebook in half precision cannot be trained; float() the layer: it takes all inputs")
         n = n.to(self.counts)  # of a model in float64
         revived = shares.pick(f, len(self.counts)) if self.options.revive else f[:0]
         of_batch = shares.collect(n, f[:0] if sums is None else sums, revived)
