@@ -117,6 +117,14 @@ def test_an_interrupted_first_stage_says_how_to_train_the_prior(monkeypatch, cap
     assert "its prior" not in capsys.readouterr().out
 
 
+def test_a_default_name_whose_prior_exists_is_refused_before_the_first_stage(capsys):
+    Path("logs/vqvae-pixelcnn-prior").mkdir(parents=True)
+    Path("logs/vqvae-pixelcnn-prior/checkpoint.pt").touch()
+    assert train(f"{LINE} --max-steps 2") == 2
+    assert "--name vqvae-pixelcnn-prior: logs/vqvae-pixelcnn-prior already contains a run" in capsys.readouterr().err
+    assert [path.name for path in Path("logs").iterdir()] == ["vqvae-pixelcnn-prior"]
+
+
 @pytest.mark.parametrize("kinds", [("cat", "dog"), ("cat", "dog", "emu", "fox")])
 @pytest.mark.parametrize("first", [("cat", "dog", "emu"), ()])
 def test_a_conditional_prior_is_for_the_classes_of_its_own_data(kinds, first):

@@ -128,14 +128,14 @@ def _train(
     torch.manual_seed(stream(config.seed, "weights"))
     build_stage = stage_two if config.checkpoint else stage_one
     stage, model, drawing = build_stage(config, dataset, plan, start)
-    if following:
-        two_stages.check(following, plan_of(following), dataset, model)
     about = run_data.describe(dataset, model)
     if resumed:
         run_data.compare(resumed["data"], about, config)
     else:
         refuse_idle_weights(given, config, model)
     folder, plot_folder = choose_folders(given, config, start, lock)
+    if following:
+        two_stages.check(following, plan_of(following), dataset, model, folder)
     shown_plots = Path(config.plot_dir) / plot_folder.name  # as it was typed
     distributed.on_lost_process(lambda: summary.how_to_go_on(folder, shown_plots))
     facts = describe_run(config, about, dataset, model, plot_folder)

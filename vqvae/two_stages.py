@@ -40,11 +40,12 @@ def start_of(folder: Path) -> dict[str, str]:
     return {"name": name_of(folder.name), "checkpoint": str(folder / LAST)}
 
 
-def check(config: Config, plan: Plan, dataset: Dataset, model: Autoencoder) -> None:
-    """Raise `OptionError` for what a second stage would refuse, before the first one trains `model`.
+def check(config: Config, plan: Plan, dataset: Dataset, model: Autoencoder, folder: Path) -> None:
+    """Raise `OptionError` for what a second stage would refuse, before the first one trains `model` in `folder`.
 
     `config` and `plan` are those of the second stage.
     """
+    refuse_saved(folder.with_name(name_of(folder.name)))
     if config.conditional:
         dataset.need_classes("conditional")
     with torch.random.fork_rng(devices=[]):
