@@ -1,4 +1,4 @@
-"""Contestants that take turns, so that what else a machine does slows all of them down alike."""
+"""Contestants that take turns, so that other load on the machine slows all of them down alike."""
 
 import contextlib
 import multiprocessing
@@ -60,7 +60,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def interleaved(turns: Mapping[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median seconds of each. All take turns, after a warm-up turn each."""
+    """Median seconds of each contestant. All take turns, after one warm-up turn each."""
     times = [{name: turn() for name, turn in turns.items()} for _ in range(rounds + 1)]
     return {name: statistics.median(row[name] for row in times[1:]) for name in turns}
 

@@ -88,7 +88,7 @@ def mean(values: Sequence[float]) -> str:
 
 
 def of(gains: Sequence[float]) -> tuple[str, str]:
-    """The last two cells of a row: the mean gain, and its ratio to its standard error."""
+    """The last two cells of a row: the mean gain, and the gain divided by its standard error."""
     error = standard_error(gains) if len(gains) > 1 else 0.0
     return mean(gains), f"{statistics.mean(gains) / error:.1f}" if error else ""
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Count the code that a maintainer must read: the files that a batch and a plot pass through, lines, long functions.
+"""Count the code that a maintainer must read: lines, long functions, files that a batch and a plot pass through.
 
-Calls the two scripts: one training step of the default model on digits, then code_visualization.png of that run. A file
+Runs the two scripts: one training step of the default model on digits, then the plot code_visualization.png. A file
 counts as entered when one of its functions is called, by the loop's train_step or by the command that draws the plot.
 
   python benchmarks/entered.py [--tree PATH]

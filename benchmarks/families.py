@@ -6,7 +6,7 @@ into a temporary worktree. Two processes, one per tree, train the same model wit
 so that both meet the same load on the machine. The other tree must have this tree's layout (vqvae/experiment.py); to
 compare older commits, run this benchmark as of commit 1b8b365.
 
-Prints a table. --output adds the times to a JSON file, whose other families stay if they were timed with the same
+Prints a table. --output adds the times to a JSON file. Other families in the file stay if they were timed with the same
 settings, commits and hardware.
 
   python benchmarks/families.py [--against COMMIT] [--only dvae transformer] [--quick]
@@ -42,7 +42,7 @@ SHAPES = {"gauss2d": (2, 1, 1), "mnist-binary": (1, 28, 28)}  # otherwise CIFAR-
 
 
 def stepper(family: str, device: str) -> tuple[Callable[[], object], str]:
-    """A function that takes one training step of a family, always on the same batch, and the batch in words."""
+    """A function that takes one training step of a family, always on the same batch; and a description of the batch."""
     # imported here from the worker's tree, which may be another commit's
     import torch
 
@@ -79,7 +79,7 @@ def stepper(family: str, device: str) -> tuple[Callable[[], object], str]:
 
 
 def work(family: str, device: str) -> None:
-    """Print the batch in words. Then, for each number of seconds read, train that long and print ms per step."""
+    """Print a description of the batch. For each number of seconds read, train that long and print ms per step."""
     import torch
 
     answers, sys.stdout = sys.stdout, sys.stderr  # the loop prints, too
@@ -117,7 +117,7 @@ def measure(family: str, trees: list[Path], turns: int, seconds: float, device: 
 
 
 def stored_rows(path: Path | None, settings: dict) -> dict[str, dict]:
-    """The rows in a file that were timed with these settings, by family. Exits if the file has other ones."""
+    """The rows of a file by family. Exits if the file has rows that were timed with other settings."""
     if path is None or not path.exists():
         return {}
     stored = json.loads(path.read_text())

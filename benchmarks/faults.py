@@ -21,7 +21,7 @@ SECTIONS = {path.stem: path for path in sorted(FOLDER.glob("[a-z]*.py"))}
 
 
 def load(name: str):
-    """The module of a section. (Not an import: this file has the name of their folder.)"""
+    """The module of a section. A plain import would fail, because this file has the same name as the folder."""
     spec = importlib.util.spec_from_file_location(f"faults_{name}", SECTIONS[name])
     if spec is None or spec.loader is None:
         raise SystemExit(f"{SECTIONS[name]}: cannot be loaded")

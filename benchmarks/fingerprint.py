@@ -169,7 +169,7 @@ def single(name: str, words: str) -> str:
 
 
 def resumed(name: str, words: str) -> str:
-    """Stop after three steps and resume: the same line as the run that never stopped."""
+    """Stop after three steps and resume; gives the same line as a run that never stopped."""
     run = train_run(f"{name}-resumed".replace(" ", "-"), words.replace("--max-steps 6", "--max-steps 3"))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         cli.run(train.main, ["--resume", str(run), "--max-steps", "6"])
@@ -204,7 +204,7 @@ def preset(name: str) -> str:
 
 
 def jobs() -> dict:
-    """name -> a function that gives its line."""
+    """The function that computes each line, by the line's name."""
     table = {name: lambda name=name, words=words: single(name, words) for name, words in FAMILIES.items()}
     for prior in SMALL_PRIORS:
         table[f"stage two {prior}"] = lambda prior=prior: second_stage(prior, False)

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""The cost of a large folder of images: converted, started again, changed, killed, and read in two orders. Linux only.
+"""Measure a large folder of images: converted, started again, changed, killed, and read in two orders. Linux only.
 
   python benchmarks/folders.py                  100,000 JPEGs of 64 to 256 pixels a side, which need 3 GB of disk
   python benchmarks/folders.py --images 2000    a quick look
 
-JPEGs and caches are in a temporary folder, which is removed. Of the JPEGs, 2,000 differ. Every line is a process of its
-own; CPU seconds are those of all processes that it starts. Memory is the largest sum of the resident memory of these
-processes; "own" leaves out files that they map, such as libraries.
+JPEGs and caches are in a temporary folder, which is removed at the end. There are 2,000 different JPEGs, copied under
+many names. Every line is measured in a process of its own; CPU seconds are summed over all processes that it starts.
+Memory is the largest sum of the resident memory of these processes; "own" leaves out files that they map, such as
+libraries.
 """
 
 import argparse
@@ -119,7 +120,7 @@ def environment(place: Path, threads: int) -> dict[str, str]:
 
 
 def watched(command: list[str], place: Path, threads: int) -> dict[str, Any]:
-    """The output of a process, and the memory of it and its children at their peak."""
+    """The output of a process, and the peak memory of it and its children together."""
     with subprocess.Popen(command, env=environment(place, threads), stdout=subprocess.PIPE, text=True) as process:
         resident = own = 0
         while process.poll() is None:
@@ -132,7 +133,7 @@ def watched(command: list[str], place: Path, threads: int) -> dict[str, Any]:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all below it."""
+    """A process and all its descendants."""
     try:
         tasks = Path(f"/proc/{pid}/task").iterdir()
         children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
@@ -179,7 +180,7 @@ def load(images: Path, size: int) -> dict[str, Any]:
 
 
 def facts(images: Path, size: int) -> dict[str, Any]:
-    """The seconds of what a run reads of all images, or half of them, before its first step."""
+    """Seconds to read what a run needs of all images, or of half of them, before its first step."""
     from vqvae import data
     from vqvae.data.batches import pixel_variance
 
@@ -191,7 +192,7 @@ def facts(images: Path, size: int) -> dict[str, Any]:
 
 
 def read(shuffle: str, size: int) -> dict[str, Any]:
-    """The seconds of an epoch's batches, from a cache of which the system has forgotten everything."""
+    """Seconds to read the batches of an epoch from a cache of which the system has no page in memory."""
     import torch
 
     from vqvae.data.batches import batch_indices, block_of, read_ahead

@@ -6,8 +6,8 @@
 
 Training steps of our model and of `vqp` (peers.py) in fp32, tf32 and bf16, as they are and compiled; the search for the
 nearest of K codes, against distances and argmin, and against the matrix product of vectors and codes; draws of the
-priors over codes. All take turns; times are medians of five rounds after a warm-up round. What would begin after
-`--minutes` is not measured.
+priors over codes. All take turns; times are medians of five rounds after a warm-up round. Measurements that would begin
+after `--minutes` are left out.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ class Bench(NamedTuple):
     rounds: int
 
     def medians(self, work: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-        """Median seconds of each."""
+        """Median seconds of each contestant."""
         return interleaved({name: partial(seconds, run) for name, run in work.items()}, self.rounds)
 
 

@@ -15,7 +15,7 @@ HELD = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_EN
 
 
 def describe(device: str = "cpu", *, versions: bool = True) -> str:
-    """`AMD EPYC, 2 threads, AVX2, torch 2.15.0`, or the name of the GPU; without `versions`, that of no library."""
+    """`AMD EPYC, 2 threads, AVX2, torch 2.15.0`, or the name of the GPU. `versions` adds that of torch."""
     version = f", torch {torch.__version__.split('+')[0]}" if versions else ""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}{version}"
@@ -29,7 +29,7 @@ def describe(device: str = "cpu", *, versions: bool = True) -> str:
 
 
 def instructions() -> str:
-    """`AVX2`, `AVX-512 with bf16 and AMX`, or where held to it `AVX2, emulated (ONEDNN_MAX_CPU_ISA=AVX2)`."""
+    """`AVX2`, `AVX-512 with bf16 and AMX`, or on a restricted CPU `AVX2, emulated (ONEDNN_MAX_CPU_ISA=AVX2)`."""
     widest = torch.backends.cpu.get_cpu_capability().replace("AVX512", "AVX-512")
     if held := [f"{name}={os.environ[name]}" for name in HELD if name in os.environ]:
         return f"{widest}, emulated ({' '.join(held)})"

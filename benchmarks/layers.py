@@ -5,7 +5,7 @@
   python benchmarks/layers.py --batch-size 32
 
 Convolutions are PyTorch's, in fp32, with channels last (NHWC, as we train) and first (NCHW). They take turns; times are
-medians. Backward computes the gradients that training needs: the first layer's input gets none.
+medians. Backward computes the gradients that training needs, so none for the input of the first layer.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def layers(batch: int) -> list[Layer]:
 
 
 def distinct(found: list[Layer]) -> list[Layer]:
-    """One of the layers that have the same sizes."""
+    """The layers, but only one of those that have the same sizes."""
     return list({name(layer): (layer, x) for layer, x in reversed(found)}.values())[::-1]
 
 
@@ -71,7 +71,7 @@ def name(layer: nn.Module) -> str:
 
 
 def pixels(layer: nn.Module, x: Tensor) -> int:
-    """How often a convolution applies each of its weights to an image."""
+    """How many times a convolution applies each of its weights to an image."""
     return (x if isinstance(layer, nn.ConvTranspose2d) else layer(x[:1]))[0, 0].numel()
 
 

@@ -3,8 +3,8 @@
 
   python benchmarks/long.py [--epochs 5000] [--output long.png]
 
-Trains a small VQ-VAE on 40 digits, three steps an epoch, and reads once a second how far it is and how much memory it
-has. Prints a line per tenth of the run; `--output` draws the two curves. Linux only.
+Trains a small VQ-VAE on 40 digits, three steps an epoch. Once a second, reads the run's progress and memory. Prints a
+line per tenth of the run; `--output` draws the two curves. Linux only.
 """
 
 import argparse

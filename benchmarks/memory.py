@@ -6,7 +6,8 @@ from pathlib import Path
 def memory_of(process: int | str, *fields: str) -> tuple[int, ...]:
     """Bytes that Linux counts for a process, by its number or "self"; zeros where it has ended.
 
-    VmRSS is what it has in memory, VmHWM the most so far, and RssAnon what of VmRSS is of no file.
+    VmRSS is its resident memory, VmHWM the peak of VmRSS so far, and RssAnon the part of VmRSS that is not a mapped
+    file.
     """
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()

@@ -90,13 +90,13 @@ class Peer(nn.Module):
         return F.mse_loss(self.decoder(quantized), x) / self.variance + loss
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Decoded images `[B, C, H, W]`, in [0, 1] as ours."""
+        """Decoded images `[B, C, H, W]`, in [0, 1] like those of our model."""
         quantized, _ = self.quantizer(self.encoder(images.float() / 255 - 0.5))
         return (self.decoder(quantized) + 0.5).clamp(0, 1)
 
 
 def ours(device: torch.device) -> AutoencoderTraining:
-    """train.py's default model for CIFAR-10, without the k-means start."""
+    """The default model of train.py for CIFAR-10, without the k-means start."""
     words = {"nets": "sonnet", "bottleneck": "vq init=normal", "prior": "uniform", "likelihood": "mse"}
     choices = {slot: Choice.parse(slot, words[slot].split()) for slot in SLOTS}
     model = build_autoencoder(choices, image_shape=SHAPE, data_variance=VARIANCE)
@@ -152,7 +152,7 @@ def training_step(
 ) -> Callable[[], None]:
     """A training step of one of `QUANTIZERS` on noise; `backend` compiles the nets, and peers as a whole.
 
-    All have Adam; `muon` is our step with Muon, our default.
+    All use Adam, except `muon`, which is our step with Muon, our default.
     """
     images = torch.randint(256, (batch, *SHAPE), dtype=torch.uint8, device=device)
     if name not in ("ours", "muon"):

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Compare priors over the codes of trained autoencoders at equal training time: bits per code, and quality of samples.
 
-Trains each prior for the same number of minutes with train.py, or for --epochs, or with --patience until its validation
-loss no longer falls; the last two keep the epoch of the lowest validation loss. Then it measures the held-out cost of
+Trains each prior with train.py: for the same number of minutes, for --epochs, or with --patience until its validation
+loss no longer falls. The last two keep the epoch of the lowest validation loss. Then it measures the held-out cost of
 the codes. On digits, a classifier trained on real digits also judges samples. It reports the share of samples for which
 one class has a probability above 0.9, and the perplexity of the predicted classes (10 is balanced). For comparison, the
-classifier also judges held-out digits, their reconstructions, and images of codes drawn uniformly. With --conditional
-priors know the class, samples are of all classes in turn, and the table has the share that the classifier takes for the
-class that was asked for. Prints a Markdown table; --output also writes it. Priors that were trained on the same codes
-with the same settings are not trained again.
+classifier also judges held-out digits, their reconstructions, and images of codes drawn uniformly. With --conditional,
+priors know the class, and samples are of all classes in turn. The table then has the share of samples that the
+classifier assigns to the class asked for. Prints a Markdown table; --output also writes it. Priors that were trained on
+the same codes with the same settings are not trained again.
 
   python benchmarks/priors.py --checkpoint logs/mnist logs/cifar10 --minutes 5 3 --data-dir data
 """
@@ -121,7 +121,8 @@ def train_longer(run: Path, minutes: float) -> Path:
 
 
 def finished(run: Path) -> bool:
-    """Whether a run was trained to its end. Exits if it was interrupted: resumed, it would get more minutes."""
+    """Whether a run was trained to its end. Exits if it was interrupted, because it would get more minutes if
+    resumed."""
     if (run / LAST).exists() and not (run / FINISHED).exists():
         sys.exit(f"error: {run}: was interrupted; delete it, so that it is trained for all of its minutes")
     return (run / FINISHED).exists()
@@ -161,8 +162,8 @@ def train_classifier(digits: Dataset, seed: int) -> tuple[Classifier, float]:
 
 @torch.no_grad()
 def judge(classifier: Classifier | None, images: Tensor, labels: Tensor | None = None) -> tuple[str, str, str]:
-    """The last three table cells for images `[N, 1, H, W]`: the share of sure predictions, the class perplexity, and
-    the share that is predicted to have its label, if there are labels `[N]`.
+    """The last three table cells for images `[N, 1, H, W]`: the share of sure predictions, the class perplexity, and,
+    given labels `[N]`, the share of images whose predicted class is their label.
     """
     if classifier is None:
         return "", "", ""

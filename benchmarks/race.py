@@ -1,8 +1,8 @@
-"""Time to quality: steps and seconds until the held-out MSE / variance of CIFAR-10 is as low as wanted.
+"""Time to quality: steps and seconds until the held-out MSE / variance on CIFAR-10 is below a goal.
 
 Ours is what `train.py --dataset cifar10 --batch-size 32` trains by default; the peers have the same nets, the same data
-in the same order, and Adam at 3e-4 as in Sonnet's example. Every run has a process of its own. Seconds are of training,
-our k-means start included and evaluation excluded. Only the CPU seconds do not depend on what else the machine does.
+in the same order, and Adam at 3e-4 as in Sonnet's example. Every run has a process of its own. Seconds include training
+and our k-means start, but not evaluation. Only the CPU seconds are independent of other load on the machine.
 """
 
 import itertools
@@ -34,7 +34,7 @@ BATCH, EVERY, HELD_OUT = 32, 200, 2000  # images a step, steps between evaluatio
 def race(
     goal: float, data_dir: str, seeds: Sequence[int], precisions: Sequence[str], device: torch.device, *, most: int
 ) -> list[dict[str, Any]]:
-    """Train everybody to the goal, or for `most` steps; prints and returns a row for each run."""
+    """Train all contestants to the goal, or for `most` steps; prints and returns a row for each run."""
     rows: list[dict[str, Any]] = []
     print("", *table(("run", "seed", "steps", "seconds", "CPU seconds", "MSE / variance"), []), sep="\n", flush=True)
     for precision in precisions:
@@ -112,7 +112,7 @@ def error_of(reconstruct: Callable[[Tensor], Tensor], images: Tensor) -> float:
 
 
 def our_training(name: str, config: Config, dataset: Dataset) -> Training:
-    """train.py's, without its files."""
+    """The training of train.py, without its files."""
     plan = experiment.plan_of(config)
     torch.manual_seed(config.seed)
     stage, model, _ = experiment.stage_one(config, dataset, plan, Fresh())
@@ -123,7 +123,7 @@ def our_training(name: str, config: Config, dataset: Dataset) -> Training:
 
 
 def peer_training(name: str, config: Config, dataset: Dataset) -> Training:
-    """A peer's, with Adam at 3e-4."""
+    """The training of a peer, with Adam at 3e-4."""
     device, images = torch.device(config.device), dataset.train.images
     torch.manual_seed(config.seed)
     peer = Peer(QUANTIZERS[name](512), experiment.pixel_variance(images)).to(device).train()

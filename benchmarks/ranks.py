@@ -4,12 +4,13 @@
   python benchmarks/ranks.py                         50 steps, fp32, and the same in float64; a few minutes
   python benchmarks/ranks.py vq lfq --steps 10       cases whose names begin so
 
-A row has the largest relative difference between one process and several: of the training loss in the first 5 steps
-and in all, of the loss in float64, and of the held-out metrics before training, in float64. `alike` says whether all
-processes had the same weights, optimizer and buffers, bit for bit, at every save. Three processes have unequal shares.
+A row has the largest relative differences between one process and several: of the training loss in the first 5 steps
+and in all steps; and in float64 of the loss, of all training metrics, and of the held-out metrics before and after
+training. `alike` says whether all processes had the same weights, optimizer and buffers, bit for bit, at every save.
+Three processes have unequal shares.
 
 In fp32 a rounding error may change which code is nearest, and from there two runs differ; float64 shows that nothing
-else differs. What a share draws by itself, dropout in priors, is switched off.
+else differs. Dropout in priors is switched off, because each share draws its own.
 """
 
 import argparse
@@ -93,7 +94,8 @@ class Case(NamedTuple):
 
 
 def cases() -> dict[str, Case]:
-    """Every bottleneck with and without batch norm, both stages, every prior, and what else is of a whole batch."""
+    """Every bottleneck with and without batch norm, both stages, every prior, and other parts that use a whole
+    batch."""
     found = {}
     for name, options in BOTTLENECKS.items():
         bottleneck = f"{name.split()[0]} {options}"
@@ -222,7 +224,7 @@ class Job(NamedTuple):
 
 
 def work(folder: Path) -> None:
-    """The work of each of three processes: it trains as one of three and of two, and the first one also by itself.
+    """The work of each of three processes: it trains as one of three and of two, and the first one also without others.
 
     A resumed run is begun by one process, and goes on with three, two and one.
     """

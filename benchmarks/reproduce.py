@@ -6,11 +6,10 @@
   python benchmarks/reproduce.py sonnet-cifar10 mnist-20 --data-dir data                only these
   python benchmarks/reproduce.py --status                            how far each run is
 
-The queue is in the runs' folders: a stop costs at most the steps since the last checkpoint (five minutes). The same
-command goes on. Finished runs with the same settings, data and version of the package are not repeated.
+The state of the queue is in the runs' folders. A stop costs at most the steps since the last checkpoint (five minutes),
+and the same command continues. Finished runs with the same settings, data and version of the package are not repeated.
 
---output FILE.md also writes FILE.json. Rows that it has already, of other calls and machines, stay unless they are
-trained again.
+--output FILE.md also writes FILE.json. Rows in it from other calls and machines stay unless they are trained again.
 """
 
 import argparse
@@ -108,8 +107,8 @@ ROWS |= {
 }
 INTRODUCTION = """# Runs of published length
 
-Each row is `python train.py` with the flags named; its last weights, which nothing chose, are evaluated on the test
-split. ± is one standard error over images. Hours are of training, on the hardware named.
+Each row is a run of `python train.py` with the flags in the table below. Its last weights, not those of best.pt, are
+evaluated on the test split. ± is one standard error over images. Hours are training time on the named hardware.
 """
 COLUMNS = (
     "row", "seed", "data", "steps x batch", "MSE x 1000", "PSNR, dB", "perplexity", "-ELBO", "bits/dim", "bits/code",
@@ -158,7 +157,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def publish(output: Path, done: list[dict[str, Any]]) -> None:
-    """Write the rows that are done, and those that the output has of other calls."""
+    """Write the finished rows, and those from other calls that are in the output already."""
     stored = output.with_suffix(".json")
     earlier = json.loads(stored.read_text()) if stored.exists() else []
     rows = {(row["row"], row["seed"]): row for row in [*earlier, *map(scalars, done)]}
@@ -178,7 +177,7 @@ def ordered(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run(name: str, seed: int, options: argparse.Namespace) -> dict:
-    """The metrics of a row's run, which is trained if it is not finished; before it the run that it is a prior of."""
+    """The metrics of a row's run. Trains it if it is not finished, and first the autoencoder if the row is a prior."""
     row = ROWS[name]
     flags = [*shlex.split(row.flags), "--data-dir", options.data_dir, "--seed", str(seed)]
     if options.precision:

@@ -1,7 +1,7 @@
 """Train, evaluate and plot one run with the commands that a user types; return its held-out metrics as a table row.
 
 A row is stored in the run's folder, whose name ends in a hash of everything that determines it: all settings, the data,
-and the version of this package. Rows of other settings or data are thus never taken for it.
+and the version of this package. So rows of other settings or data are never mistaken for it.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def command_line(
 
 
 def key_of(settings: Mapping[str, Any]) -> str:
-    """Ten hexadecimal digits that stand for settings and the version of this package."""
+    """A hash of settings and the version of this package: ten hexadecimal digits."""
     text = json.dumps({**settings, "version": __version__}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 

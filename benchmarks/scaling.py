@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The data that several GPUs exchange in a training step, against what they compute; and a check of the calculation.
+"""Compare what several GPUs exchange in a training step with what they compute, and check the calculation.
 
   python benchmarks/scaling.py            the tables of docs/scaling.md
   python benchmarks/scaling.py --check    bytes and seconds of real steps over links with a limited bandwidth
@@ -65,7 +65,7 @@ LAUNCH = 5e-3  # seconds of a step of small nets, in which the host launches som
 
 
 def codebook_bytes(num_codes: int, code_dim: int, *, levels: int = 1, revives: bool = True) -> int:
-    """Bytes that an EMA codebook's step sums: counts, sums of vectors, and vectors onto which dead codes may move."""
+    """Bytes that a step of an EMA codebook sums over processes: counts, sums of vectors, and vectors for dead codes."""
     return BYTES * levels * num_codes * (1 + code_dim * (2 if revives else 1))
 
 

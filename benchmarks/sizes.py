@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tokenizers of own images: what a size of images and a stride of the nets cost, and what they keep.
+"""Tokenizers of your own images: the cost and quality of image sizes and strides of the nets.
 
   python benchmarks/sizes.py --dataset folder --data-dir ~/Pictures --output results/sizes.md
 

@@ -7,11 +7,13 @@
 The peers of peers.py have the same nets, data and Adam, and take turns with our code, which is also timed with Muon.
 Times are medians of five rounds after a warm-up round. Each contestant has a process of its own, because on a CPU our
 training changes how its process allocates memory (vqvae.devices.keep_memory); peers keep glibc's setting. The ratios
-named `same_allocator` are to peers with our setting. Extra memory is what one pass adds to the peak of a new process.
-bf16 is timed where the machine has instructions for it.
+named `same_allocator` compare with peers that have our setting. Extra memory is what one pass adds to the peak of a new
+process. bf16 is timed where the machine has instructions for it.
 
-The output has one entry for each kind of machine, and a run replaces that of its own. An AVX-512 machine can be held to
-AVX2, which its entry says: ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/speed.py
+The output has one entry for each kind of machine, and a run replaces the entry of its own kind. An AVX-512 machine can
+be restricted to AVX2, as its entry then says:
+
+  ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/speed.py
 """
 
 import contextlib
@@ -118,7 +120,7 @@ def quantizer_pass(name: str, num_codes: int, vectors: int, device: torch.device
 
 
 def product_of_codes(num_codes: int, vectors: int, device: torch.device) -> Callable[[], None]:
-    """Only the product of vectors and codes, in tiles that stay in a CPU's cache: the least that a search computes."""
+    """Only the product of vectors and codes, the least that a search computes, in tiles that stay in a CPU's cache."""
     z, codebook = torch.randn(vectors, DIM, device=device), torch.randn(num_codes, DIM, device=device)
     columns = min(num_codes, BLOCK) if device.type == "cpu" else num_codes
     tiles = z.split(TILE_SCORES.get(device.type, 1 << 24) // columns)

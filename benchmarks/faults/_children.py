@@ -1,4 +1,4 @@
-"""Parts that several sections share: scripts of this package in forked processes, and files that are not whole."""
+"""Helpers of several sections: scripts of this package in forked processes, and incomplete files."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def end_with(action: Callable[[], None]) -> NoReturn:
 
 
 def parts(folder: Path) -> str:
-    """The first file below a folder that is not whole."""
+    """The first temporary or incomplete file below a folder, and its problem; empty if there is none."""
     for path in sorted(folder.rglob("*")):
         try:
             if path.name.endswith(".partial") or path.name.startswith(".writable"):

@@ -1,11 +1,11 @@
 """Combinations of members and options: each works through to the end, or is refused before training, in one line.
 
 A trial draws data, nets, a bottleneck, a prior, a likelihood and an objective with options at and beyond the edges of
-their ranges. It trains for two steps in this process, resumes for a third, evaluates, draws, and encodes, decodes and
-exports where the latent consists of codes; some trials train a second stage, or move the run in between.
+their ranges. It trains for two steps in this process, resumes for a third, evaluates and draws. If the latent consists
+of codes, it also encodes, decodes and exports. Some trials train a second stage, or move the run in between.
 
-Lost is a trial with a traceback, an exit code other than 0 and 2, more than one line on stderr for a refusal, a warning
-of another library, "nan" in a printed metric or a stored one, or files left by a refusal.
+A trial is lost if there is a traceback, an exit code other than 0 and 2, a warning of another library, or "nan" in a
+printed or stored metric, or if a refusal has more than one line on stderr or leaves files.
 
     python benchmarks/faults/combinations.py --first 100 --trials 50    other trials; prints those that are lost
     python benchmarks/faults/combinations.py --first 123 --trials 1     one of them again
@@ -135,7 +135,7 @@ def maybe(draw: Any, chance: int, *choices: Any) -> Any:
 
 @st.composite
 def cases(draw: Any) -> dict[str, Any]:
-    """A trial: command lines, and what happens between them."""
+    """A trial: command lines, and what is done between them."""
     slots = SLOTS
     dataset = draw(words("dataset", DATA))
     points = dataset[0] == "gauss2d"
@@ -221,7 +221,7 @@ class Said(NamedTuple):
 
 
 def call(main: Any, line: list[str], *, where: str) -> Said:
-    """Run a command in this process, as the program would. Raises `Lost` for what no command may do."""
+    """Run a command in this process, as the program would. Raises `Lost` if it does what no command may do."""
     out, err = io.StringIO(), io.StringIO()
     foreign: list[str] = []
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings(record=True) as all_:
@@ -341,7 +341,7 @@ def autoencoder_of(folder: Path) -> Any:
 
 
 def tokens(run: str, case: dict[str, Any], model: Any) -> None:
-    """Encode, and decode what images can be made of."""
+    """Encode, and decode; decoding must succeed if the model shows images, and only then."""
     start = case["train"].index("--dataset") + 1
     end = case["train"].index("--nets")
     dataset = case["train"][start:end]
@@ -399,7 +399,7 @@ def make_images(folder: Path) -> None:
 
 
 def run(trials: int, folder: Path, *, first: int = 0, verbose: bool = False) -> tuple[int, int]:
-    """Trials that survive, and all of them."""
+    """The number of trials that survived, and of all trials."""
     torch.set_num_threads(1)
     folder = folder.resolve()
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")

@@ -1,8 +1,8 @@
 """Disks that are full, failing or read-only.
 
-A trial runs one command (train, resume, stage two, visualize, encode, decode, export, evaluate) in a process whose
-files may not grow beyond a random size, in a small file system of random size that fills up, in one that is read-only,
-or with its output on a full disk. Without the right to mount, all trials limit the size of files.
+A trial runs one command (train, resume, stage two, visualize, encode, decode, export, evaluate) under one of four
+faults: files may not grow beyond a random size, a small file system of random size fills up, the file system is
+read-only, or the output is on a full disk. Without the right to mount, all trials limit the size of files.
 
 It survives if the command succeeds with exit code 0 or ends with exit code 2 and exactly one line on stderr, within a
 minute and by itself (no signal, no traceback); if no temporary or half file is left; and if the checkpoint of the run,
@@ -97,7 +97,7 @@ def prepare(folder: Path) -> dict[str, tuple[str, list[str]]]:
 
 
 def trial(folder: Path, number: int, script: str, words: list[str], kind: str, size: int) -> str:
-    """A description of what was lost, or nothing."""
+    """A description of what was lost; empty if the trial survived."""
     here = folder / str(number)
     there = here / "logs" / "run"
     made = folder / "made" / "logs" / "run"
@@ -138,7 +138,7 @@ def trial(folder: Path, number: int, script: str, words: list[str], kind: str, s
 def call(
     script: str, words: list[str], cwd: Path, *, limit: int | None = None, full_output: bool = False
 ) -> tuple[int, str]:
-    """Run a script in a fork, with a limit of the size of its files; returns exit code and errors."""
+    """Run a script in a fork, with a limit on the size of its files; returns exit code and stderr."""
     sys.stdout.flush()
     reading, writing = os.pipe()  # has no size
 

@@ -1,9 +1,9 @@
 """Bad command lines of every program, each in a process of its own.
 
 Every second trial takes a line of tests/bad_input.py, which must end with exit code 2 and one printable line that names
-flag and value, and leave the folder as it was. The others take a line that works and change it at random: words
-dropped, doubled or damaged, flags added with hostile values. Such a line may succeed; otherwise the same holds. A
-traceback, a signal or a minute without an end is a loss.
+flag and value, and leave the folder as it was. The others take a line that works and change it at random: words are
+dropped, doubled or damaged, and flags with hostile values are added. Such a line may succeed; otherwise it must end as
+above. A trial is lost if there is a traceback or a signal, or if it does not end within a minute.
 """
 
 import contextlib

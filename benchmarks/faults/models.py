@@ -1,13 +1,13 @@
 """Checkpoints, exported folders and files of codes from strangers: changed at random, and crafted.
 
-Their checksums are right: anyone can compute them. A trial changes an entry, an option, a weight or an array to
-something odd (other types, huge numbers, other shapes, NaN, long or unprintable text), or bytes of the pickle, of the
-header of the weights or of the archive; every fifth is crafted: code in a pickle, sizes that lie, archives that expand,
-keys that take ages to hash, members that stand twice or are no arrays.
+Their checksums are right, because anyone can compute them. A trial changes an entry, an option, a weight or an array to
+something odd (other types, huge numbers, other shapes, NaN, long or unprintable text), or changes bytes of the pickle,
+of the header of the weights or of the archive. Every fifth file is crafted: code in a pickle, false sizes, archives
+that expand, keys that take very long to hash, members that occur twice or are not arrays.
 
 A forked process then reads the file, builds the model, encodes, decodes and samples, or reads the codes, in 10 seconds
 and with at most 1 GiB of new memory. The trial survives if that works or ends in one line that begins with the file's
-name; not if the process crashes, runs code from the file or leaves a traceback.
+name. It is lost if the process crashes, runs code from the file or leaves a traceback.
 """
 
 import contextlib
@@ -191,7 +191,7 @@ SEALED = "seal" in vars(checkpoint)  # earlier versions have no checksums
 
 
 def use_model(path: Path) -> None:
-    """Load a model, and do with it what the programs do."""
+    """Load a model, and use it as the programs do."""
     content = checkpoint.read_model(path)
     if SEALED:
         checkpoint.verify(content, str(path))

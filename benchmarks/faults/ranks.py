@@ -1,14 +1,14 @@
-"""Several processes that train one model, of which one fails.
+"""Several processes train one model, and one of them fails.
 
-A trial trains a small run with two or three processes, which end without this program: it starts them as torchrun does,
-and sends SIGTERM to the others after one has failed, as torchrun does, at once or only after ten seconds. In most
-trials one process is killed with SIGKILL at a random moment; in the others one process raises an error of the user's at
-a random step, or all of them do, or all get SIGTERM.
+A trial trains a small run with two or three processes. It starts them as torchrun does. After one has failed, it sends
+SIGTERM to the others, as torchrun does, at once or only after ten seconds. In most trials one process is killed with
+SIGKILL at a random moment; in the others one process raises an error of the user's at a random step, or all of them do,
+or all get SIGTERM.
 
 It survives if all processes end within a minute of the failure, with exit codes other than 0, without a traceback, and
-with one line on stderr in total. After SIGKILL that line says how to go on: with `--resume` if there is a checkpoint,
-which then loads. A process that is not connected to the others yet may only say "interrupted". A run that ended before
-the failure survives too. No temporary file of a process that was not killed is left.
+with one line on stderr in total. After SIGKILL that line says how to continue: with `--resume` if there is a
+checkpoint, which must then load. A process that is not yet connected to the others may say only "interrupted". A run
+that ended before the failure survives too. Only killed processes may leave temporary files.
 
 A loss is described in a line on stderr.
 """
@@ -125,7 +125,7 @@ def free_port() -> int:
 
 
 def wait(processes: list[Process], end: float, patience: float = 0.1) -> list[int | None]:
-    """Exit codes, of those that ended in time. After the first failure the others get SIGTERM, `patience` later."""
+    """Exit codes of processes that ended in time. `patience` seconds after the first failure, others get SIGTERM."""
     failed: float | None = None
     while None in [process.poll() for process in processes] and time.perf_counter() < end:  # polls every process
         if failed is None and any(process.code for process in processes):
@@ -144,7 +144,7 @@ def wait(processes: list[Process], end: float, patience: float = 0.1) -> list[in
 
 
 def trial(here: Path, draw: random.Random, kind: str, count: int, seconds: float) -> tuple[str, str]:
-    """The trial in words, and what was lost, or nothing."""
+    """A description of the trial, and one of what was lost, empty if the trial survived."""
     victim, patience, port = draw.randrange(count), draw.choice([0.1, 10.0]), free_port()
     if kind == "same error":  # a process that is not connected yet waits three seconds for torchrun's SIGTERM
         patience = 0.1

@@ -68,7 +68,7 @@ def run(trials: int, folder: Path) -> tuple[int, int]:
 
 
 def outcome(trial: Trial, place: Path) -> str | None:
-    """None if the trial survived, else what happened."""
+    """None if the trial survived, otherwise what happened."""
     reader, writer = os.pipe()
     before = rss()
     child = os.fork()
@@ -276,7 +276,7 @@ PICKLES = {
 
 
 def repeated(block: bytes, times: int, start: bytes, path: Path) -> None:
-    """A file of one block many times."""
+    """A file that repeats one block many times."""
     with open(path, "wb") as file:
         file.write(start)
         for _ in range(times):
@@ -486,7 +486,7 @@ def full_disk(size: int) -> Callable[[Path], None]:
 
 
 def changed_permissions(place: Path) -> None:
-    """An image that nobody may read, then everybody, as a user who is not root."""
+    """An image that first nobody and then everybody may read, for a user who is not root."""
     for path in (place, place / "images", place.parent):
         path.chmod(0o777)
     image = place / "images" / "c.png"

@@ -1,4 +1,4 @@
-"""Bits that rot: files of a small run, with a single bit flipped or their end cut off, at random places.
+"""Bit rot: files of a small run, with a single bit flipped or their end cut off at a random place.
 
 The files are checkpoint.pt, the config.json and model.safetensors of an exported folder, the codes that stage two
 caches, and a file of codes from `vqvae encode`. A trial survives if the checkpoint or the exported model is refused in

@@ -1,13 +1,13 @@
 """Processes that are stopped at a random moment.
 
-Two thirds of the trials train a small run and kill it (SIGKILL, SIGTERM or SIGINT, once or twice, with a checkpoint at
-every step or after every epoch), and go on with `--resume`, or with the same command if no checkpoint was saved. Such a
-trial survives if the result is that of a run never stopped: weights and optimizer of checkpoint.pt and best.pt bit for
-bit, the rows of metrics.jsonl, and the points that TensorBoard reads.
+Two thirds of the trials train a small run, with a checkpoint at every step or after every epoch. They kill it once or
+twice (SIGKILL, SIGTERM or SIGINT), and continue with `--resume`, or with the same command if no checkpoint was saved.
+Such a trial survives if the result is that of a run never stopped: weights and optimizer of checkpoint.pt and best.pt
+bit for bit, the rows of metrics.jsonl, and the points that TensorBoard reads.
 
-The others send SIGTERM or SIGINT, once or twice, to a process of any command, which half of them start afresh so that
-it imports everything. Such a trial survives if the process ends with one line and the exit code 143 or 130, or had
-finished its work, without a traceback and without a part of a file.
+The other trials send SIGTERM or SIGINT, once or twice, to a process of any command. Half of them start a new Python
+process, which imports everything; the others fork. Such a trial survives if the process ends with one line and the exit
+code 143 or 130, or had finished its work, and leaves no traceback and no incomplete file.
 """
 
 import contextlib
@@ -135,7 +135,7 @@ class Killed:
             self.expected[every] = content(straight / "logs" / "run")
 
     def trial(self, draw: random.Random, number: int) -> str:
-        """A description of what was lost, or nothing."""
+        """A description of what was lost; empty if the trial survived."""
         here = self.folder / str(number)
         here.mkdir()
         every = draw.choice(["1", "300s"])
@@ -214,7 +214,7 @@ class Fresh:
         return Child(words, here, fork=fork, script=script)
 
     def trial(self, draw: random.Random, number: int) -> str:
-        """A description of what was lost, or nothing."""
+        """A description of what was lost; empty if the trial survived."""
         name = draw.choice(list(self.commands))
         kind = name, draw.random() < 0.5
         if kind not in self.whole:
@@ -271,7 +271,7 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 def saved(path: Path) -> dict[str, Any]:
-    """A checkpoint's tensors and numbers, without what depends on the place and the moment."""
+    """A checkpoint's tensors and numbers, without those that depend on folder and time."""
     stored = checkpoint.read(path)
     state = {f"model.{name}": value for name, value in stored["model"].items()}
     for index, values in stored["optimizer"]["state"].items():
@@ -280,7 +280,7 @@ def saved(path: Path) -> dict[str, Any]:
 
 
 def differences(expected: dict[str, Any], found: dict[str, Any]) -> str:
-    """The differences in words."""
+    """A description of the differences."""
     same: Callable[[Any, Any], bool] = lambda a, b: torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b  # noqa: E731
     lost = []
     for name, wanted in expected.items():

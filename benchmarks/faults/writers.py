@@ -1,9 +1,9 @@
-"""Processes that want to write the same run at the same moment.
+"""Several processes try to write the same run at the same time.
 
 A trial starts two to four processes within a few milliseconds: they resume one run, start one under the same name, or
 start runs without a name. It survives if exactly one of those that want the same folder goes on and the others are
 refused in one line with the exit code 2; if those without a name get folders of their own; if every checkpoint can be
-read at any time meanwhile; and if what is written is what one process writes.
+read at any time during the trial; and if the files equal those that a single process writes.
 
 A loss is described in a line on stderr.
 """
@@ -53,7 +53,7 @@ def succeed(words: list[str], here: Path) -> None:
 
 
 def trial(draw: random.Random, here: Path, begun: Path, *, straight: dict, resumed: dict) -> str:
-    """A description of what was lost, or nothing."""
+    """A description of what was lost; empty if the trial survived."""
     kind = draw.choice(["resume", "name", "no name"])
     words = {
         "resume": RESUME,
