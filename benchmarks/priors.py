@@ -121,8 +121,7 @@ def train_longer(run: Path, minutes: float) -> Path:
 
 
 def finished(run: Path) -> bool:
-    """Whether a run was trained to its end. Exits if it was interrupted, because it would get more minutes if
-    resumed."""
+    """Whether a run was trained to its end. Exits if it was interrupted: it would get more minutes if resumed."""
     if (run / LAST).exists() and not (run / FINISHED).exists():
         sys.exit(f"error: {run}: was interrupted; delete it, so that it is trained for all of its minutes")
     return (run / FINISHED).exists()

@@ -94,8 +94,7 @@ class Case(NamedTuple):
 
 
 def cases() -> dict[str, Case]:
-    """Every bottleneck with and without batch norm, both stages, every prior, and other parts that use a whole
-    batch."""
+    """Every bottleneck with and without batch norm, both stages, every prior, and other uses of a whole batch."""
     found = {}
     for name, options in BOTTLENECKS.items():
         bottleneck = f"{name.split()[0]} {options}"

@@ -1,1 +1,1 @@
-"""A package of its own: torch-fidelity installs one of the same name, which a mere folder would not shadow."""
+"""This file makes tests a package, because torch-fidelity installs a package of the same name."""

@@ -1,4 +1,4 @@
-"""Small models saved as checkpoints, for tests of what reads them."""
+"""Small models saved as checkpoints, for tests of code that reads them."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ CHOICES: dict[str, Any] = {"nets": "sonnet", "bottleneck": "vq", "prior": "unifo
 
 
 def choices(**names: Any) -> dict[str, Any]:
-    """A small member for every slot, `names` instead of the defaults."""
+    """A small member for every slot; `names` replace the defaults."""
     return {slot: choose(slot, name) if isinstance(name, str) else name for slot, name in (CHOICES | names).items()}
 
 

@@ -104,7 +104,7 @@ def files_up_to(size: int) -> Iterator[None]:
 
 
 def most_allocated(work: Callable[[], None]) -> int:
-    """The most bytes that torch has allocated at one time during `work()`, beyond those before it."""
+    """The peak number of bytes that torch has allocated during `work()`, beyond those allocated before it."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""Which module may know which, read from the syntax trees."""
+"""Which module may import which, read from the syntax trees."""
 
 import ast
 import re
@@ -126,7 +126,7 @@ EVERY_MODULE = pytest.mark.parametrize("name", MODULES)
 
 
 def without(node: ast.AST, skip: type | tuple[type, ...]) -> Iterator[ast.AST]:
-    """Every node below this one, but not into nodes of the types in `skip` and blocks `if TYPE_CHECKING`."""
+    """Every node below this one, except those inside nodes of the types in `skip` and blocks `if TYPE_CHECKING`."""
     for child in ast.iter_child_nodes(node):
         only_types = isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
         if not only_types and not isinstance(child, skip):
@@ -135,7 +135,7 @@ def without(node: ast.AST, skip: type | tuple[type, ...]) -> Iterator[ast.AST]:
 
 
 def run_on_import(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node except those inside functions, which run later."""
+    """Every node except those inside functions, which do not run on import."""
     return without(tree, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
 
 

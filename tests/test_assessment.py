@@ -1,4 +1,4 @@
-"""Saved models on the test split. The end of runs and the command line are in test_experiment.py."""
+"""Saved models on the test split. test_experiment.py tests the end of runs and the command line."""
 
 import torch
 
@@ -6,7 +6,7 @@ from tests.helpers import make
 from vqvae.assessment import drawn, with_earlier
 
 
-def test_an_evaluation_keeps_what_only_an_earlier_one_has():
+def test_an_evaluation_keeps_metrics_that_only_an_earlier_one_has():
     base = {"protocol": "5 images; vqvae 1, torch 2", "seed": 0, "images": 5}
     probed = base | {"protocol": base["protocol"] + "; probe: ...", "mse": 1.0, "probe_accuracy": 0.9, "iw_samples": 0}
     bounded = base | {"mse": 1.0, "iw_samples": 100, "iw_bound": 3.0}
@@ -17,7 +17,7 @@ def test_an_evaluation_keeps_what_only_an_earlier_one_has():
         assert with_earlier(bounded, other) == bounded
 
 
-def test_draws_are_of_one_seed_and_of_the_labels_in_turn():
+def test_draws_depend_on_one_seed_and_take_the_labels_in_turn():
     model, labels = make(num_classes=3, prior="pixelcnn").eval(), torch.tensor([0, 1, 2, 2])
     batches = list(drawn(model, 5, labels, seed=1, batch_size=3))
     assert [len(batch) for batch in batches] == [3, 2]

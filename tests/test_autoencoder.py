@@ -169,7 +169,7 @@ def test_encoding_draws_nothing_and_changes_nothing(name, mode):
 
 @torch.no_grad()
 def latent_and_images(model: Autoencoder, batch: Tensor) -> list[Tensor]:
-    """The results of everything that encodes."""
+    """The results of all methods that encode."""
     latent, discrete = model.quantize(batch / 255), model.discrete is not None
     encode: Callable[[Tensor], Tensor] = model.encode if discrete else model.posterior_mean
     assert latent.z is not None
@@ -197,7 +197,7 @@ CODES = {"prior": choose("prior", "transformer", dropout=0.5)}
 
 
 @pytest.mark.parametrize(("nets", "names"), [(name, CODES) for name in NETS] + [("mlp", VAE), ("conv-vae", VAE)])
-def test_use_of_a_model_in_training_changes_nothing(nets, names):
+def test_using_a_model_in_training_mode_changes_nothing(nets, names):
     model, batch = make(nets=nets, **names), images(6)
     expected = used(model.eval(), batch)
     model.train()
@@ -212,7 +212,7 @@ def test_use_of_a_model_in_training_changes_nothing(nets, names):
 
 
 def used(model: Autoencoder, batch: Tensor) -> list[Tensor]:
-    """The results of everything that encodes, decodes and samples."""
+    """The results of all methods that encode, decode or sample."""
     found = latent_and_images(model, batch)
     if model.discrete is not None:
         found.append(model.decode(model.encode(batch)))

@@ -1,4 +1,4 @@
-"""Averaged weights: their values, and that the weights of training are kept."""
+"""Averaged weights have the right values, and the weights of training are kept."""
 
 import torch
 from torch import nn

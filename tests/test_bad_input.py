@@ -17,7 +17,7 @@ WAY_OUT = re.compile(
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """A folder with small runs, what is in it, and a copy."""
+    """A folder with small runs, a list of its files, and a copy."""
     folder = tmp_path_factory.mktemp("inputs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -30,7 +30,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def unchanged(prepared, monkeypatch):
-    """Work in that folder; afterwards it must be as it was."""
+    """Work in the prepared folder; afterwards it must be unchanged."""
     folder, before, copy = prepared
     monkeypatch.chdir(folder)
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which the command replaces

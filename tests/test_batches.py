@@ -62,7 +62,7 @@ def test_pixel_variance_agrees_with_numpy(shape):
 
 
 def padded_crops(image: torch.Tensor) -> list[torch.Tensor]:
-    """All 81 crops of an image `[C, H, W]` that NumPy padded by 4 reflected pixels, then the same flipped."""
+    """All 81 crops of an image `[C, H, W]` that NumPy padded by 4 reflected pixels, then all of them flipped."""
     _, height, width = image.shape
     padded = torch.from_numpy(np.pad(image.numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect"))
     crops = [padded[:, top : top + height, left : left + width] for top in range(9) for left in range(9)]

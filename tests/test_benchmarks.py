@@ -1,4 +1,4 @@
-"""Benchmarks: a stored row is of the same settings and data, and published results are not overwritten unasked."""
+"""Benchmarks reuse a stored row only for the same settings and data, and do not overwrite published results unasked."""
 
 import argparse
 import importlib
@@ -119,7 +119,7 @@ def test_an_interrupted_run_is_resumed(runs, monkeypatch):
     assert runs.called == ["dataset", "evaluate", "resume", "evaluate"]
 
 
-def test_bottlenecks_trains_what_it_is_asked_for_and_writes_what_it_is_told(benchmark, monkeypatch, capsys):
+def test_the_benchmark_of_bottlenecks_trains_the_named_rows_and_writes_the_named_file(benchmark, monkeypatch, capsys):
     bottlenecks = benchmark("bottlenecks")
     words = "--dataset digits --steps 2 --batch-size 8 --seeds 1 --only fsq".split()
     places = ["--logs", "my logs", "--plots", "my plots"]
@@ -139,7 +139,7 @@ def test_bottlenecks_trains_what_it_is_asked_for_and_writes_what_it_is_told(benc
     assert Path("tables/out.md").read_text().strip() in printed
 
 
-def test_reproduce_goes_through_its_queue_and_says_how_far_it_is(benchmark, monkeypatch, capsys):
+def test_reproduce_trains_its_queue_and_reports_its_progress(benchmark, monkeypatch, capsys):
     reproduce = benchmark("reproduce")
     short = "--dataset digits --limit 50 --batch-size 20 --image-size 16 --hidden 8 --codes 16 --device cpu --epochs"
     row = reproduce.Row(f"{short} 1", 2, "nothing", "none")
@@ -283,7 +283,7 @@ def test_the_gpu_benchmark_says_that_there_is_no_gpu(benchmark, capsys):
     assert capsys.readouterr().err.startswith("error: no GPU was found, so nothing was measured")
 
 
-def test_a_cpu_goes_through_the_gpu_benchmark(benchmark, capsys):
+def test_the_gpu_benchmark_also_runs_on_a_cpu(benchmark, capsys):
     pytest.importorskip("vector_quantize_pytorch")
     gpu = benchmark("gpu")
     assert gpu.cli.run(gpu.main, "--device cpu --quick --output gpu.json".split()) == 0

@@ -1,4 +1,4 @@
-"""Codebooks against computations by hand in float64, and the contract that every bottleneck keeps."""
+"""Codebooks agree with computations by hand in float64, and every bottleneck keeps the contract."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_the_search_needs_little_more_memory_than_its_input(small_tiles):
     assert most_allocated(lambda: nearest_code(z, codebook)) < 1000 * 1000 * 4 / 20
 
 
-def test_equally_near_codes_give_one_of_them():
+def test_of_equally_near_codes_one_is_chosen():
     assert set(nearest_code(torch.zeros(3, 2), torch.ones(4, 2)).tolist()) <= {0, 1, 2, 3}
     codebook = torch.zeros(5000, 2)
     equal = [70, 90, 100, 4000]
@@ -89,7 +89,7 @@ def test_soft_usage_and_the_posterior_do_not_depend_on_an_offset_either():
     assert torch.allclose(centered, shifted, atol=1e-4)
 
 
-def test_no_vectors_have_no_codes():
+def test_without_vectors_there_are_no_codes():
     assert nearest_code(torch.zeros(0, 2), torch.ones(4, 2)).shape == (0,)
 
 

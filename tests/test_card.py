@@ -65,7 +65,7 @@ def test_names_of_strangers_stay_text():
     assert "| data | a\\|b \\`c\\`\\\\n\\# d (\\<script\\>) |" in text.splitlines()
 
 
-def test_an_export_finds_the_evaluation_beside_the_checkpoint_and_states_the_license(tmp_path, monkeypatch):
+def test_an_export_finds_the_evaluation_next_to_the_checkpoint_and_states_the_license(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = stored(Path("run"))
     about = checkpoint.identity_of(checkpoint.read("run"))
@@ -83,7 +83,7 @@ def test_an_export_finds_the_evaluation_beside_the_checkpoint_and_states_the_lic
     assert torch.equal(checkpoint.load("exported").state_dict()["encoder.0.weight"], model.encoder[0].weight)
 
 
-def test_an_evaluation_is_found_by_the_weights_it_is_of(tmp_path):
+def test_an_evaluation_is_used_only_for_the_weights_that_it_evaluated(tmp_path):
     path, run, saved = tmp_path / "evaluation.json", tmp_path / "checkpoint.pt", content()
     about = checkpoint.identity_of(saved)
     assert checkpoint.read_evaluation(run, saved) is None

@@ -397,7 +397,7 @@ def test_a_check_draws_no_random_numbers(tmp_path):
     assert all(torch.equal(value, found[key]) for key, value in expected.items())
 
 
-def test_an_error_of_a_new_prior_stays_one_of_its_option():
+def test_an_error_of_a_new_prior_names_its_option():
     with pytest.raises(OptionError, match="prior=normal: needs latent_dim"):
         checkpoint.with_new_prior(content(), "checkpoint", Config(**choices(prior="normal")), 0)
 
@@ -474,7 +474,7 @@ def test_a_compressed_archive_is_refused(tmp_path):
         checkpoint.read(tmp_path / "x.pt")
 
 
-def test_a_member_that_stands_twice_is_refused(tmp_path):
+def test_a_member_that_occurs_twice_is_refused(tmp_path):
     archive_of(tmp_path / "x.pt", b"}.", records={"data.pkm": b"]."})
     (tmp_path / "x.pt").write_bytes((tmp_path / "x.pt").read_bytes().replace(b"data.pkm", b"data.pkl")[:-71])
     with pytest.raises(UserError, match="not a checkpoint .several members of one name"):

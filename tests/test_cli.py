@@ -200,7 +200,7 @@ def test_lists_show_members_options_and_sources(what, shown, capsys):
     assert all(len(line) <= 120 for line in out.splitlines()) or what == "presets"
 
 
-def test_an_unknown_list_is_answered_with_those_that_are_close(capsys):
+def test_an_unknown_list_is_answered_with_similar_names(capsys):
     assert run_train("--list", "bottleneks", small=False) == 2
     assert (
         "error: --list bottleneks: no such list (did you mean 'bottlenecks'?); known: data" in capsys.readouterr().err

@@ -31,7 +31,7 @@ def trained(line: str, name: str = "run") -> int:
 
 
 def draw(run: str, *names: str) -> set[str]:
-    """Draw these plots; returns those that apply."""
+    """Draw the named plots; returns those that apply."""
     line = ["--checkpoint", f"logs/{run}", "--samples", "3", "--device", "cpu", "--only", *names]
     assert cli.run(visualize.main, line) == 0
     return {path.name for path in Path("plots", run).glob("*.*")}

@@ -1,4 +1,4 @@
-"""Runs in one table: where the numbers come from, which data compare, and the table's formats."""
+"""Runs in one table: where the numbers come from, which data are comparable, and the table's formats."""
 
 import io
 import json
@@ -84,7 +84,7 @@ def test_metrics_come_from_the_evaluation_of_the_checkpoints_step():
 
 
 @pytest.mark.parametrize("stale", [{"step": 3}, {"run": "other"}, {"weights": "0123456789abcdef"}])
-def test_otherwise_they_are_those_of_the_last_epoch_up_to_the_checkpoint(stale):
+def test_without_a_matching_evaluation_metrics_are_those_of_the_last_epoch_up_to_the_checkpoint(stale):
     row = read_run(save("logs/run", step=5, evaluation=METRICS | stale))
     assert (row.source, row.step) == ("metrics.jsonl", 4)
     assert row.values["mse"] == 0.01
@@ -100,7 +100,7 @@ def test_a_damaged_evaluation_is_named_and_not_used(text):
     assert row.values["mse"] == 0.01
 
 
-def test_numbers_that_are_none_are_left_out():
+def test_values_that_are_not_numbers_are_left_out():
     row = read_run(save("logs/run", evaluation={"mse": math.inf, "psnr": "high", "ssim": None, "perplexity": True}))
     assert not {"mse", "psnr", "ssim", "perplexity"} & set(row.values)
     assert json.loads(table([row], "json"))[0]["mse"] is None
@@ -156,7 +156,7 @@ def test_an_evaluation_on_other_images_does_not_compare():
         compare(paths)
 
 
-def test_runs_of_the_same_data_are_not_warned_of():
+def test_runs_on_the_same_data_cause_no_warning():
     paths = [save(f"logs/{i}", evaluation=METRICS, data=held_out(500)) for i in range(3)]
     paths.append(save("logs/old", evaluation=METRICS))  # of a version that stored no fingerprints
     with warnings.catch_warnings():
@@ -231,7 +231,7 @@ def test_an_exported_folder_has_a_size_and_no_metrics():
     assert (row.values["run"], row.values["tokens"], row.values["seconds"], row.source) == ("exported", 4, None, None)
 
 
-def test_runs_of_one_name_are_told_apart_by_their_paths():
+def test_runs_with_the_same_name_are_distinguished_by_their_paths():
     rows = compare([save("a/run"), save("b/run"), save("b/other")])
     assert [row.values["run"] for row in rows] == ["a/run", "b/run", "other"]
 
@@ -280,7 +280,7 @@ def test_metrics_that_were_asked_for_have_a_column_and_protocols_stand_below():
     assert [row.values["run"] for row in sort(rows, "rfid")] == ["c", "a", "b"]
 
 
-def test_markdown_and_json_hold_the_same_numbers():
+def test_markdown_and_json_contain_the_same_numbers():
     rows = compare([save("logs/a|b", evaluation=METRICS), save("logs/c")])
     lines = table(rows, "markdown").splitlines()
     assert len({line.replace(r"\|", "").count("|") for line in lines[:4]}) == 1

@@ -208,7 +208,7 @@ def test_an_option_without_effect_is_refused(line, named):
         "--prior pixelcnn label_drop=0",
     ],
 )
-def test_an_option_with_effect_or_that_switches_off_is_taken(line):
+def test_an_option_that_has_an_effect_or_switches_one_off_is_accepted(line):
     typed(line)
 
 

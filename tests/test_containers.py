@@ -75,7 +75,7 @@ def same(data: Dataset, other: Dataset) -> None:
 
 
 @pytest.mark.parametrize("splits", [(), ("train", "test")])
-def test_a_tar_file_of_a_folder_is_the_folder(tmp_path, splits):
+def test_a_tar_file_of_a_folder_gives_the_images_of_the_folder(tmp_path, splits):
     tree = make_tree(tmp_path / "tree", *splits)
     write_tar(tmp_path / "all.tar", {f"./{p.relative_to(tree).as_posix()}": p.read_bytes() for p in files(tree)})
     data = load("webdataset", data_dir=tmp_path / "all.tar", **SIZE)
@@ -84,7 +84,7 @@ def test_a_tar_file_of_a_folder_is_the_folder(tmp_path, splits):
     assert data.classes == ("cats", "dogs")
 
 
-def test_shards_of_webdataset_are_the_folder_with_their_labels(tmp_path):
+def test_shards_of_webdataset_give_the_images_of_the_folder_with_their_labels(tmp_path):
     webdataset = pytest.importorskip("webdataset")
     tree = make_tree(tmp_path / "tree", "train", "test")
     (tmp_path / "shards").mkdir()
@@ -101,7 +101,7 @@ def test_shards_of_webdataset_are_the_folder_with_their_labels(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train-00000-of-00002", "train/0000", "default/train/0000"])
-def test_a_table_of_hugging_face_is_the_folder_with_its_labels(tmp_path, name):
+def test_a_table_of_hugging_face_gives_the_images_of_the_folder_with_their_labels(tmp_path, name):
     tree = make_tree(tmp_path / "tree", "train", "test")
     for split in ("train", "test"):
         paths = files(tree / split)
@@ -129,7 +129,7 @@ def flat(n: int = 20) -> np.ndarray:
     return np.random.default_rng(1).integers(256, size=(n, 10, 8, 3), dtype=np.uint8)
 
 
-def test_arrays_are_the_folder_of_their_images(tmp_path):
+def test_arrays_give_the_images_that_a_folder_gives(tmp_path):
     images = flat()
     (tmp_path / "tree").mkdir()
     for i, image in enumerate(images):

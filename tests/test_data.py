@@ -79,7 +79,7 @@ def test_a_fingerprint_does_not_depend_on_strides():
 
 
 @pytest.mark.parametrize("folder", ["~nosuchuser/data", ""])
-def test_a_folder_that_cannot_be_is_refused(folder):
+def test_a_folder_that_cannot_exist_is_refused(folder):
     with pytest.raises(OptionError, match="data_dir="):
         load("folder", data_dir=folder)
 

@@ -1,4 +1,4 @@
-"""Two processes that train one model: the same weights in both, and those of one process up to rounding.
+"""Two processes that train one model have the same weights, which are those of one process up to rounding.
 
 torchrun starts this file once, as two processes that call `work`.
 """
@@ -99,7 +99,7 @@ def to_encode() -> tuple[Autoencoder, tokens.DatasetSplit]:
 
 
 def encode(folder: Path) -> list[tuple[int, int]]:
-    """The images of two encodings of the same images, and how many files the second found finished."""
+    """Encode the same images twice; returns the numbers of images and of files that were finished already, for each."""
     model, source = to_encode()
     found = [tokens.encode_shards(folder / "codes.npz", model, source, resume=resume) for resume in (False, True)]
     return [(done.images, done.kept) for done in found]
@@ -250,7 +250,7 @@ def test_the_shares_of_all_processes_make_up_all_parts_in_order(monkeypatch, wor
     assert firsts == parts
 
 
-def test_noise_differs_between_processes_and_the_first_draws_that_of_one(two):
+def test_noise_differs_between_processes_and_the_first_draws_the_noise_of_a_single_process(two):
     seed_step(0, 3)
     assert torch.equal(two[0]["noise"], torch.randn(3))
     assert not torch.equal(two[0]["noise"], two[1]["noise"])

@@ -1,4 +1,4 @@
-"""Every member in float64, and with batches of no images."""
+"""Every member works in float64, and with empty batches."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_a_model_in_float64_trains_in_float64(name):
 
 
 @every_member
-def test_no_images_have_no_codes_no_reconstructions_and_no_bound(name):
+def test_without_images_there_are_no_codes_no_reconstructions_and_no_bound(name):
     model: Autoencoder = make(**MEMBERS[name]).eval()
     nothing, labels = images(0), torch.zeros(0, dtype=torch.int64)
     assert model.reconstruct(nothing).shape == (0, 3, 8, 8)

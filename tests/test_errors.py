@@ -113,5 +113,5 @@ def test_a_long_reason_is_cut_to_the_limit():
         ("", ""),
     ],
 )
-def test_a_misspelled_name_is_answered_with_those_that_are_close(name, hint):
+def test_a_misspelled_name_is_answered_with_similar_names(name, hint):
     assert near_misses(name, {"sonnet": 0, "dalle": 1, "dales": 2}) == hint

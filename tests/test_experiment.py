@@ -457,7 +457,7 @@ def test_a_run_stopped_before_its_first_checkpoint_is_started_again(monkeypatch,
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_code_says_which_signal_stopped_a_run(monkeypatch, capsys, number, code):
+def test_the_exit_code_says_which_signal_stopped_a_run(monkeypatch, capsys, number, code):
     words = ("--epochs", "2", "--log-dir", "my logs", "--name", "run")
     assert killed(monkeypatch, *words, at="summary", number=number) == code
     assert "--resume 'my logs/run'\n" in capsys.readouterr().out

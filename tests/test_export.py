@@ -66,7 +66,7 @@ def test_an_exported_model_and_its_programs_are_the_same_model(workdir, kind, ca
 
 
 def check_loaded(model):
-    """The exported weights are bit for bit those of the model, and so is what it computes."""
+    """Check that the exported model has the weights of the model and computes the same, bit for bit."""
     back = load("exported")
     assert not back.training
     assert back.state_dict().keys() == model.state_dict().keys()
@@ -76,7 +76,7 @@ def check_loaded(model):
 
 
 def check_programs(model):
-    """The programs compute what the model computes, for batches of any size, and say what they take and return."""
+    """Check that the programs compute what the model does for any batch size, and describe inputs and outputs."""
     encoder, decoder = (torch.export.load(f"exported/{name}.pt2").module() for name in HALVES)
     inputs = examples(model, 200)
     if model.discrete is not None:
@@ -105,7 +105,7 @@ def check_programs(model):
 
 
 def check_range(decoder, codes, num_codes: int):
-    """The program refuses codes that the model refuses."""
+    """Check that the program refuses the codes that the model refuses."""
     for wrong in (-1, num_codes):
         spoiled = codes.clone()
         spoiled[-1, 0, 0] = wrong
@@ -142,7 +142,7 @@ def exported_once(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def exported(exported_once, workdir) -> Path:
-    """A copy of it, made the current folder."""
+    """A copy of `exported_once`, made the current folder."""
     shutil.copytree(exported_once, workdir, dirs_exist_ok=True)
     return workdir
 
@@ -181,7 +181,7 @@ def test_an_exported_model_encodes_and_decodes_as_its_checkpoint_does(exported):
         assert path.read_bytes() == Path("back2", path.name).read_bytes()
 
 
-def test_a_folder_with_a_checkpoint_counts_as_a_runs(exported):
+def test_a_folder_with_a_checkpoint_counts_as_the_folder_of_a_run(exported):
     torch.manual_seed(1)
     other = stored(exported / "exported")
     assert weights_checksum(other) != weights_checksum(load("run"))
@@ -214,7 +214,7 @@ def keep(name: str, count: int):
 
 
 def reweigh(change):
-    """A function that changes the weights, a dictionary, and corrects their checksum."""
+    """A function that changes the dictionary of weights and corrects their checksum."""
 
     def spoil(folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
@@ -308,7 +308,7 @@ def test_damage_to_an_exported_folder_is_named_in_one_line(workdir, what):
     assert "\n" not in str(caught.value)
 
 
-def test_what_needs_a_run_says_that_a_folder_has_an_exported_model(workdir, capsys):
+def test_commands_that_need_a_run_say_that_a_folder_has_an_exported_model(workdir, capsys):
     model = stored(workdir / "run")
     Path("exported").mkdir()
     next(export(checkpoint.read("run"), model, Path("exported")))

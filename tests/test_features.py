@@ -1,4 +1,4 @@
-"""Distances in features against SciPy and closed forms, and nets that are read without executing anything."""
+"""Distances in features agree with SciPy and closed forms, and nets are read without executing code."""
 
 import math
 import pickle

@@ -12,7 +12,7 @@ from vqvae.priors import PRIORS
 
 
 def perturbed(module: torch.nn.Module) -> torch.nn.Module:
-    """The module in float64, away from the identity, where a flow starts."""
+    """The module in float64, with weights that make it differ from the identity, with which a flow starts."""
     torch.manual_seed(0)
     for p in module.parameters():
         p.data.add_(0.2 * torch.randn_like(p))

@@ -1,4 +1,4 @@
-"""Large folders of images: converted by processes, continued where killed, and only where files changed; parts."""
+"""Large folders of images: conversion by processes, after a kill and after changes of files; parts of data."""
 
 import functools
 import os
@@ -34,7 +34,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A folder of 40 images, each of its own color, of two classes, and of a file that is none."""
+    """A folder of two classes with 40 images, each of a different color, and a file that is not an image."""
     for i in range(40):
         write(tmp_path / "tree" / "ab"[i % 2] / f"{i:02}.png", i)
     (tmp_path / "tree" / "a" / "broken.png").write_bytes(b"x")
@@ -65,7 +65,7 @@ def opened(monkeypatch):
 
 
 def reds(tree: Path) -> dict[str, int]:
-    """The red of each image in the cache, by its name."""
+    """The red value of each image in the cache, by its name."""
     found = cached_images(tree, 8, 3)
     assert (found.images == found.images[:, :, :1, :1]).all()
     return dict(zip(found.paths, found.images[:, 0, 0, 0].tolist(), strict=True))
@@ -213,7 +213,7 @@ def test_rescan_finds_changes_that_sizes_and_times_do_not_tell(tree, opened):
 
 
 def interrupted(tree: Path, monkeypatch, after: int) -> None:
-    """A conversion that is interrupted after so many images; it notes every four."""
+    """A conversion that is interrupted after so many images; it notes its progress every four images."""
     left = [after]
 
     def read(path, *shape):

@@ -1,4 +1,4 @@
-"""Folders of diffusers' VQModel: both directions, and what does not fit."""
+"""Folders of diffusers' VQModel are written and read, and models that do not fit are refused."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def exported(**names):
 
 @torch.no_grad()
 def theirs(model, x):
-    """The codes `[B, h, w]` and the images in [0, 1] that diffusers computes for x in [0, 1]."""
+    """The codes `[B, h, w]` and the images in [0, 1] that diffusers computes for images x in [0, 1]."""
     pixels = 2 * x - 1
     latents = model.encode(pixels).latents
     codes = model.quantize(latents)[2][2].view(len(x), *latents.shape[2:])
@@ -77,7 +77,7 @@ def test_diffusers_opens_what_is_exported_and_computes_the_same(kind, capsys):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_what_is_exported_is_read_back_as_the_same_model(kind):
+def test_an_exported_folder_is_read_back_as_the_same_model(kind):
     model = exported(**MODELS[kind])
     back = load("there")
     inputs = unambiguous(model, images(200, SHAPE), 4)
@@ -179,7 +179,7 @@ def test_settings_that_do_not_fit_are_named_in_one_line(once, entries, message):
     assert "\n" not in str(caught.value)
 
 
-def test_settings_may_lack_what_has_a_default_and_weights_of_no_pickle_are_read():
+def test_settings_with_a_default_may_be_missing_and_pickled_weights_are_not_read():
     exported(nets=SMALL)
     change(_vqvae=..., act_fn=..., norm_type=..., mid_block_add_attention=...)
     assert DEFAULTS["mid_block_add_attention"] is True
@@ -201,7 +201,7 @@ def test_settings_may_lack_what_has_a_default_and_weights_of_no_pickle_are_read(
         ({"nets": SMALL, "likelihood": Choice("mse", {"pixels": "sigmoid"})}, "takes nets whose output is pixels"),
     ],
 )
-def test_a_model_that_is_none_of_diffusers_is_refused_before_anything_is_written(names, message, capsys):
+def test_a_model_that_is_not_one_of_diffusers_is_refused_before_anything_is_written(names, message, capsys):
     stored(Path("run"), SHAPE, **names)
     assert run("export --checkpoint run --output there --format diffusers") == 2
     assert f"error: --format diffusers: {message}" in capsys.readouterr().err

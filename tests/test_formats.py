@@ -93,7 +93,7 @@ def short(text: str) -> bytes:
 
 
 def array_pickle(state: bytes = b"", dtype: bytes = b"", reconstruct: bytes = b"") -> bytes:
-    """A pickle of a batch whose array has a state, a dtype and arguments of one's choice."""
+    """A pickle of a batch whose array has the given state, dtype and arguments."""
     named = b"cnumpy.core.multiarray\n_reconstruct\n"
     built = named + (reconstruct or b"cnumpy\nndarray\nK\x00\x85C\x01b\x87") + b"R"
     kind = b"cnumpy\ndtype\n" + short("u1") + b"\x89\x88\x87R" + dtype

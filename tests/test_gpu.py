@@ -1,4 +1,4 @@
-"""A training step never waits for the GPU. Most of this shows without one, on tensors that have no values."""
+"""A training step never waits for the GPU. Most tests need no GPU, because they use tensors that have no values."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -50,7 +50,7 @@ def loop_on(
 def no_autocast(monkeypatch):
     """The meta device, whose tensors have no values, has no autocast.
 
-    torch's own functions stay: torch.export, in a later test, would not know the replaced ones.
+    torch's own functions are not replaced, because torch.export, in a later test, would not know the replacements.
     """
     monkeypatch.setattr("vqvae.training.autocast", lambda *args, **keywords: nullcontext())
 

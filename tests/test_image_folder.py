@@ -40,7 +40,7 @@ def write_flat(path: Path, color: tuple[int, int, int] = (9, 9, 9), side: int = 
 
 
 def write_every_format(folder: Path) -> None:
-    """11 images, most of one color, in every format and mode that is supported."""
+    """Write 11 images, most of a single color, in every supported format and mode."""
     Image.new("RGB", (40, 20), (200, 100, 50)).save(folder / "color.png")
     Image.new("RGB", (20, 40), (200, 100, 50)).save(folder / "photo.JPG", quality=95)
     Image.new("RGB", (24, 24), (200, 100, 50)).save(folder / "web.webp", lossless=True)
@@ -178,7 +178,7 @@ def test_classes_that_are_numbers_are_in_their_order(tree):
     assert label == {2: 0, 3: 1, 1: 2, 0: 3}
 
 
-def test_images_outside_of_the_classes_are_a_reason_for_none(tree):
+def test_images_outside_the_class_folders_mean_that_there_are_no_classes(tree):
     for name in ("cats/1.png", "dogs/2.png", "3.png"):
         write_flat(tree / name)
     data = load("folder", data_dir=tree, image_size=8)
@@ -326,7 +326,7 @@ def test_pixels_outside_of_these_rules_are_refused(tree, pixels, message):
         gray_levels(tree, pixels)
 
 
-def test_a_tiff_that_pillow_cannot_read_is_called_one(tree):
+def test_the_error_of_a_tiff_that_pillow_cannot_read_says_that_it_is_a_tiff(tree):
     (tree / "a.tif").write_bytes(b"II*\0" + bytes(40))
     with pytest.raises(ValueError, match="a TIFF of a kind that Pillow does not read, or damaged; save it as PNG"):
         read_image(tree / "a.tif", 8, 3)
@@ -335,7 +335,7 @@ def test_a_tiff_that_pillow_cannot_read_is_called_one(tree):
 @pytest.mark.parametrize(
     ("brand", "package"), [(b"heic", "pillow-heif"), (b"mif1", "pillow-heif"), (b"avif", "pillow-avif-plugin")]
 )
-def test_an_image_that_needs_a_package_names_it_whatever_the_file_is_called(tree, monkeypatch, brand, package):
+def test_the_error_of_an_image_names_the_package_it_needs_whatever_the_file_name(tree, monkeypatch, brand, package):
     monkeypatch.setattr(decoding, "optional_formats", list)
     (tree / "a.jpg").write_bytes(b"\0\0\0\x18ftyp" + brand + bytes(12))
     with pytest.raises(ValueError, match=f"(HEIC|AVIF), which needs a package: pip install {package}"):

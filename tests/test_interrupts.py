@@ -82,7 +82,7 @@ def test_a_command_that_swallows_the_interrupt_and_ends_is_interrupted(capsys):
 
 
 @pytest.mark.parametrize("problem", [RuntimeError("mangled"), UserError("no such file"), OSError("no such file")])
-def test_an_exception_in_the_place_of_the_interrupt_is_the_interrupt(problem, capsys):
+def test_an_exception_raised_in_place_of_an_interrupt_counts_as_the_interrupt(problem, capsys):
     def main():
         try:
             send(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Bottlenecks as layers of other models."""
+"""Bottlenecks used as layers of other models."""
 
 import copy
 import pickle

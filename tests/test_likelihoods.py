@@ -1,4 +1,4 @@
-"""Likelihoods against torch.distributions, numerical integration and sums over all levels."""
+"""Likelihoods agree with torch.distributions, numerical integration and sums over all levels."""
 
 import math
 

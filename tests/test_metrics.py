@@ -1,4 +1,4 @@
-"""Each row of the table of metrics against a computation of its own, and where a new row appears."""
+"""Each row of the table of metrics agrees with an independent computation, and a new row appears everywhere."""
 
 import json
 import math

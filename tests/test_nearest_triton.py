@@ -54,12 +54,12 @@ def test_no_code_is_nearer_than_the_kernels(search, n, k, d):
 
 
 @needs_triton
-def test_no_vectors_have_no_codes(search):
+def test_without_vectors_there_are_no_codes(search):
     assert search(torch.empty(0, 4), torch.randn(9, 4)).shape == (0,)
 
 
 @needs_triton
-def test_equally_near_codes_give_one_of_them(search):
+def test_of_equally_near_codes_one_is_chosen(search):
     z, table = torch.randn(90, 3), torch.randn(10, 3).repeat(15, 1)  # each code 15 times, in one block and in others
     assert_nearest(search(z, table), z, table)
     codes = search(torch.zeros(5, 3), torch.ones(70, 3))

@@ -1,4 +1,4 @@
-"""Objectives: their arithmetic, what they freeze, and one that brings a net of its own."""
+"""Objectives: their arithmetic, what they freeze, and an objective with a net of its own."""
 
 import itertools
 import math
@@ -226,7 +226,7 @@ def test_what_a_stage_freezes_does_not_move_by_one_bit(freeze_encoder):
     assert parts_that_move(range(3, 6)) == {"encoder", "bottleneck", "decoder", "prior", "flows"} - frozen
 
 
-def test_options_without_what_they_act_on_are_refused():
+def test_options_that_have_nothing_to_act_on_are_refused():
     with pytest.raises(OptionError, match="iaf_flows=1") as caught:
         training("probabilistic iaf_startup_steps=5", bottleneck="gumbel")
     assert caught.value.flagged.startswith("--objective probabilistic iaf_startup_steps=5: ")

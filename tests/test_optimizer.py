@@ -1,4 +1,4 @@
-"""AdamW and its groups: which parameters decay, and which rate they get."""
+"""AdamW and Muon, and groups of parameters: which decay, and which rate they get."""
 
 import typing
 
@@ -61,7 +61,7 @@ def test_a_step_is_that_of_torch_and_each_goes_on_from_the_state_of_the_other():
         return torch.optim.AdamW([{"params": [nn.Parameter(start.clone())], "lr_scale": 1.0}], fused=True)
 
     def after(*makers) -> Tensor:
-        """The parameter after three steps with each optimizer, which starts from the state of the one before."""
+        """The parameter after three steps with each optimizer. Each starts from the state of the previous one."""
         parameter, state = start, None
         for make in makers:
             optimizer = make()

@@ -1,4 +1,4 @@
-"""The page of a run: what it shows, and that no name breaks it."""
+"""The page of a run: its content, which no name can break."""
 
 from html.parser import HTMLParser
 
@@ -12,7 +12,7 @@ TAGS = "html head meta title style body main section dl dt dd nav a h1 h2 p img 
 
 
 class Reader(HTMLParser):
-    """Collects what a browser would see."""
+    """Collects the content that a browser would see."""
 
     def __init__(self, text: str):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Plots: which values they show, and where. Their looks are not tested."""
+"""Plots: which values they show, and where. Their appearance is not tested."""
 
 import imageio.v3 as imageio
 import numpy as np
@@ -11,7 +11,7 @@ from vqvae.metrics import METRICS
 
 
 def flat(*values: float, size: int = 4) -> torch.Tensor:
-    """Color images, each of one value."""
+    """Color images, each filled with one value."""
     return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 3, size, size)
 
 

@@ -43,7 +43,7 @@ def make(
 
 
 def dependencies(prior: AutoregressivePrior) -> torch.Tensor:
-    """`[L, L]`: whether the logits of position i depend on the code at position j, by the embedding's gradient."""
+    """`[L, L]`: whether the logits of position i depend on the code at position j (the embedding has a gradient)."""
     h, w = prior.grid
     codes = torch.randint(prior.num_codes, (1, h, w))
     seen = {}

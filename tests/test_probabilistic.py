@@ -1,4 +1,4 @@
-"""The probabilistic family against enumeration, autograd's Jacobians, finite differences and torch.distributions."""
+"""The probabilistic family agrees with enumeration, autograd, finite differences and torch.distributions."""
 
 import itertools
 import math

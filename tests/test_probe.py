@@ -44,14 +44,14 @@ def test_large_grids_are_averaged_over_blocks():
 
 
 def dark_and_bright(n: int) -> Images:
-    """Images of two classes, which differ in their brightness."""
+    """Images of two classes that differ in brightness."""
     labels = torch.arange(n) % 2
     pixels = torch.randint(50, (n, 3, 8, 8)) + 205 * labels.view(-1, 1, 1, 1)
     return Images(pixels.to(torch.uint8), labels)
 
 
 @torch.no_grad()
-def test_a_probe_on_codes_finds_a_label_that_they_hold_and_its_control_is_at_chance():
+def test_a_probe_on_codes_finds_a_label_that_they_contain_and_its_control_is_at_chance():
     model, train, test = make(), dark_and_bright(300), dark_and_bright(400)
     model.bottleneck.initialize(model.features(unit_range(train.images)))
     numbers, protocol = probe(model, train, test)

@@ -37,7 +37,7 @@ def test_the_first_draws_of_all_purposes_and_indices_differ(seed):
 
 
 def test_a_stream_is_a_function_of_its_use():
-    """These numbers decide every run: other numbers would not resume the runs of an earlier version exactly."""
+    """These numbers decide every run. If they changed, runs of earlier versions would not resume exactly."""
     assert stream(0, "weights") == stream(0, "weights")
     assert [stream(0, "order", i) - stream(0, "order", 0) for i in range(3)] == [0, 1, 2]
     assert all(0 <= stream(seed, "decoder", 5, process=9) < 2**63 for seed in range(100))

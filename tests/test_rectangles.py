@@ -133,7 +133,7 @@ def test_sizes_that_do_not_divide_name_rectangles_that_do(size, message):
 
 
 @pytest.mark.parametrize("words", ["--image-size 16x", "--image-size 16x24x3", "--image-size ax4", "--image-size 0x8"])
-def test_what_is_no_size_is_refused(words, capsys):
+def test_text_that_is_not_a_size_is_refused(words, capsys):
     assert main(["train", *words.split()]) == 2
     assert capsys.readouterr().err.startswith(f"error: {words}: must be ")
 

@@ -1,4 +1,4 @@
-"""Names and options become objects, and whatever does not fit becomes one clear error."""
+"""Names and options become objects, and anything that does not fit becomes one clear error."""
 
 import math
 from collections.abc import Iterator
@@ -181,7 +181,7 @@ def test_another_error_of_a_constructor_stays_as_it_is():
         build(Slot("climb", {"broken": Broken}), Choice("broken", {}), {})
 
 
-def test_needs_tells_which_context_a_member_asks_for():
+def test_needs_says_which_context_a_member_asks_for():
     assert needs(SLOT, "rope", "tree")
     assert not needs(SLOT, "ladder", "tree")
     assert not needs(SLOT, "ladder", "rungs")
@@ -189,7 +189,7 @@ def test_needs_tells_which_context_a_member_asks_for():
         needs(SLOT, "roope", "tree")
 
 
-def test_a_signature_tells_context_options_and_shared_options_apart():
+def test_a_signature_separates_context_options_and_shared_options():
     context, options, shared = signature(Ladder)
     assert context == ("wall",)
     assert list(options) == ["rungs", "width", "parts", "safe", "wood", "load", "color", "nails"]
@@ -241,7 +241,7 @@ def test_passes_takes_the_values_that_pass_its_test():
         ("color", "text", "brown"),
     ],
 )
-def test_an_option_tells_in_words_what_it_takes(name, takes, default):
+def test_an_option_says_in_words_which_values_it_takes(name, takes, default):
     option = signature(Ladder).options[name]
     assert (option.takes(), option.shown_default()) == (takes, default)
 

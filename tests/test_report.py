@@ -58,7 +58,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def there(runs, monkeypatch):
-    """That folder, to work in."""
+    """The folder `runs`, to work in."""
     monkeypatch.chdir(runs)
     return runs
 
@@ -185,7 +185,7 @@ def test_a_run_that_was_moved_is_drawn_under_the_name_of_its_folder(there, folde
     assert "3 plots of moved" in capsys.readouterr().out
 
 
-def test_what_a_checkpoint_says_of_places_chooses_none(there, folder):
+def test_folders_named_in_a_checkpoint_do_not_decide_where_plots_go(there, folder):
     content = checkpoint.read(there / "logs/vqvae")
     del content["format"]
     Path("victim/original").mkdir(parents=True)
@@ -199,7 +199,7 @@ def test_what_a_checkpoint_says_of_places_chooses_none(there, folder):
 
 
 def frames_of(epochs: list[int], epoch: int, tmp_path, monkeypatch) -> list[str]:
-    """Names of the images shown in the animation of a run of `epoch` epochs, where files of `epochs` are."""
+    """Names of the images in the animation of a run of `epoch` epochs, if the folder has files of `epochs`."""
     source, seen = tmp_path / "plots/generated_samples", list[str]()
     source.mkdir(parents=True)
     for number in epochs:

@@ -1,4 +1,4 @@
-"""A prior on frozen codes: what trains, what is cached, what it costs, and both stages from the command line."""
+"""A prior on frozen codes: what trains, what is cached, the cost of codes, and both stages from the command line."""
 
 import json
 import math

@@ -256,7 +256,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_a_member_that_lies_is_refused_in_one_line(workdir, capsys, what):
+def test_a_hostile_member_is_refused_in_one_line(workdir, capsys, what):
     name, member, message = HOSTILE[what]
     content = encoded(workdir)
     del content[name]
@@ -273,7 +273,7 @@ def test_a_member_that_lies_is_refused_in_one_line(workdir, capsys, what):
     assert not Path("back").exists()
 
 
-def test_a_member_that_stands_twice_is_refused(workdir, capsys):
+def test_a_member_that_occurs_twice_is_refused(workdir, capsys):
     content = encoded(workdir)
     np.savez("codes.npz", **content, filez=content["files"])
     Path("codes.npz").write_bytes(Path("codes.npz").read_bytes().replace(b"filez.npy", b"files.npy"))

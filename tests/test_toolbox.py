@@ -1,4 +1,4 @@
-"""Gradient estimators and the quantizers other than plain VQ, against an independent computation or library."""
+"""Gradient estimators, and quantizers other than plain VQ, agree with an independent computation or library."""
 
 import itertools
 import math

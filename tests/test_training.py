@@ -131,7 +131,7 @@ def test_a_run_logs_every_window_and_every_epoch(tmp_path):
     assert (content["step"], content["epoch"]) == (12, 4)
 
 
-def test_what_is_logged_are_means_over_steps(tmp_path):
+def test_logged_metrics_are_means_over_steps(tmp_path):
     train(tmp_path / "one", plan(log_every=1))
     steps = {row["step"]: row["loss"] for row in rows(tmp_path / "one") if row["kind"] == "train"}
     train(tmp_path / "run", plan())
@@ -424,7 +424,7 @@ def test_a_skipped_update_leaves_no_trace(codebook, tmp_path):
     loop.need_finite()
 
 
-def test_updates_are_skipped_in_a_row_at_most_so_often(tmp_path):
+def test_only_a_limited_number_of_updates_in_a_row_is_skipped(tmp_path):
     loop = Loop(Toy(), EXAMPLES * math.nan, LABELS, plan(on_nan="skip"), NullRun(tmp_path), {})
     for _ in range(MOST_SKIPPED):
         loop.train_step(torch.arange(6))

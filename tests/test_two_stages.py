@@ -1,4 +1,4 @@
-"""Presets of two stages, and a prior's stage whose data have other classes than the autoencoder's."""
+"""Presets of two stages, and priors that train on data with other classes than the data of the autoencoder."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def test_what_the_second_stage_would_refuse_is_refused_before_the_first_one_trai
     assert not [path for path in Path("logs").glob("*") if any(path.iterdir())]
 
 
-def test_flags_of_memory_and_of_the_end_of_training_are_of_both_stages():
+def test_flags_of_memory_and_of_the_end_of_training_apply_to_both_stages():
     line = LINE.replace("--hidden 256", "--nets sonnet hidden=8 --bottleneck vq code_dim=8 projection=yes")
     flags = "--accumulate 2 --clip 1 --ema-weights 0.5 --shuffle blocks"
     assert train(f"{line} {' '.join(SMALL_PIXELCNN)} --max-steps 2 --epochs 3 --name two {flags}") == 0

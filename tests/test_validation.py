@@ -1,4 +1,4 @@
-"""The validation split: what it consists of, what it decides, and that the test split decides nothing."""
+"""The validation split: its images, its decisions, and that the test split decides nothing."""
 
 import json
 import warnings
@@ -21,7 +21,7 @@ from vqvae.progress import WIDTH
 
 
 def numbered(n: int, *, shuffled: bool = False) -> Dataset:
-    """Images whose pixels and labels are their numbers."""
+    """Images whose pixels and labels are the images' numbers."""
     numbers = torch.arange(n)
     split = Images(numbers.to(torch.uint8).view(n, 1, 1, 1).expand(n, 1, 2, 2).contiguous(), numbers)
     return Dataset("numbers", split, split, shuffled=shuffled)

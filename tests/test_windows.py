@@ -37,7 +37,7 @@ def open_here() -> set[str]:
 
 @pytest.fixture
 def windows(monkeypatch):
-    """Files that are open cannot be renamed or removed, folders cannot be opened, and Unix is not there."""
+    """Emulate Windows: open files cannot be renamed or removed, folders cannot be opened, Unix modules are missing."""
     if sys.version_info < (3, 11):
         pytest.skip("pathlib and tempfile of Python 3.10 call functions of os that cannot be replaced")
     real = SimpleNamespace(replace=os.replace, rename=os.rename, unlink=os.unlink, rmdir=os.rmdir, open=os.open)
@@ -212,13 +212,13 @@ def test_events_that_tensorboard_has_open_keep_their_name(windows, tmp_path):
         "a\nb.png",
     ],
 )
-def test_names_that_windows_does_not_have_are_not_decoded_there(name):
+def test_names_that_windows_does_not_allow_are_not_decoded_there(name):
     assert not tokens._possible(name, windows=True)
     assert tokens._possible(name, windows=False)
 
 
 @pytest.mark.parametrize("name", ["cone.png", "a/b c.png", "com.png", "lpt10.png", "猫.png", "a.b.png", "'$x'.png"])
-def test_other_names_are(name):
+def test_all_other_names_are_decoded_on_windows(name):
     assert tokens._possible(name, windows=True)
 
 
