@@ -109,9 +109,9 @@ class Autoencoder(nn.Module):
         *,
         for_prior: Callable[[Latent], Latent] = lambda latent: latent,
     ) -> Elbo:
-        """The same for images whose features are known, to draw several times.
+        """Like `elbo`, but from the encoder's features, so that z can be drawn several times.
 
-        An objective may pass `for_prior` to change the latent that the prior sees, such as by stopping its gradient.
+        An objective may pass `for_prior` to change the latent that the prior sees, for example to stop its gradient.
         """
         with full_precision(x):
             bottleneck = _wide(self.bottleneck)
@@ -153,9 +153,9 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor, *, levels: int | None = None) -> Tensor:
-        """The images `[B, C, H, W]` (float in [0, 1]) of codes `[B, h, w]` (any integers, from 0 to num_codes - 1).
+        """The images `[B, C, H, W]` (float in [0, 1]) of codes `[B, h, w]` (any integer type, 0 to num_codes - 1).
 
-        With `levels`, from so many of the first levels of codes only. Raises ValueError for codes or levels out of
+        With `levels`, only that many of the first levels are decoded. Raises ValueError for codes or levels out of
         range, and for a model without codes.
         """
         bottleneck = self._need_codes("decode")
@@ -226,7 +226,7 @@ class Autoencoder(nn.Module):
         return next(self.parameters()).device
 
     def _unchanged(self) -> contextlib.AbstractContextManager[None]:
-        """Evaluation mode for a while, so that batch norm keeps its statistics when a model in training is used."""
+        """Evaluation mode within the block, so that batch norm keeps its statistics even during training."""
         return evaluating(self) if self.training else contextlib.nullcontext()
 
     def _need_codes(self, method: str) -> Discrete:

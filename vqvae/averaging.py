@@ -17,9 +17,10 @@ class AveragedWeights:
     """
 
     def __init__(self, module: nn.Module, decay: float, trained: Mapping[str, Tensor] | None = None):
-        """The module's weights are the first average.
+        """Start the average from the module's weights.
 
-        A checkpoint's weights are its averages; the module gets `trained`, the training weights beside them.
+        A checkpoint's weights are the averages. It stores the training weights, too: pass them as `trained`, and the
+        module gets them.
         """
         self.module, self.decay = module, decay
         self.other = {name: tensor.clone() for name, tensor in self._tensors().items()}
@@ -32,7 +33,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """Take the module's weights into the average, after that number of updates."""
+        """Add the module's weights to the average after update number `updates`, which counts from 0."""
         pairs = [(self.other[name], tensor) for name, tensor in self._tensors().items()]
         for average, tensor in pairs:
             if not tensor.is_floating_point():

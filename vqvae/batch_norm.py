@@ -1,4 +1,4 @@
-"""Batch norm whose statistics are of the whole batch, also where several processes share it.
+"""Batch norm with the statistics of the whole batch, even if several processes share the batch.
 
 B batch, C channels, H W pixels.
 """
@@ -15,10 +15,10 @@ from vqvae import distributed
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """torch's BatchNorm2d, with the statistics of the examples of all processes in training (1502.03167).
+    """torch's BatchNorm2d (1502.03167), which in training uses the statistics of all processes' examples.
 
-    So the processes take the step of one, and their running statistics are equal. Works on any device, as torch's
-    SyncBatchNorm does not, and with shares of different sizes.
+    So several processes train as one would, and their running statistics are equal. Shares may differ in size. Unlike
+    torch's SyncBatchNorm, it works on any device.
     """
 
     running_mean: Tensor
@@ -44,7 +44,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 @contextmanager
 def statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Undo at the end what batch norm has done to its running statistics."""
+    """Restore the running statistics of batch norm at the end of the block."""
     norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
     kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     try:
@@ -55,7 +55,7 @@ def statistics_kept(module: nn.Module) -> Iterator[None]:
 
 
 class _Normalize(torch.autograd.Function):
-    """y = (x - m) / sqrt(v + eps) * weight + bias, and m `[C]`, v `[C]` and the number of vectors they are of."""
+    """y = (x - m) / sqrt(v + eps) * weight + bias; also returns m `[C]`, v `[C]` and the number of vectors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:

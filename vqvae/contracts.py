@@ -1,4 +1,4 @@
-"""The contracts of the six slots: what a member must give, what it may give, and the values passed between them.
+"""The contracts of the six slots: the methods that a member must or may have, and the values passed between slots.
 
 Context names that a member's constructor may ask for (see registry.py):
 
@@ -46,7 +46,7 @@ class Latent(NamedTuple):
     stats: dict[str, Tensor]  # detached scalars to monitor, by name
     # [S*B, K, h, w] points of the simplex that replace the codes while a relaxed bottleneck trains
     assignments: Tensor | None = None
-    # [S, B] log q of independent draws whose only gradient to the encoder is that of the score function
+    # [S, B] log q of independent draws whose only gradient to the encoder is the score-function gradient
     score: Tensor | None = None
 
     @classmethod
@@ -85,7 +85,7 @@ class Latent(NamedTuple):
 class TrainOutput(NamedTuple):
     """The output of a module in the training loop."""
 
-    loss: Tensor  # scalar, to descend
+    loss: Tensor  # scalar, to minimize
     metrics: dict[str, Tensor]  # detached; scalars are means over the batch, others (code usage) sums over it
 
 
@@ -124,7 +124,7 @@ class Bottleneck(nn.Module):
     stochastic = False  # whether a draw may differ from the most likely latent
     relaxed = False  # whether z lies between codes in training, so that log p + log p(z) - log q is no bound
     start_vectors = 0  # feature vectors that `initialize` wants; 0 for none
-    scales: tuple[tuple[int, int], ...] = ()  # (h, w) of each, where the codes are those of one grid after the other
+    scales: tuple[tuple[int, int], ...] = ()  # (h, w) of each scale, if the codes are those of several grids
 
     def forward(self, features: Tensor, step: int) -> Latent:
         raise NotImplementedError
@@ -170,7 +170,7 @@ class Discrete(Bottleneck):
 
     @property
     def counted(self) -> bool:
-        """Whether each code has a count. Of more codes, evaluation counts those that occur, and training none."""
+        """Whether every code is counted. In larger codebooks, evaluation counts the codes that occur, training none."""
         return self.num_codes <= MOST_COUNTED
 
     def embed(self, codes: Tensor, levels: int | None = None) -> Tensor:
@@ -265,7 +265,7 @@ class Prior(nn.Module):
 
     sampling_options: tuple[str, ...]  # the fields of `sampling.Sampling` that `sample` takes
     exact = True  # whether `log_prob` is log p(z) itself; otherwise its mean over the noise is at most log p(z)
-    optimizer: OptimizerName = "adamw"  # that of its training on stored codes, unless another is asked for
+    optimizer: OptimizerName = "adamw"  # the default for training on stored codes
     anchor: Tensor  # scalar; samples have its device and dtype
 
     def __init__(self, grid: tuple[int, int]):
@@ -292,8 +292,8 @@ class Likelihood(nn.Module):
     Parameters come as `[B, P*C, H, W]`, parameter-major: all channels of the first parameter, then of the second.
     """
 
-    discrete = False  # whether it is a probability of 8-bit pixels, which has bits per dimension
-    stochastic = False  # whether `log_prob` is that of a random draw, whose exponential has the mean p(x|z)
+    discrete = False  # whether it gives probabilities of 8-bit pixels, and so bits per dimension
+    stochastic = False  # whether `log_prob` is random; the mean of its exponential is p(x|z)
     takes_points = False  # whether x may also be points of the plane, which are not in [0, 1]
     params_per_channel: int  # P
     log_normalizer = 0.0  # nats that -log p contains whatever the parameters are; `reconstruction` leaves them out
@@ -315,7 +315,7 @@ class Likelihood(nn.Module):
         raise NotImplementedError
 
     def check(self, images: Tensor) -> None:
-        """Raise `OptionError` for images `[N, C, H, W]` that it is no likelihood of. Optional."""
+        """Raise `OptionError` for images `[N, C, H, W]` that the likelihood does not fit. Optional."""
 
 
 class Objective(nn.Module):
@@ -342,7 +342,7 @@ class Objective(nn.Module):
     def parameter_groups(self, model: "Autoencoder", weight_decay: float) -> list[dict[str, Any]]:
         """Groups for optimizer.py: `params`, settings of AdamW, and `lr_scale`, which multiplies the scheduled rate.
 
-        Muon may train what a group with `kernels` has.
+        Muon may train the parameters of a group with `kernels`.
         """
         raise NotImplementedError
 
@@ -357,7 +357,7 @@ class Trainable(nn.Module):
         raise NotImplementedError
 
     def of_batch(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The metrics of a batch, with those that are functions of its sums. Its shares were added up before."""
+        """Add the metrics that are functions of a batch's sums, after the batch's shares were added up."""
         return metrics
 
     def summary(self, means: dict[str, Tensor]) -> dict[str, float]:

@@ -14,8 +14,8 @@ from vqvae.errors import OptionError
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # parameters of mallopt, from glibc's malloc.h
 WITHOUT_FLOAT64 = {"mps"}  # types of devices
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-IMAGES = range(16, 65)  # for fewer images a thread does not use oneDNN, and for one pixel each it is slow
-FEW = 256  # vectors for which oneDNN's overhead is as large as what it gains
+IMAGES = range(16, 65)  # with fewer images, one thread does not use oneDNN; with one pixel per image, oneDNN is slow
+FEW = 256  # vectors; with fewer, oneDNN's overhead is larger than its gain
 
 
 def widest_float(device: torch.device) -> torch.dtype:
@@ -51,9 +51,9 @@ def computes_bf16() -> bool:
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
-    """Within it, what is computed on the tensor's device has the precision of its inputs: no autocast."""
+    """A context without autocast on the tensor's device: operations have the precision of their inputs."""
     kind = x.device.type
-    # programs are exported without autocast, and get no region, which runtimes lack
+    # programs are exported without autocast, and some runtimes cannot run a region for it
     if torch.compiler.is_exporting() or not torch.amp.is_autocast_available(kind):
         return contextlib.nullcontext()
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
@@ -62,7 +62,7 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` of x `[..., D]`; in fp32 on a CPU with AVX-512 as a 1x1 convolution, which oneDNN computes.
 
-    There PyTorch's matrix product is MKL's, which uses AVX-512 on Intel's CPUs only: oneDNN is twice as fast on others.
+    PyTorch's matrix product on CPUs is MKL's, which uses AVX-512 only on Intel's: oneDNN is twice as fast on others.
     """
     count = x.numel() // x.shape[-1]
     fits = x.device.type == "cpu" and x.dtype == torch.float32 and count >= FEW

@@ -30,8 +30,8 @@ class MADE(nn.Module):
     """Masked autoencoder for distribution estimation (1502.03509): x `[B, d]` to `[B, outputs, d]`.
 
     Entry i of every output depends only on the inputs before i (after i with `reverse`). Inputs have degrees 1..d,
-    and hidden units cycle through 1..d - 1. A weight connects a unit to one of at least its degree; the output layer
-    requires a greater degree.
+    and hidden units cycle through 1..d - 1. A hidden weight leads to a unit of the same or a greater degree, an output
+    weight only to a greater one.
     """
 
     def __init__(self, dimensions: int, hidden: int, *, layers: int = 2, outputs: int = 2, reverse: bool = False):

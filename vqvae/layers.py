@@ -40,15 +40,15 @@ def _count_again(layer: Any, _: Any) -> None:
 class Quantizer(nn.Module):
     """Any bottleneck with codes as a layer, for features `[B, D, h, w]` or sequences `[B, N, D]`.
 
-    In training, the first batch fits the codebook (k-means, or what the bottleneck's start is) and every batch updates
-    it. In evaluation nothing changes, and each vector gets its most likely code. All of it is in `state_dict()`, and
-    what is loaded goes on: only a layer that was never trained fits its start.
+    In training, the first batch initializes the codebook (k-means, or the bottleneck's own method) and every batch
+    updates it. In evaluation nothing changes, and each vector gets its most likely code. `state_dict()` has the whole
+    state. A loaded layer continues its training: only a layer that was never trained initializes its codebook.
 
     Vectors of another dimension than `code_dim` (default: D) go through a 1x1 convolution, and z through another one
     back to D channels. The layer computes in the type of its weights or of the input, whichever is wider, within
     autocast too; z has the type of the input. So keep it in float32 within a model in half precision (`layer.float()`):
     a codebook in half precision cannot be trained, and raises ValueError. In a process group, such as DDP's, the
-    codebook is that of the vectors of all processes, which must all call the layer in training.
+    codebook is updated from the vectors of all processes, and all must call the layer in training.
 
         quantize = Quantizer("residual", 64, num_codes=256, quantizers=4)
         out = quantize(features)
@@ -136,9 +136,10 @@ class Quantizer(nn.Module):
         return latent
 
     def decode(self, codes: Tensor) -> Tensor:
-        """z of codes as `forward` returns them, `[B, D, h, w]` or `[B, N, D]`; with Q levels, of the first ones given.
+        """Decode codes in the form that `forward` returns to z, `[B, D, h, w]` or `[B, N, D]`.
 
-        Raises ValueError for codes that are no integers or out of range, and for other shapes.
+        With Q levels, `codes` may have only the first ones. Raises ValueError for codes that are not integers or out of
+        range, and for other shapes.
         """
         codes = check_codes(codes, self.num_codes, tuple(getattr(codes, "shape", ())[1:]))
         levels = f", {self.levels}" if self.levels > 1 else ""

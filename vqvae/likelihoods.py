@@ -1,8 +1,8 @@
 """Likelihoods: log p(x|z) in nats per example, given the decoder's output.
 
-Each defines the encoder's input, and how the decoder's output becomes an image: as the mean of the pixels, or as their
-median where its docstring says so. MSE, PSNR and plots are of that image. contracts.py gives the interface and the
-layout of the parameters.
+Each defines the encoder's input, and the image that the decoder's output gives: the mean of the pixels, or their median
+if its docstring says so. MSE, PSNR and plots use that image. contracts.py gives the interface and the layout of the
+parameters.
 
 B batch, C channels, H W pixels, P parameters per channel.
 """
@@ -95,9 +95,9 @@ class MSE(Likelihood):
         return params.sigmoid() if self.logits else params / self.scale + 0.5
 
     def _fit(self, error: Tensor) -> Tensor:
-        """The variance of the batch, of whose shares one has squared errors `[B]`; it moves the running mean.
+        """The variance of the whole batch, given the squared errors `[B]` of a share; updates the running mean.
 
-        It has no gradient. At the maximum of the likelihood its gradient would be zero.
+        The variance has no gradient. At the maximum of the likelihood its gradient would be zero.
         """
         if sums := shares.collect(error.sum(), error.new_tensor(len(error))):
             found = (sums[0] / (sums[1] * self.dimensions)).clamp(min=1e-9)
@@ -296,9 +296,9 @@ class DiscretizedLogistic(Likelihood):
 
 
 class LogSoftmaxAt(torch.autograd.Function):
-    """`F.cross_entropy` without its copies of the logits, which are large: only the gradient is as large as they are.
+    """`F.cross_entropy` without its copies of the logits, which are large; only their gradient is as large.
 
-    The forward pass takes a few images at a time and saves nothing else that is as large as they are.
+    The forward pass takes a few images at a time. Besides the logits, it saves nothing of their size.
     """
 
     @staticmethod

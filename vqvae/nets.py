@@ -63,8 +63,8 @@ def initialize_fan_in(net: nn.Sequential, *, truncate: bool = True) -> nn.Sequen
 def keep_scale(layers: Iterable[nn.Module]) -> None:
     """Scale the weights that `initialize_fan_in` drew, so that each convolution and its ReLU keep the second moment.
 
-    A ReLU halves it. Of the taps that Sonnet's fan-in of a transposed convolution counts, an output pixel sees one in
-    stride x stride.
+    A ReLU halves it. Sonnet's fan-in of a transposed convolution counts all taps of the kernel, but an output pixel
+    sees only one in stride x stride of them.
     """
     for layer in layers:
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
@@ -176,7 +176,7 @@ class Henrhoi(Nets):
     ):
         self.image_channels, self.channels, self.residual_layers = image_shape[0], hidden, residual_layers
         self.grid = divisible(image_shape, 4)
-        if self.grid == (1, 1):  # of a batch of one image, batch norm would get one vector
+        if self.grid == (1, 1):  # with a batch of one image, batch norm would get one vector
             raise OptionError("image_size", 4, "gives the batch norm of henrhoi a single vector per image; try 8")
 
     def encoder(self) -> nn.Module:
@@ -248,7 +248,7 @@ class SQVAE(Nets):
         self.image_channels, self.channels = image_shape[0], hidden
         self.residual_layers, self.middle = residual_layers, middle
         self.grid = divisible(image_shape, 4)
-        if self.grid == (1, 1):  # of a batch of one image, batch norm would get one vector
+        if self.grid == (1, 1):  # with a batch of one image, batch norm would get one vector
             raise OptionError("image_size", 4, "gives the batch norm of sqvae a single vector per image; try 8")
 
     def encoder(self) -> nn.Module:
@@ -572,7 +572,7 @@ class VQGAN(Nets):
     blocks with attention between them, group norm, swish, 3x3 to `features`. The decoder mirrors it with nearest
     upsampling, and has one block more per level. The bottleneck's projection is the published quant_conv.
 
-    ch_mult gives one level per number, of n times as many channels, and with L levels the code grid [H/s, W/s] with
+    ch_mult has one number per level, its channels in units of n. L levels give the code grid [H/s, W/s] with
     s = 2^(L-1): 1,2,2 has stride 4, 1,1,2,2 stride 8 and 1,1,2,2,4 stride 16. As published for images of 256 pixels:
     hidden=128 ch_mult=1,1,2,2,4 num_res_blocks=2 features=256 groups=32 attention=16 (29.3M + 42.5M parameters).
     """
@@ -596,7 +596,7 @@ class VQGAN(Nets):
             "levels with attention after every block, by their stride (attn_resolutions=16 at 256 pixels is 16)",
         ] = "none",
         middle_attention: Annotated[bool, "attention between the two middle blocks"] = True,
-        groups: Annotated[int, Range(1), "of group norm; the largest number up to it that divides all widths"] = 8,
+        groups: Annotated[int, Range(1), "groups of group norm; or the next lower number that divides all widths"] = 8,
     ):
         multipliers = whole_numbers(ch_mult)
         strides = [2**i for i in range(len(multipliers))]
@@ -610,7 +610,7 @@ class VQGAN(Nets):
         self.grid = divisible(image_shape, strides[-1])
         width = math.gcd(*(level.width for level in self.levels))
         self.groups = max(n for n in range(1, min(groups, width) + 1) if width % n == 0)
-        if self.grid == (1, 1) and self.levels[-1].width == self.groups:  # normalized, one value is always 0
+        if self.grid == (1, 1) and self.levels[-1].width == self.groups:  # a single value is normalized to 0
             size = Size(image_shape[1:])
             raise OptionError("image_size", size, f"leaves group norm one value per group; try {2 * strides[-1]}")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 FEW = 4  # channels that an image may have
-ADAMS_SIZE = 0.2  # of the entries of AdamW's steps, as a rule; rates of both are then alike
+ADAMS_SIZE = 0.2  # typical size of the entries of AdamW's steps, so that both take similar learning rates
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
-"""A batch in shares: several processes compute one each, or one process several, one after another.
+"""A batch in shares: several processes compute one share each, or one process computes several, one after another.
 
-A training step is the same however its batch is shared, up to rounding: noise is drawn for the whole batch, and each
-share takes its rows of it; what is computed from all examples (codebook sums, usage, batch norm, entropies) is summed
-over all shares. Where one process computes the whole batch, every function here does nothing and costs nothing.
+A training step is the same however its batch is shared, up to rounding. Noise is drawn for the whole batch, and each
+share takes its rows of the noise. Quantities of all examples (codebook sums, usage, batch norm, entropies) are summed
+over all shares. If one process computes the whole batch, every function here does nothing and costs nothing.
 
 A share's loss is its mean, weighted by its part of the batch. So the gradients of all shares add up to the batch's.
 """
@@ -26,10 +26,10 @@ class Sums:
 
     def __init__(self) -> None:
         self.totals: list[Tensor] = []
-        self.calls = 0  # of the share at hand
+        self.calls = 0  # of the current share
 
     def add(self, value: Tensor) -> Tensor:
-        """The sum so far."""
+        """Add a share's value to the sum of this call; returns the sum so far."""
         self.calls += 1
         if self.calls > len(self.totals):
             self.totals.append(value)
@@ -51,14 +51,14 @@ class Batch:
         numbers = range(distributed.rank() * parts, (distributed.rank() + 1) * parts + 1)
         stops = [number * least + min(number, longer) for number in numbers]
         self.shares = [slice(*pair) for pair in itertools.pairwise(stops)]
-        self.part = 0  # the share at hand
+        self.part = 0  # the current share
         self.sums = Sums()  # of `collect`
         self.means = Sums()  # of `mean_over`; over all shares once `rehearsed`
         self.rehearsing = self.rehearsed = False
 
     @property
     def rows(self) -> slice:
-        """The examples of the share at hand."""
+        """The examples of the current share."""
         return self.shares[self.part]
 
     @property
@@ -153,16 +153,16 @@ def seed(number: int) -> None:
 
 
 def number() -> int:
-    """The number of the share at hand among those of all processes."""
+    """The number of the current share among those of all processes."""
     return distributed.rank() if _batch is None else distributed.rank() * _batch.parts + _batch.part
 
 
 def draw(
     sample: Callable[..., Tensor], shape: Sequence[int], *, dim: int = 0, device: torch.device, **options: Any
 ) -> Tensor:
-    """`sample(shape)`, such as torch.rand's, where the examples of the share at hand are along `dim`.
+    """The current share's part of noise from `sample`, such as torch.rand; `shape` has its examples along `dim`.
 
-    Of several draws for each example, the first of all examples come first, then the second ones, as in `[S*B, ...]`.
+    With several draws for each example, the first draws of all examples come first, as in `[S*B, ...]`.
     """
     if _batch is None:
         return sample(tuple(shape), device=device, **options)
@@ -171,12 +171,12 @@ def draw(
 
 
 def whole(rows: int) -> int:
-    """How many rows the whole batch has, if the share at hand has so many."""
+    """How many rows the whole batch has, if the current share has `rows`."""
     return rows if _batch is None else rows // _batch.size * _batch.total
 
 
 def mine(rows: Tensor, dim: int = 0) -> Tensor:
-    """Of rows `[S*B, ...]` of the whole batch along `dim`, those of the share at hand."""
+    """The current share's part of the whole batch's rows `[S*B, ...]`, along `dim`."""
     if _batch is None:
         return rows
     unflat = rows.unflatten(dim, (-1, _batch.total))
@@ -200,9 +200,9 @@ def draw_alike(sample: Callable[..., Tensor], shape: Sequence[int], *, device: t
 
 
 def pick(rows: Tensor, count: int) -> Tensor:
-    """Random rows `[count, ...]` of the whole batch's `[N, ...]`, of which the share at hand has some.
+    """Random rows `[count, ...]` of the whole batch, given the current share's rows `[N, ...]`.
 
-    Those that others have are zero; the sum over the shares has all. Rows of one example must follow each other.
+    Rows of other shares are zero here; the sum over the shares has all. Rows of one example must follow each other.
     """
     if _batch is None:
         chosen = rows[torch.randint(len(rows), (count,), device=rows.device)]
@@ -217,7 +217,7 @@ def pick(rows: Tensor, count: int) -> Tensor:
 
 
 def collect(*tensors: Tensor) -> tuple[Tensor, ...] | None:
-    """The sums of tensors over all shares, in one message; None before this process's last share gave its own."""
+    """The sums of tensors over all shares, in one message; None until the last share of this process is added."""
     if _batch is None and distributed.world() == 1:
         return tensors
     if _batch and _batch.rehearsing:
@@ -231,9 +231,9 @@ def collect(*tensors: Tensor) -> tuple[Tensor, ...] | None:
 
 
 def mean_over(mean: Tensor, rows: int) -> Tensor:
-    """The mean over the whole batch, given that over the share's `rows`, which its gradient reaches.
+    """The mean over the whole batch, given the mean over the `rows` of the current share, which gets the gradient.
 
-    Only for what the loss is a function of, the same for all shares: then no gradient has to be exchanged.
+    Only for a loss that is the same function of the mean in all shares: then no gradient has to be exchanged.
     """
     if _batch is None and distributed.world() == 1:
         return mean

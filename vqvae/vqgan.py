@@ -17,7 +17,7 @@ EPSILON = 1e-6  # of every group norm
 
 
 class Level(NamedTuple):
-    """The layers of one resolution; the first level has that of the image, and each further one half of it."""
+    """The layers of one resolution: that of the image at the first level, then half the previous one."""
 
     width: int  # channels
     attends: bool  # whether attention follows each residual block

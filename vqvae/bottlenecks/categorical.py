@@ -66,8 +66,8 @@ class CategoricalPosterior(Discrete):
 
     options: SampledOptions
     stochastic = True
-    exact = False  # whether log q in training is its mean over draws, -H(q), instead of the draw's
-    scored = False  # whether the gradient of draws is that of the score function, which the objective adds
+    exact = False  # whether training replaces log q of the draw by its mean over draws, -H(q)
+    scored = False  # whether the objective adds the score-function gradient of the draws
     volume_change = 0.0  # 1 if w has a density, which flows change; 0 if w takes finitely many values
 
     def __init__(self, channels: int, grid: tuple[int, int], options: SampledOptions):
@@ -169,8 +169,8 @@ class CategoricalPosterior(Discrete):
 class Deterministic(CategoricalPosterior):
     """The nearest code with the gradient of the softmax: w = one-hot(argmin d), straight through softmax(-d).
 
-    Experiment 1 of the probabilistic VQ-VAEs. The gradient of `vq` is the identity's on the vector; here it reaches
-    the encoder through the distances to all codes. The posterior is one code, so log q = 0.
+    Experiment 1 of the probabilistic VQ-VAEs. `vq` copies the gradient past the codes; here it reaches the encoder
+    through the distances to all codes. The posterior is one code, so log q = 0.
     """
 
     stochastic = False
@@ -218,9 +218,9 @@ class Categorical(CategoricalPosterior):
     counts; otherwise every sample is decoded. The gradient is the published one: sum p dL/dw, without a
     score-function term for the draw.
 
-    With estimator=rloo every sample is decoded and the draw has no gradient of its own. The objective adds that of the
-    score function, with the mean of the other samples as the baseline (Kool et al. 2019; the baseline of VIMCO,
-    1602.06725, for the bound itself). It is unbiased: over draws its mean is the bound's exact gradient. The
+    With estimator=rloo every sample is decoded and the draw has no gradient of its own. The objective adds the
+    score-function gradient, with the mean of the other samples as the baseline (Kool et al. 2019; the baseline of
+    VIMCO, 1602.06725, for the bound itself). It is unbiased: its mean over draws is the bound's exact gradient. The
     commitment loss and the EMA of the codebook are not part of the bound.
     """
 
@@ -251,7 +251,7 @@ class GumbelOptions(SampledOptions):
     num_samples: Annotated[Count, "draws per position in training, each decoded; evaluation takes one, hard"] = 1
     temperature: Annotated[str, ScheduleText(above=0), "softmax temperature of a draw"] = "0.5"
     hard: Annotated[bool, "decode the one-hot of the largest w, straight through w"] = False
-    entropy: Annotated[Literal["draw", "exact"], "log q in training: that of the draw, or its exact mean"] = "draw"
+    entropy: Annotated[Literal["draw", "exact"], "log q in training: of the draw, or its mean over draws"] = "draw"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -309,7 +309,7 @@ def drawn_latent(log_p: Tensor, embed: Callable[[Tensor], Tensor]) -> Latent:
 
 @torch.no_grad()
 def _draw(log_p: Tensor, samples: int) -> Tensor:
-    """Codes `[S, ...]` of log probabilities `[..., K]`: the inverse distribution function of uniform numbers.
+    """Draw codes `[S, ...]` from log probabilities `[..., K]`, by inverting the cumulative distribution.
 
     torch.multinomial validates its input, which synchronizes with the GPU.
     """

@@ -45,7 +45,7 @@ class EMAOptions(CodeOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookOptions(EMAOptions):
-    """Options of a codebook that is learned either way."""
+    """Options of a codebook that is learned by EMA or by gradient."""
 
     init: Annotated[
         Literal["kmeans", "uniform", "fan-in", "normal"],
@@ -72,7 +72,7 @@ class CodebookOptions(EMAOptions):
             needs["spread"] = "init=kmeans"
         if self.codebook == "gradient":
             needs["epsilon"] = "codebook=ema"
-            if not self.revive:  # which counts usage
+            if not self.revive:  # revival needs the running counts
                 needs |= dict.fromkeys(("decay", "warmup"), "codebook=ema or revive above 0")
         return needs
 
@@ -82,7 +82,7 @@ class CodebookOptions(EMAOptions):
             projection.start_as_sonnet()
 
     def prepare(self, projection: nn.Module, features: Tensor) -> None:
-        """Standardize the projection's output for features `[B, channels, h, w]`, where k-means is to find the codes.
+        """Standardize the projection's output over features `[B, channels, h, w]`, if k-means will fit the codes to it.
 
         The first features are small and soon grow: codes fitted to them would be far from the next ones, and die.
         """
@@ -163,7 +163,7 @@ class Codebook(nn.Module):
     def ema_update(self, n: Tensor, sums: Tensor | None, f: Tensor, step: int) -> None:
         """Update the running counts by n `[K]` and the running means by sums `[K, D]`, then revive dead codes.
 
-        Without `sums`, which are overwritten, the optimizer trains the vectors. f `[N, D]` are the vectors onto which
+        `sums` is overwritten; it is None if the optimizer trains the vectors. f `[N, D]` are the vectors onto which
         dead codes may move.
 
         Raises ValueError in half precision, in which a running mean loses its small steps.
@@ -200,8 +200,8 @@ class Codebook(nn.Module):
     def _revive(self, replacement: Tensor, decay: float) -> None:
         """Move dead codes onto `replacement`, random vectors of the batch `[K, D]`."""
         average = self.counts.sum() / len(self.counts)
-        # Counts are judged only after enough batches (23 with a decay of 0.99), and only if the batches that they
-        # remember, 1 / (1 - decay), use every second code on average.
+        # Counts are judged only after enough batches (23 with a decay of 0.99), and only if the last 1 / (1 - decay)
+        # batches have at least one vector for every two codes.
         judged = (self.debias > 0.2) & (average > (1 - decay) / 2)
         dead = (self.counts < self.options.revive * average) & judged  # [K]
         torch.where(dead.unsqueeze(1), replacement, self.vectors, out=self.vectors)
@@ -254,7 +254,7 @@ def enough_vectors(num_codes: int) -> int:
 
 
 def _with_jittered_copies(points: Tensor, count: int) -> Tensor:
-    """Points `[N, D]`, and as many jittered copies of random ones as make them `count`."""
+    """Extend points `[N, D]` to `count` rows with jittered copies of random ones."""
     repeats = points[torch.randint(len(points), (count - len(points),))]
     std = points.std(correction=min(1, points.numel() - 1))  # a single number varies by 0
     return torch.cat([points, repeats + 0.01 * torch.where(std > 0, std, 1.0) * torch.randn_like(repeats)])

@@ -152,7 +152,7 @@ class ResidualVQ(MultiCodebook):
     def draw_depth(self) -> int:
         if not self.options.dropout:
             return self.levels
-        # alike, because processes that updated different levels would wait for each other's sums forever
+        # the same in all processes: if they updated different levels, they would wait for each other's sums forever
         cpu = torch.device("cpu")
         few = shares.draw_alike(partial(torch.randint, 1, self.levels + 1), (), device=cpu)
         drops = shares.draw_alike(torch.rand, (), device=cpu) < self.options.dropout
@@ -206,8 +206,8 @@ class Hierarchy(Discrete):
     features together with the decoded top. K and D are those of one level; the decoder's input is
     z = [up(top), bottom] with 2 D channels.
 
-    The code grid `[B, h/2 + 2 h, w/2]` has the top's rows first, then every bottom row as its even and its odd
-    columns. So a prior in raster order predicts the top first, and codes of one place are in one column.
+    The code grid `[B, h/2 + 2 h, w/2]` has the top's rows first. Each bottom row follows as two rows, its even and its
+    odd columns. So a prior in raster order predicts the top first, and codes of the same place share a column.
     """
 
     level_names = ("top", "bottom")

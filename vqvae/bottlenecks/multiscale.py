@@ -27,7 +27,7 @@ class MultiScaleOptions(CodebookOptions):
 
 
 class Search(NamedTuple):
-    """The codes of all scales and what led to them."""
+    """The codes of all scales, the vectors that they quantize, and the sums of their vectors."""
 
     given: list[Tensor]  # [B, D, h_s, w_s], the vectors to quantize at each scale
     codes: list[Tensor]  # [B, h_s, w_s]
@@ -47,8 +47,8 @@ class MultiScale(Discrete):
     Loss: beta * mean over scales of mean (f - sg sum_(i<=s) z_i)^2, and mean (sg f - sum_(i<=s) z_i)^2 for the
     convolutions and a codebook that is trained by gradient.
 
-    The code grid `[B, tokens, 1]` has the scales one after the other, the coarsest first, each row by row; that of one
-    scale is `[B, h, w]`.
+    The code grid `[B, tokens, 1]` has the scales one after the other, the coarsest first, each row by row. With only
+    one scale it is `[B, h, w]`.
     """
 
     options: MultiScaleOptions
@@ -82,7 +82,7 @@ class MultiScale(Discrete):
         return self.codebooks[0 if self.options.shared else scale]
 
     def per_book(self, scales: list[Tensor]) -> list[Tensor]:
-        """The rows `[N, ...]` for each codebook, given those of each scale, `[B, h_s w_s, ...]`; image by image."""
+        """Regroup the rows of each scale, `[B, h_s w_s, ...]`, as rows `[N, ...]` for each codebook, image by image."""
         return [part.flatten(0, 1) for part in ([torch.cat(scales, dim=1)] if self.options.shared else scales)]
 
     def maps(self, codes: Tensor) -> dict[str, Tensor]:

@@ -60,10 +60,10 @@ def search_with_triton(z: Tensor, codebook: Tensor, bias: Tensor) -> Tensor | No
 
 
 def search_on_cpu(z: Tensor, codebook: Tensor) -> Tensor:
-    """The search on a CPU, a tile of vectors and a block of codes at a time, whose scores stay in the cache.
+    """Search on a CPU, one tile of vectors and one block of codes at a time, so that the scores stay in the cache.
 
-    There argmax over rows takes as long as the matrix product, and maxima almost no time: the maxima of groups of codes
-    give the best group of a block, and only that group is searched.
+    On a CPU, argmax over rows takes as long as the matrix product, and maxima take almost no time. So the maxima of
+    groups of codes give the best group of a block, and only that group is searched.
     """
     last = len(codebook) - 1
     if missing := -len(codebook) % GROUP:  # copies of the last code complete the last group

@@ -22,8 +22,9 @@ LabelDrop = Annotated[
 class CodePrior(Prior):
     """A distribution over codes `[B, h, w]`, conditional on labels if `num_classes` > 0.
 
-    With `label_drop` > 0, training replaces that share of labels by one more class, `num_classes`, which stands for all
-    of them: classifier-free guidance (2207.12598) compares the two. Members have `label_rows` embeddings of classes.
+    With `label_drop` > 0, training replaces that share of labels by an additional class, `num_classes`, which means "no
+    label". Classifier-free guidance (2207.12598) compares the logits with and without labels. Members have `label_rows`
+    embeddings of classes.
     """
 
     sampling_options: tuple[str, ...] = ("temperature", "top_k", "top_p", "guidance")
@@ -50,7 +51,7 @@ class CodePrior(Prior):
         return labels.masked_fill(dropped, self.num_classes)
 
     def with_and_without(self, labels: Tensor | None) -> Tensor | None:
-        """The labels `[n]`, then as many that are dropped, `[2n]`: what `guided` needs the logits of."""
+        """The labels `[n]` and then n dropped labels, `[2n]`, for the logits that `guided` combines."""
         return None if labels is None else torch.cat([labels, torch.full_like(labels, self.num_classes)])
 
     def check_given(self, n: int, given: tuple[Tensor, int] | None) -> tuple[Tensor, int]:
@@ -85,7 +86,7 @@ class CodePrior(Prior):
         return labels.to(self.anchor.device)
 
     def sample_labels(self, n: int, labels: Tensor | None) -> Tensor | None:
-        """The same for sampling. Raises ValueError for labels that the prior would ignore."""
+        """Like `check_labels`, for sampling. Also raises ValueError for labels that the prior would ignore."""
         if labels is not None and not self.num_classes:
             raise ValueError("this prior is not conditional and takes no labels")
         return self.check_labels(n, labels.cpu() if isinstance(labels, Tensor) else labels)
@@ -97,7 +98,7 @@ def number(name: str, kind: type, value: Any, rule: Range) -> Any:
 
 
 def check_count(n: Any) -> int:
-    """A number of samples."""
+    """Check a number of samples. Raises `OptionError`, a ValueError, unless it is a whole number from 0 up."""
     return number("n", int, n, Range(0))
 
 

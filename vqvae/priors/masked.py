@@ -52,12 +52,12 @@ class Masked(CodeTransformer):
 
         log p(x) >= E_s sum_i log p(x_(s_i) | x_(s_<i)) = E_m E_M L/m sum_(i in M) log p(x_i | x without M)
 
-    for m uniform in 1..L and M a uniform set of m positions. Training descends it with one M per example; evaluation
-    averages `draws` of them.
+    for m uniform in 1..L and M a uniform set of m positions. Training maximizes it with one M per example; evaluation
+    averages over `draws` of them.
 
-    Residual blocks of convolutions come before the attention. A position without a code sees nothing until attention
-    has learned where its neighbors are; convolutions know. On MNIST's 7x7 codes of 128, 200 steps reached 3.1 bits per
-    code with three blocks only, and 4.3, in more time, with six layers of attention only.
+    Residual blocks of convolutions come before the attention. Attention has to learn where the neighbors of a position
+    are; convolutions know from the start. On MNIST's 7x7 codes of 128, 200 steps reached 3.1 bits per code with three
+    blocks only, and 4.3, in more time, with six layers of attention only.
     """
 
     sampling_options = (*CodeTransformer.sampling_options, "steps", "choice_temperature")
@@ -197,8 +197,8 @@ class Masked(CodeTransformer):
 def masks(examples: int, length: int, draws: int, device: torch.device) -> list[Tensor]:
     """`draws` random sets of positions for each example, `[examples, length]` (bool).
 
-    Each has m positions, m uniform in 1..length, and is uniform among those of its size. The sizes of one example's
-    sets are spread evenly, and so are those of the examples: the mean over both varies less (2107.00630, appendix I.1).
+    Each has m positions, m uniform in 1..length, and is uniform among the sets of its size. The sizes are spread evenly
+    over an example's sets and over the examples, so that the mean varies less (2107.00630, appendix I.1).
     """
     how: Any = {"device": device, "generator": shares.generator(device)}
     offsets = (torch.randperm(examples, **how) + torch.rand(examples, **how)) / max(examples, 1)

@@ -110,7 +110,7 @@ class PixelCNN(AutoregressivePrior):
         return PixelCNNStepper(self, n, labels)
 
     def net(self, x: Tensor, labels: Tensor | None, convolve: Convolve) -> Tensor:
-        """Logits of embeddings `[B, n, h, w]`, or of one position `[B, n, 1, 1]`, as `convolve` has it."""
+        """Logits of embeddings `[B, n, h, w]`, or of one position `[B, n, 1, 1]`, depending on `convolve`."""
         x = convolve(self.first, x)
         if self.classes is not None:
             x = x + self.classes(labels)[:, :, None, None]
@@ -185,7 +185,7 @@ class GatedLayer(nn.Module):
 
 
 class GatedPixelCNN(AutoregressivePrior):
-    """Gated PixelCNN (1606.05328): its vertical and horizontal stacks see every earlier position.
+    """Gated PixelCNN (1606.05328): a vertical and a horizontal stack, which together have no blind spot.
 
     An input layer of type A, `layers` of type B, ReLU, 1x1 to `head`, ReLU, 1x1 to the logits.
     """

@@ -38,10 +38,11 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None, start: int = 0, mask: Tensor | None = None
     ) -> Tensor:
-        """The whole sequence x `[B, L, D]`, or the positions from `start` on, `[B, n, D]`, with a cache.
+        """Process the whole sequence x `[B, L, D]` or, with a cache, the n positions from `start` on, `[B, n, D]`.
 
-        The cache consists of keys and values, `[B, heads, L, D/heads]`; those of the positions are written into it, and
-        the positions see all before them and each other. `mask` `[L, L]` says which position (row) sees which.
+        The cache has the keys and the values, `[B, heads, L, D/heads]` each. Those of the n positions are written into
+        it, and these positions see each other and all earlier ones. `mask` `[L, L]` says which position (row) sees
+        which.
         """
         parts = self.qkv(self.norm_attention(x)).chunk(3, -1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
@@ -123,7 +124,7 @@ class Transformer(CodeTransformer, AutoregressivePrior):
     """
 
     scale: Tensor  # [L], which scale a position belongs to
-    source: Tensor  # [L], which of the codes, after the start, is a position's input
+    source: Tensor  # [L], index of a position's input in [start, code 1, code 2, ...]
 
     @checked
     def __init__(
@@ -159,7 +160,7 @@ class Transformer(CodeTransformer, AutoregressivePrior):
 
 
 def sources(scales: tuple[tuple[int, int], ...]) -> Tensor:
-    """For each position of multi-scale codes, 1 + the position of the code that covers it in the scale before, or 0."""
+    """For each position, 1 + the index of the code that covers it in the previous scale; 0 in the first scale."""
     parts, first = [torch.zeros(scales[0][0] * scales[0][1], dtype=torch.int64)], 1
     for (h, w), (height, width) in itertools.pairwise(scales):
         rows, columns = torch.arange(height) * h // height, torch.arange(width) * w // width
