@@ -1,7 +1,7 @@
-"""Readers of pickles and of what torch.save and numpy.savez write, for files from strangers.
+"""Safe readers of pickles and of files from torch.save and numpy.savez, for files from strangers.
 
 Nothing in a file is executed, every size in it is checked before it is used, and time and memory are proportional to
-the length of the file. The functions raise any exception for damaged or hostile files.
+the length of the file. For a damaged or hostile file, the functions may raise any exception.
 """
 
 import math
@@ -33,14 +33,14 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-ALWAYS_FITS, RATIO = 2**26, 300  # bytes that arrays may have whatever the file's size, and per byte of a larger file
+ALWAYS_FITS, RATIO = 2**26, 300  # bytes that arrays may have from any file, and per byte of a larger file
 
 
 def read_torch(file: BinaryIO) -> Any:
-    """Read a file of torch.save: plain values, dictionaries, lists, tuples and tensors, which come to the CPU.
+    """Read a file of torch.save: plain values, dictionaries, lists, tuples and tensors (on the CPU).
 
-    torch.load is not used: it reads past the end of a tensor whose size the file exaggerates, and hashes keys and
-    allocates byte arrays as the file tells it to.
+    torch.load is not used. It reads past the end of a tensor whose size the file exaggerates. It also hashes any keys
+    and allocates any byte arrays that the file asks for.
     """
     members = _members(file)
     if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
@@ -72,7 +72,7 @@ def read_torch(file: BinaryIO) -> Any:
 
 
 def _tensor(values: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
-    """A view of a storage. The arguments after these say whether it needs a gradient."""
+    """A view of a storage. The remaining arguments, such as `requires_grad`, are ignored."""
     numbers = [offset, *expect(size, tuple), *expect(stride, tuple)]
     if not isinstance(values, Tensor) or any(expect(number, int) < 0 for number in numbers):
         raise ValueError("a tensor without values or shape")
@@ -132,11 +132,11 @@ class Built:
 
 
 def unpickle(raw: bytes, known: Mapping[str, Any], persistent: Callable[[Any], Any] | None = None) -> Any:
-    """The value of a pickle, which is interpreted here: `pickle` would execute it.
+    """Interpret a pickle and return its value; `pickle` would execute code in it.
 
-    `known` are the names that it may use, `"module name"`, and what stands for them; it may call the functions among
-    them. `persistent` gives the value of a persistent id. Strings of Python 2 are read as Latin-1. Attributes of
-    dictionaries are ignored. No instruction copies what is on the stack, and keys are hashed in constant time.
+    `known` maps each name that the pickle may use, `"module name"`, to its value; the pickle may call those that are
+    functions. `persistent` gives the value of a persistent id. Strings of Python 2 are read as Latin-1. Attributes of
+    dictionaries are ignored. No instruction copies values on the stack, and keys are hashed in constant time.
     """
     machine = _Machine(known, persistent)
     for count, (opcode, value, _) in enumerate(pickletools.genops(raw)):
@@ -213,7 +213,7 @@ class _Machine:
         elif name == "REDUCE":
             function, arguments = stack.pop(-2), expect(stack.pop(), tuple)
             if not callable(function):
-                raise ValueError("it calls what is no function")
+                raise ValueError("it calls something that is not a function")
             stack.append(function(*arguments))
         else:
             state = stack.pop()
@@ -231,7 +231,7 @@ class _Machine:
 
 
 class Forbidden(ValueError):
-    """A pickle asks for a class, a function or an instruction that it does not get."""
+    """A pickle asks for a class, a function or an instruction that is not allowed."""
 
     def __init__(self, asked: str):
         super().__init__(f"it asks for {asked}, which such a file never needs")

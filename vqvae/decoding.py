@@ -26,7 +26,7 @@ PACKAGES = {"HEIF": "pillow-heif", "AVIF": "pillow-avif-plugin"}  # format -> th
 BRANDS = {
     "AVIF": {b"avif", b"avis"},
     "HEIF": {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"},
-}  # of the formats in PACKAGES, in their first bytes
+}  # words in the first bytes of a file in a format of PACKAGES
 MOST_MEMORY = 500 * 2**20  # bytes to decode one image
 LARGEST_FILE = 240 * 2**20  # bytes; a decoder may read the file twice
 BITS_PER_SAMPLE, TILE_WIDTH, TILE_LENGTH = 258, 322, 323  # tags of TIFF
@@ -92,7 +92,7 @@ def decode(file: BinaryIO, shape: Shape) -> np.ndarray:
     """
     from PIL import Image, ImageOps
 
-    # `_open` refuses smaller images than Pillow warns of. warnings.catch_warnings is not safe in threads.
+    # Pillow warns only of images that `_open` refuses anyway. warnings.catch_warnings is not safe in threads.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     image: Image.Image = _open(file)
     ImageOps.exif_transpose(image, in_place=True)
@@ -165,7 +165,7 @@ def _module(name: str) -> str:
 
 
 def _optional_format(file: BinaryIO) -> str | None:
-    """The format in PACKAGES that a file has, made known to Pillow, or None.
+    """Detect a format in PACKAGES and register it with Pillow; None for other formats.
 
     Raises `ValueError` that names the package if it is not installed.
     """
@@ -186,7 +186,7 @@ def _optional_format(file: BinaryIO) -> str | None:
 
 
 def _open(file: BinaryIO) -> "ImageFile.ImageFile":
-    """The image of a file, not yet decoded, if it can be decoded within bounds.
+    """Open an image without decoding it. Raises `ValueError` if decoding would take too much memory or time.
 
     The bytes per pixel are the peaks of `read_image`, measured for every format and mode: 4 in memory, the rest for
     copies, for coefficients of progressive JPEG (6), for float64 (8), and for the canvases of WebP and AVIF (12).

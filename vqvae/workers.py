@@ -38,9 +38,10 @@ def cores() -> int:
 
 
 def read_all(reads: Iterable[Read], count: int) -> Iterator[bytes | str]:
-    """The bytes of images, in order, or why an image cannot be read. One process reads here, others are started.
+    """The bytes of images, in order, or why an image cannot be read.
 
-    They end when this process does, however it ends.
+    If `count` is 1, this process reads them; otherwise `count` processes are started. They end when this process does,
+    however it ends.
     """
     if count == 1:
         yield from map(attempt, reads)
@@ -76,7 +77,7 @@ class Workers:
         self.lock, self.ended = threading.Lock(), False
 
     def read(self, reads: list[Read]) -> list[bytes | str]:
-        """The images' bytes, or reasons. A decoder that ends its process has read an image that cannot be read."""
+        """The images' bytes, or reasons. If a decoder ends its process, its image counts as unreadable."""
         process = self._process()
         try:
             pickle.dump(reads, process.stdin)

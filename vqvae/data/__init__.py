@@ -54,8 +54,8 @@ def load(
     makes no such split.
 
     Images of folders, npz, parquet and tar files come from a cache on this machine; `rescan` converts all of them
-    again. `part` = (number, count) takes one of `count` parts of their training images, with all held-out ones: the
-    cache has no others. `limit` is then that of all parts together.
+    again. `part` = (number, count) loads one of `count` parts of the training images, and all held-out images; the
+    cache stores only these. `limit` then counts the images of all parts together.
 
     Images are scaled to `image_size`: pixels a side (64), or height and width ((96, 128) or "96x128"). Their aspect
     changes, except where the data set has the option `resize`.

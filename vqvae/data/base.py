@@ -67,10 +67,10 @@ class Dataset(NamedTuple):
             raise OptionError(option, None, f"the data set {self.name} has no labels{why}; leave it out")
 
     def with_validation(self, share: float) -> "Dataset":
-        """The data with a share of the training images, at least one, in a validation split instead.
+        """Move a share of the training images, at least one, to a validation split.
 
-        The images are the same whatever the seed of a run. Those that are mapped from a cache stay so: they are
-        shuffled already, and a slice of them is not copied.
+        The choice does not depend on a run's seed. Images that are mapped from a cache stay mapped: they are already
+        shuffled, so a slice of them is enough.
         """
         images, labels = self.train
         count = validation_count(share, len(images))

@@ -25,8 +25,8 @@ WINDOW = 64  # blocks among which examples are shuffled
 def batch_indices(count: int, batch_size: int, *, seed: int, epoch: int, block: int | None = None) -> Tensor:
     """The shuffled indices of one epoch, `[steps, batch_size]` int64, a pure function of (seed, epoch).
 
-    The last count % batch_size indices are dropped. With `block`, blocks of so many neighbors are shuffled, and then
-    the indices within each `WINDOW` of them.
+    The last count % batch_size indices are dropped. With `block`, blocks of that many neighbors are shuffled, and then
+    the indices within each group of `WINDOW` blocks.
     """
     steps = count // batch_size
     draws = generator(seed, "order", epoch)
@@ -117,7 +117,7 @@ def pixel_variance(images: Tensor) -> float:
 
     At least 1e-6, because errors are divided by it.
     """
-    if images.dtype == torch.uint8 and images[0].numel() > 3 * 32 * 32:  # smaller ones keep the bits of earlier runs
+    if images.dtype == torch.uint8 and images[0].numel() > 3 * 32 * 32:  # smaller images: below, as earlier runs did
         return max(_counted_variance(images[:50_000]) / 255**2, 1e-6)
     tiles = images[:50_000].split(2048)
     count = sum(tile.numel() for tile in tiles)

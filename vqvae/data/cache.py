@@ -38,9 +38,9 @@ try:
 except ImportError:  # Windows, which removes no file that is open
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 5  # of the caches; those of another one are made again
-FEW = 100  # images that one process reads before others have started
-NOTED = 64  # images after which an unfinished conversion notes what it has
+FORMAT = 5  # of the caches; images in a cache of another format are converted again
+FEW = 100  # images that one process can read before other processes would have started
+NOTED = 64  # images between two entries in the journal of a conversion
 BACKDATED = 10 * 10**9  # ns
 
 
@@ -50,7 +50,7 @@ class Contents(NamedTuple):
     names: list[str]  # of the images, with `/` between their parts: folders are splits and classes
     labels: list[str | None] | None = None  # names of their classes; None if folders are the classes
     classes: list[str] | None = None  # all names, in the order of their labels; None if the labels are to be ordered
-    stamps: list[str] | None = None  # differ where an image of one name has changed; None if all change together
+    stamps: list[str] | None = None  # one per image, changes with the image; None if all images change together
 
 
 class Source(Protocol):
@@ -64,20 +64,20 @@ class Source(Protocol):
         """JSON that changes when any image does."""
 
     def contents(self) -> Contents:
-        """Raises `UserError` for a damaged source."""
+        """The names of the images and their labels. Raises `UserError` for a damaged source."""
 
     def images(self, chosen: Sequence[int], shape: Shape) -> Iterator[tuple[int, Read]]:
         """The images of these indices into `contents`, in any order, each with its index.
 
-        Another process may read an image, which imports no torch for it.
+        Reading an image imports no torch, because another process may do it.
         """
 
     def access(self, name: str) -> list[int]:
-        """Differs where an image may be read by others than before."""
+        """Values that change if other users may now read an image, or no longer."""
 
 
 class Part(NamedTuple):
-    """The part of the training images that one of several machines has; all have the held-out ones."""
+    """One machine's part of the training images. Every machine has all held-out images."""
 
     number: int
     total: int
@@ -91,7 +91,7 @@ class Reading(NamedTuple):
     rescan: bool = False  # convert all images again
     number: int = 0  # of this machine's part of the training images
     total: int = 1
-    validation: float | None = None  # the share of them in a validation split that is no folder; None: no such split
+    validation: float | None = None  # the share of them in a validation split, unless a folder is one; None: no split
 
 
 class CachedImages(NamedTuple):
@@ -102,19 +102,19 @@ class CachedImages(NamedTuple):
     unreadable: dict[str, str]  # names of the others, and why they cannot be read
     labels: list[str | None]  # names of their classes
     classes: list[str] | None  # all names, in the order of their labels, if the source has such an order
-    unused: list[str]  # names of images that are in none of the folders that are splits
+    unused: list[str]  # names of images outside the folders of the splits
     layout: Layout
-    sizes: list[int] | None  # of the training, validation and test split, where the cache is a part
+    sizes: list[int] | None  # of the training, validation and test split, if the cache is a part
 
 
 def cached(source: Source, shape: Shape, part: Part | None = None, *, rescan: bool = False) -> CachedImages:
-    """The images of a source, those of the test split last: each split is one slice of the mapped array.
+    """The images of a source, the test split last: each split is one slice of the mapped array.
 
-    Images outside the folders that are splits are left out. Raises `UserError` if no image is left, or if the cache
+    Images outside the folders of the splits are left out. Raises `UserError` if no image is left, or if the cache
     cannot be written.
 
-    The cache is an array and an index with a checksum of itself and of each image. What an earlier cache of the same
-    source, a damaged one or an unfinished one has of the images is used again, unless `rescan` asks for all of them.
+    The cache is an array and an index with checksums of the index and of each image. Images in an earlier, damaged or
+    unfinished cache of the same source are used again, unless `rescan` is set.
     """
     recipe = [FORMAT, source.kind, *shape, optional_formats()]
     facts = json.dumps([recipe, part, source.facts()])
@@ -208,14 +208,14 @@ class _Plan(NamedTuple):
 def _convert(
     plan: _Plan, source: Source, shape: Shape, array: Path, index: Path, about: dict[str, Any], rescan: bool
 ) -> dict[str, Any]:
-    """Write the readable images as a .npy file `[all, C, H, W]`, zeros at its end, and its index; returns the index.
+    """Write the readable images as a .npy file `[all, C, H, W]`, padded with zeros, and its index; returns the index.
 
-    The index has the fields of `CachedImages` without the images, where each unreadable one has its `access`, `stamp`
-    and the `reason`; the recipe (`about`); the `stamps` and checksums (`sums`) of the images; and the modification time
-    of the array (`written`), from which that of any later write differs.
+    The index has the fields of `CachedImages` except the images. An unreadable image has its `access`, its `stamp` and
+    the `reason`. The index also has the recipe (`about`), the `stamps` and checksums (`sums`) of the images, and the
+    modification time of the array (`written`), which any later write changes.
 
-    A journal notes the images that are converted, so that a conversion that is killed can be continued. The caches that
-    the new one replaces are removed, where locks tell that no process uses them.
+    A journal lists the converted images, so that a conversion that is killed can be continued. The caches that the new
+    one replaces are removed, if locks show that no process uses them.
     """
     names, stamps = plan.contents.names, plan.contents.stamps or []
     partial, journal = partial_of(array), partial_of(index)
@@ -325,7 +325,7 @@ class _Rows:
         self.out.write(pixels)
 
     def close_gaps(self) -> list[int]:
-        """Move the images forward, so that they follow each other, with zeros behind them; returns their rows."""
+        """Move the images forward to fill gaps, with zeros after the last one; returns their former rows."""
         kept = [row for row, known in enumerate(self.sums) if known is not None]
         self.out.flush()
         with open(self.out.name, "rb") as written:
@@ -378,7 +378,7 @@ def _backdate(out: BinaryIO) -> int:
 
 
 def _stored(array: Path, index: Path, source: Source) -> dict[str, Any] | None:
-    """The content of the index of a cache, None if the cache is absent, damaged, or lacks what can be read by now."""
+    """The content of a cache's index; None if the cache is absent, damaged, or lacks images that are now readable."""
     try:
         content = _index(index)
         whole = _is_whole(array, content)
@@ -421,7 +421,7 @@ def _is_whole(array: Path, content: dict[str, Any]) -> bool:
 
 
 def _mapped(array: Path) -> np.ndarray:
-    """The array of a cache, `[N, C, H, W]` uint8. As long as it exists, `remove` leaves the cache.
+    """The array of a cache, `[N, C, H, W]` uint8. `remove` does not remove the cache while the array exists.
 
     Copy-on-write: PyTorch expects writable memory, and the file must stay unchanged.
     """
@@ -433,7 +433,7 @@ def _mapped(array: Path) -> np.ndarray:
 
 
 def _share(file: int) -> None:
-    """Lock an open file for `remove`, until it is closed. Where there are no locks, Windows removes no open file."""
+    """Lock an open file against `remove`, until it is closed. Windows has no such locks, but keeps open files."""
     if fcntl:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -475,7 +475,7 @@ def _read_index(path: Path) -> tuple[dict[str, Any], list[Image]]:
 
 
 def _write_journal(path: Path, entries: Sequence[Any]) -> None:
-    """Note what an unfinished conversion is of, or has. It goes on where it cannot note that."""
+    """Note the source of a conversion, or its images so far. If this fails, the conversion goes on."""
     with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
         file.write("".join(f"{json.dumps(entry)}\n" for entry in entries))
 
@@ -611,7 +611,7 @@ def position(path: str) -> float:
 
 
 def train_count(train: Sequence[bool]) -> int:
-    """How many images train, given which of them should; each split has one at least."""
+    """The size of the training split, given which images should be in it; each split has at least one image."""
     return min(max(sum(train), 1), len(train) - 1)
 
 
@@ -627,8 +627,8 @@ class Cache(NamedTuple):
     kind: str  # of its source; "" if unknown
     source: str  # path
     shape: list[int]  # [N, C, H, W], or empty
-    resize: str  # how images of another shape became so; "" if unknown
-    done: int | None  # images that an unfinished one has
+    resize: str  # how images of another shape were resized; "" if unknown
+    done: int | None  # images so far in an unfinished cache; None if finished
     part: list[int] | None  # its number, and how many parts there are
 
 
@@ -680,7 +680,7 @@ def _are_counts(values: Any, length: int) -> bool:
 
 
 def remove(cache: Cache) -> bool:
-    """Remove the files of a cache. False if a process uses it, which leaves it whole.
+    """Remove the files of a cache. If a process uses the cache, remove nothing and return False.
 
     Raises `UserError` for files that cannot be removed.
     """
@@ -688,7 +688,7 @@ def remove(cache: Cache) -> bool:
 
 
 def _remove(files: Sequence[Path], *, unsure: bool) -> bool:
-    """See `remove`; `unsure`: also where there are no locks to tell whether a process uses them."""
+    """See `remove`. With `unsure`, remove files even if no lock can tell whether a process uses them."""
     with contextlib.ExitStack() as stack:
         for path in files if fcntl else ():
             try:

@@ -1,6 +1,6 @@
-"""Data sets from files that contain many images each: npz, parquet, and tar files as WebDataset writes them.
+"""Data sets from files that contain many images each: npz, parquet, and the tar files of WebDataset.
 
-The images have names, as if they were files in a folder (`train/cats/1.png`), which decide about splits and classes in
+The images have names, as if they were files in a folder (`train/cats/1.png`). The names determine splits and classes in
 the same way. Nothing in a file is executed or extracted.
 
 N images, C channels, H W pixels.
@@ -34,11 +34,11 @@ LARGEST_LABEL = 2**20  # bytes of a file with the label of an image, and of a he
 def npz(
     *, data_dir: Path, image_size: Size | None, reading: Reading, options: ImageOptions = ImageOptions()
 ) -> Dataset:
-    """Images in an .npz file of NumPy: data_dir names one, or a folder with some.
+    """Images in an .npz file of NumPy: data_dir names the file, or a folder of such files.
 
-    Arrays images and labels, x_train, y_train, x_test and y_test, train_images ..., or arr_0 and arr_1. Images are
-    [N, H, W], [N, H, W, C] or [N, C, H, W], with 1, 3 or 4 channels, of uint8, uint16 or floats from 0 to 1, 255 or
-    65535. Labels are integers or text, [N].
+    The arrays are named images and labels, x_train, y_train, x_test and y_test, train_images ..., or arr_0 and arr_1.
+    Images are [N, H, W], [N, H, W, C] or [N, C, H, W], with 1, 3 or 4 channels, of uint8, uint16 or floats from 0 to
+    1, 255 or 65535. Labels are integers or text, [N].
 
     Splits, size and cache are those of --dataset folder, where image 7 would be the file 000007.png.
     """
@@ -48,7 +48,7 @@ def npz(
 def parquet(
     *, data_dir: Path, image_size: Size | None, reading: Reading, options: ImageOptions = ImageOptions()
 ) -> Dataset:
-    """Images in a .parquet file, as Hugging Face has them: data_dir names one, or a folder with some.
+    """Images in a .parquet file, as on Hugging Face: data_dir names the file, or a folder of such files.
 
     The column image (or img) has encoded images, as bytes or as a struct of bytes and path; label has integers or text.
     Files whose names begin with train and test (or val) are splits. Needs pyarrow: pip install 'vqvae[data]'.
@@ -61,7 +61,7 @@ def parquet(
 def webdataset(
     *, data_dir: Path, image_size: Size | None, reading: Reading, options: ImageOptions = ImageOptions()
 ) -> Dataset:
-    """Images in a .tar file: data_dir names one, or a folder with some.
+    """Images in a .tar file: data_dir names the file, or a folder of such files.
 
     The label of a/7.jpg is the number or name in a/7.cls, or under label, cls or class in a/7.json. Without such files,
     folders are the classes. Files whose names begin with train and test (or val) are splits.
@@ -102,7 +102,7 @@ class Containers:
 
     @contextlib.contextmanager
     def open(self, path: Path) -> Iterator[BinaryIO]:
-        """Open one of the files. Any exception of the block is a `UserError`: the file is damaged."""
+        """Open one of the files. Any exception in the block becomes a `UserError` about a damaged file."""
         try:
             with open_file(path) as file:
                 yield file
@@ -122,7 +122,7 @@ class NpzSplit(NamedTuple):
 
     @classmethod
     def of(cls, split: str, images: np.ndarray, labels: np.ndarray | None) -> "NpzSplit":
-        """Raises `ValueError` for arrays that are no images or labels."""
+        """Check the arrays of a split. Raises `ValueError` if they are not images and labels."""
         found = f"{images.dtype} {list(images.shape)}"
         if images.ndim == 4 and images.shape[3] not in CHANNELS and images.shape[1] in CHANNELS:
             images = np.moveaxis(images, 1, -1)
@@ -139,7 +139,7 @@ class NpzSplit(NamedTuple):
 
 
 CHANNELS = (1, 3, 4)
-IMAGES = ("images", "image", "imgs", "x", "data", "arr_0", "")  # what names of arrays say, besides their split
+IMAGES = ("images", "image", "imgs", "x", "data", "arr_0", "")  # names of arrays, without the split
 LABELS = ("labels", "label", "y", "targets", "target", "arr_1")
 
 
@@ -195,7 +195,7 @@ def _parts(file: BinaryIO) -> list[NpzSplit]:
 class Parquet(Containers):
     """Tables with a column of encoded images.
 
-    A table says what its columns decompress to, which is bounded. A page that says something else than its table can
+    A table states the size of its decompressed columns, which is limited here. A page that contradicts its table can
     still make pyarrow allocate 2 GiB.
     """
 
@@ -256,7 +256,7 @@ class Parquet(Containers):
 
 
 class _Columns(NamedTuple):
-    """Where a table of Hugging Face's has its images and labels."""
+    """The columns of a Hugging Face table that have its images and labels."""
 
     image: str  # encoded images
     path: str  # their paths, or ""
@@ -265,7 +265,7 @@ class _Columns(NamedTuple):
 
     @classmethod
     def of(cls, schema: Any) -> "_Columns":
-        """Raises `ValueError` for a table without images."""
+        """Find the columns in a schema. Raises `ValueError` for a table without images."""
         image = next((name for name in ("image", "img") if name in schema.names), None)
         if image is None:
             raise ValueError(f"its columns are {', '.join(schema.names)[:100]}; image is needed")
@@ -373,7 +373,7 @@ def _label_in(text: str, ending: str) -> str | None:
 
 
 class _Bounded:
-    """A file for `tarfile`, which would read as many bytes as a header says."""
+    """A file that limits the reads of `tarfile`, which trusts the sizes in headers."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.seek, self.tell = file, file.seek, file.tell

@@ -89,7 +89,7 @@ class Uint8(Built):
 
 
 def _text(text: Any, *_: Any) -> str:
-    """Python 3 writes bytes for Python 2 as text, and a call that encodes it; `PickledArray.array` does that."""
+    """Python 3 pickles bytes for Python 2 as text and a call that encodes it; `PickledArray.array` encodes instead."""
     return expect(text, str)
 
 

@@ -22,9 +22,9 @@ def folder(
     the size image_size (default: 64); resize says how.
 
     Folders train and test (or val) at the top are the splits. Without them, a hash of its path assigns each image to
-    a split, so that new images move no other. If every image lies in a subfolder, of data_dir or of the splits, these
-    subfolders are the classes. The first run converts the files into a cache (~/.cache/vqvae) that later runs map into
-    memory; after that, only new and changed files are converted.
+    a split, so that new images do not move others. If every image lies in a subfolder, of data_dir or of the splits,
+    these subfolders are the classes. The first run converts the files into a cache (~/.cache/vqvae) that later runs map
+    into memory; after that, only new and changed files are converted.
     """
     return dataset(Folder(data_dir), image_size, options, reading)
 

@@ -14,7 +14,7 @@ SUFFIXES = {
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".heic", ".heif", ".hif", ".avif"),  # some of which need a package, see decoding.py
 }
-# of other programs, and all names that begin with a dot
+# files and folders of other programs; names that begin with a dot are hidden, too
 HIDDEN = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
 SPLITS = [{"train", "training"}, {"test", "testing"}, {"val", "valid", "validation"}]  # folders, in any case
 
@@ -103,7 +103,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def stamp(entry: os.DirEntry | Path) -> str | None:
-    """Size and time of a file; "" for one that cannot be read, such as a link that leads nowhere; None for no file."""
+    """Size and time of a file; "" if it cannot be read, such as a broken link; None if it is not a regular file."""
     try:
         status = entry.stat()
     except OSError:
@@ -117,8 +117,8 @@ class Layout(NamedTuple):
     Names are relative to the folder with all images, with `/` between their parts.
     """
 
-    above: int  # folders that all images share, or that are splits: the next one is the class
-    train: frozenset[str]  # splits: folders, relative to the folder with all images; empty where none are
+    above: int  # number of leading folders that all images share or that are splits; the next folder is the class
+    train: frozenset[str]  # splits: folders, relative to the folder with all images; empty if none are
     test: frozenset[str]
     validation: frozenset[str] = frozenset()  # where there are folders of all three
 
@@ -151,7 +151,7 @@ class Layout(NamedTuple):
 
 
 def split_of(name: str) -> str:
-    """The word for a split with which a file's name begins, or else the nearest of its folders; "" without one.
+    """The split word at the beginning of a file's name, or else of its nearest folder; "" if there is none.
 
     `data/train-00000-of-00002.parquet` is of `train`, and so is `train/0000.parquet`.
     """

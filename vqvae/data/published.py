@@ -97,16 +97,16 @@ def mnist_binary(
     image_size: Size | None,
     binarization: Annotated[
         Literal["threshold", "bernoulli", "per-draw"],
-        "white above 1/2 (compares with no published figure), or drawn with the pixel as the probability: once, or "
+        "white above 1/2 (not comparable with published figures), or drawn with the pixel as the probability: once, or "
         "anew in every epoch of training",
     ] = "threshold",
 ) -> Dataset:
     """MNIST with pixels 0 or 255. Images are scaled to image_size first. Random draws have a fixed seed.
 
-    Published figures are of draws, from which threshold differs in every gray pixel: it has less noise to model, and
-    its nats compare with none of them. With per-draw, training images are drawn anew in every epoch, from the run's
-    seed; test images are those of bernoulli, as is what is computed from training images outside the loop, such as
-    codes for a prior. Draws differ from the published fixed ones (Larochelle's), so that figures are of another sample.
+    Published figures use random draws, which differ from threshold in gray pixels. Threshold has less noise to model,
+    so its nats are not comparable with them. With per-draw, training images are drawn anew in every epoch, from the
+    run's seed. Test images are those of bernoulli, and so are training images outside the loop, such as for the codes
+    of a prior. The draws are not the published fixed ones (Larochelle's), so figures are of another sample.
     """
     gray = mnist(data_dir=data_dir, image_size=image_size)
 
