@@ -79,7 +79,7 @@ def test_only_caches_are_removed(tmp_path, capsys):
     assert len(list(cache_folder().iterdir())) == len(others) + 2
     assert all(path.read_text() == "kept" for path in [*others, tmp_path / "elsewhere"])
     assert main(["cache", "--clear", str(others[0])]) == 2
-    assert "no cache is of it; see vqvae cache" in capsys.readouterr().err
+    assert "has no cache; see vqvae cache" in capsys.readouterr().err
 
 
 def test_a_damaged_index_is_listed_by_its_name_and_removed(capsys):

@@ -88,7 +88,7 @@ def test_flags_of_memory_and_of_the_end_of_training_apply_to_both_stages():
     for config in (first, second):
         assert [config[key] for key in ("accumulate", "clip", "ema_weights", "shuffle")] == [2, 1.0, 0.5, "blocks"]
     assert (first["epochs"], second["epochs"]) == (3, 30)
-    assert "--prior, --conditional, --patience are of the second one, --batch-size, --accumulate" in presets.describe()
+    assert "--prior, --conditional, --patience apply to the second one, --batch-size" in presets.describe()
 
 
 def test_an_interrupted_first_stage_says_how_to_train_the_prior(monkeypatch, capsys):

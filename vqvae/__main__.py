@@ -35,7 +35,10 @@ examples
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command that the words name and return its exit code; those of the command line also end the process."""
+    """Run the command that `argv` names and return its exit code.
+
+    Without `argv`, run the command line's words and end the process with that code.
+    """
     if argv is None:
         interrupts.install()  # before imports that take time
 

@@ -92,7 +92,7 @@ def _metrics(evaluation: Mapping[str, Any] | None) -> str:
 def _license(license: str) -> str:
     if license != UNSTATED:
         return f"The weights are under the license {license}. The data may have terms of their own."
-    return "Who published the weights stated no license. The data may have terms of their own."
+    return "The publisher of the weights stated no license. The data may have terms of their own."
 
 
 def _number(value: float) -> str:

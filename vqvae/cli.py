@@ -36,8 +36,8 @@ SCRIPTS = {"train": "python train.py", "visualize": "python visualize_codes.py"}
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
     """Call a command's `main` and return its exit code.
 
-    An error of the user's or of a file becomes one line and the code 2; Ctrl-C and SIGTERM become one line and 130 or
-    143. A closed pipe (`| head`) ends the command with 141 and no line.
+    An error of the user or of a file prints one line and returns 2; Ctrl-C and SIGTERM print one line and return 130
+    or 143. A closed pipe (`| head`) prints nothing and returns 141.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     threading.excepthook = _quiet_threads
@@ -83,7 +83,7 @@ def _is_first() -> bool:
 
 
 def _let_first_speak() -> None:
-    """Give torchrun the time to end this process, if the first one found the same error before they were connected."""
+    """Wait for torchrun to end this process, because the first process may have found the same error already."""
     if not _is_first():
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -141,8 +141,8 @@ class _Refused(Exception):
 class OneLineErrors(argparse.ArgumentParser):
     """An argument parser whose errors are one line that names flag and value, without the usage.
 
-    Of what argparse lets pass, it refuses empty and unprintable values, and a flag given twice with different values.
-    A value may begin with a dash (`--lr -1`), so that the error is about the value.
+    Unlike argparse, it refuses empty and unprintable values, and a flag given twice with different values. A value may
+    begin with a dash (`--lr -1`), so that the error is about the value.
     """
 
     def print_help(self, file: Any = None) -> None:
@@ -205,7 +205,7 @@ DASHES = "—–−"  # as word processors write --
 
 
 def _values(action: argparse.Action, words: list[str], has_one: bool) -> list[str]:
-    """Take the values of a flag from the words behind it: one, or for a list all up to the next flag."""
+    """Remove and return a flag's values, the words after it: one, or for a list all words up to the next flag."""
     several, values = action.nargs == "+", list[str]()
     while words and action.nargs != 0 and (several or not (values or has_one)):
         if words[0].startswith("-" if several else "--") and len(words[0]) > 1:

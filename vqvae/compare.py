@@ -19,7 +19,7 @@ from vqvae.metrics import EVALUATION, TABLE, for_json
 
 Format = Literal["text", "markdown", "json"]
 WIDTH = 100  # columns of the table as text
-SHORTEST = {"run": 12, "data": 8}  # cells that are broken into lines where the table is too wide
+SHORTEST = {"run": 12, "data": 8}  # least widths of the columns that are wrapped if the table is too wide
 
 
 def _count(count: int) -> str:
@@ -73,11 +73,10 @@ class Row(NamedTuple):
 
 
 def compare(paths: Sequence[str]) -> list[Row]:
-    """The rows of runs: their folders, checkpoints, or exported folders, which have no metrics.
+    """Read runs from their folders, checkpoints, or exported folders (without metrics), one row each.
 
-    Warns, in one line each, of runs that cannot be read, which are left out, and of data that differ. Folders with
-    nothing but TensorBoard's files, such as logs/vqvae_mnist of the repository, are left out in silence. Raises
-    `UserError` if no run can be read.
+    Leaves out runs that cannot be read, with a warning each. Warns if the data differ. Folders with only TensorBoard's
+    files, such as logs/vqvae_mnist of the repository, are left out silently. Raises `UserError` if no run can be read.
     """
     rows = []
     for path in paths:
@@ -198,7 +197,7 @@ def differing_data(rows: Sequence[Row]) -> str | None:
     if not found and differing("held_out", "fingerprint"):
         found = ["different held-out images"]
     if found:
-        return f"the metrics do not compare, because the runs' data differ: {'; '.join(found)}"
+        return f"the metrics are not comparable, because the runs' data differ: {'; '.join(found)}"
     if counts := differing("trained_on", "count"):
         return f"the runs were trained on different numbers of images: {counts}; their held-out images are the same"
     if differing("trained_on", "fingerprint"):
@@ -265,7 +264,7 @@ def _markdown(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
 
 
 def _text(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
-    """Columns of at most WIDTH characters together: standard errors stand below the values, long names are broken."""
+    """The table in at most WIDTH characters: standard errors are below the values, and long names are wrapped."""
     cells = [{c.name: [part for part in _cell(row, c) if part] for c in columns} for row in rows]
     heads = {c.name: c.heading.split() for c in columns}
     grid = [heads, *cells]

@@ -131,7 +131,7 @@ class Config:
     prior: Annotated[Choice, "distribution over the latent; with --checkpoint, the stage-two prior to train"] = _slot(
         "uniform"
     )
-    objective: Annotated[Choice, "what training descends, such as elbo reduction=sum"] = _slot("elbo")
+    objective: Annotated[Choice, "what training minimizes, such as elbo reduction=sum"] = _slot("elbo")
     preset: Annotated[str | None, "a published set-up, see --list presets; other flags override it"] = _field(
         None, "model"
     )
@@ -162,7 +162,7 @@ class Config:
         "order of the training images: full, or blocks of 4 MB that a slow disk reads at once, 64 of them mixed",
     ] = _field("full", "data")
     data_shards: Annotated[
-        Positive, "parts of the training images; each machine converts, stores and reads only that of its processes"
+        Positive, "parts of the training images; each machine converts, stores and reads only its processes' parts"
     ] = _field(1, "data", metavar="N", on_resume=True)
     validation: Annotated[
         str,
@@ -181,7 +181,7 @@ class Config:
     )
     batch_size: Annotated[Positive, "images per update, over all processes"] = _field(128, "training", metavar="N")
     accumulate: Annotated[
-        Positive, "shares of a batch that a process computes one after another, for a smaller memory; the same steps"
+        Positive, "split each process's batch into this many parts, one after another: less memory, the same updates"
     ] = _field(1, "training", metavar="N", on_resume=True)
     lr: Annotated[
         str,
@@ -240,7 +240,7 @@ class Config:
     save_every: Annotated[
         float,
         Range(0),
-        "after 20 epochs, draw and save only those that end so many seconds after the last one, and the last; 0: all",
+        "after 20 epochs, draw and save only this many seconds after the last time, and at the end; 0: every epoch",
     ] = _field(1.0, "run", metavar="SECONDS", on_resume=True)
 
     device: Annotated[
@@ -405,8 +405,8 @@ def configure(given: Mapping[str, Any], start: Start, slots: Mapping[str, Slot])
     """The settings of a run: what was typed, over the preset's, over the defaults, each checked.
 
     `given` maps settings and shorthands to text, words (slots) or values. Members' options are resolved against the
-    tables of `slots`. A resumed run may change only the settings marked `on_resume`; a prior for the codes of a trained
-    model takes model and data from there. Raises `OptionError` that names the setting.
+    tables of `slots`. A resumed run may change only the settings marked `on_resume`. Stage two takes its model and data
+    from stage one. Raises `OptionError` that names the setting.
     """
     settings = {key: value for key, value in typed(given).items() if key not in SHORTHANDS}
     all_given = Given(settings, {key: given[key] for key in SHORTHANDS if key in given}, slots)
@@ -426,12 +426,12 @@ def configure(given: Mapping[str, Any], start: Start, slots: Mapping[str, Slot])
 
 
 def typed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The same settings, those that are fields in their types, each checked by itself. Shorthands stay as they are."""
+    """Check each setting by itself and convert it to its type. Shorthands stay as they are."""
     return {key: value if key in SHORTHANDS else _typed(key, value) for key, value in given.items()}
 
 
 def _new(config: Config) -> Config:
-    """The settings of a new run, if its folders can be made: the default ones may be unusable too."""
+    """Check that the folders of a new run can be made, even the default ones; returns the settings."""
     for key in ("log_dir", "plot_dir"):
         FIELDS[key].check(getattr(config, key))
     return config
@@ -452,7 +452,7 @@ def _over_preset(settings: Mapping[str, Any]) -> dict[str, Any]:
     return _merge(published, settings)
 
 
-SIZES = ("num_codes", "code_dim")  # options of bottlenecks that a model to start from decides
+SIZES = ("num_codes", "code_dim")  # bottleneck options that must equal those of the model to start from
 
 
 def _initialized(first: Config, given: Given) -> Config:
@@ -478,7 +478,7 @@ def _initialized(first: Config, given: Given) -> Config:
 
 
 def _merge(base: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` over `base`. Options given for the base's own member are added to that member's."""
+    """`settings` override `base`. If both choose the same member of a slot, its options are merged."""
     merged = {**base, **settings}
     for key in SLOTS:
         if key in base and key in settings and base[key].name == settings[key].name:

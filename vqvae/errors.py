@@ -21,7 +21,7 @@ def printable(text: str) -> str:
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """A value as messages show it: on one line, quoted where its ends would not be seen, and cut to about `limit`."""
+    """A value as messages show it: on one line, cut to about `limit`, and quoted if it is empty or has outer spaces."""
     text = printable(str(value))
     if len(text) > limit:
         text = f"{text[:limit]}... ({len(str(value)):,} characters)"

@@ -26,7 +26,7 @@ class Examples(NamedTuple):
     log_likelihood: "Tensor | None" = None  # [B] nats, log p(x|z)
     log_posterior: "Tensor | None" = None  # [B] nats, log q(z|x)
     images: "Tensor | None" = None  # [B, C, H, W] in [0, 1]
-    shown: "Tensor | None" = None  # [B, C, H, W], the model's images of them
+    shown: "Tensor | None" = None  # [B, C, H, W], the model's reconstructions
     are_images: bool = True  # False for points of the plane
     relaxed: bool = False  # whether z lies between codes, as some bottlenecks draw it in training
     distances: "Mapping[str, Tensor]" = {}  # [B] each, those of nets that compare images
@@ -55,7 +55,7 @@ class Split(NamedTuple):
 
     means: Mapping[str, float]  # per-example metrics, averaged
     facts: Facts
-    usage: "Tensor | None" = None  # [levels, K], how often each code was used; of K above 2^20, [1, those used]
+    usage: "Tensor | None" = None  # [levels, K], how often each code was used; for K above 2^20, [1, number used]
     latents: "Tensor | None" = None  # [N, D], posterior means
     features: Mapping[str, Features] = {}  # by the word that asks for metrics in them
 
@@ -208,7 +208,7 @@ def perplexity(usage: "Tensor") -> "Tensor":
 def _in_features(
     word: str, name: str, heading: str, distance: str, what: str, note: str, **more: Any
 ) -> tuple[Metric, Metric]:
-    """A metric of reconstructions (r...) and of samples (g...) in the features of a net: a function of features.py."""
+    """Two metrics in a net's features, of reconstructions (r...) and samples (g...); `distance` is in features.py."""
 
     def row(letter: str, which: str) -> Metric:
         def value(s: Split) -> float | None:
@@ -249,7 +249,7 @@ TABLE = (
     ),
     *_in_features(
         "fid", "fid", "FID", "frechet", "Fréchet Inception distance (1706.08500)",
-        "compares at equal numbers of images only", form="{:.2f}",
+        "comparable only at equal numbers of images", form="{:.2f}",
     ),
     *_in_features(
         "kid", "kid", "KID", "kernel_distance", "kernel Inception distance (1801.01401)",
@@ -261,7 +261,7 @@ TABLE = (
     ),
     *_in_features(
         "lite0", "fd_lite0", "FD-Lite0", "frechet", "Fréchet distance in features of EfficientNet-Lite0",
-        "not FID: compares only with itself, at equal numbers of images", form="{:.2f}",
+        "not FID: comparable only with itself, at equal numbers of images", form="{:.2f}",
     ),
     Metric(
         "neg_elbo", "-ELBO = -log p(x|z) + log q(z|x) - log p(z) in nats per image, one draw of z; lower is better; "
@@ -308,7 +308,7 @@ TABLE = (
         whole_set=_active_units, label="active", form="{:,.0f}", curve="active latent units",
     ),
     Metric(
-        "bits_per_code", "the prior's cost of a code; log2 K is the cost without knowledge",
+        "bits_per_code", "the prior's cost of a code; log2 K is the cost under a uniform prior",
         whole_set=_bits_per_code, monitored=True, label="bits/code", form="{:.4f}", curve="bits per code",
     ),
     Metric("uniform_bits_per_code", "log2 K", whole_set=_uniform_bits_per_code, constant=True),
@@ -328,14 +328,14 @@ TABLE = (
         "probe_accuracy", "share of held-out images whose label a linear probe on their latents gives", asked="probe",
         form="{:.3f}", heading="probe", largest_first=True,
     ),
-    Metric("probe_control", "the same, with the latents of images dealt out at random: chance", asked="probe",
+    Metric("probe_control", "the same, with the latents shuffled among the images: chance", asked="probe",
            form="{:.3f}"),
     Metric("probe_chance", "share of the largest class", asked="probe", form="{:.3f}"),
     Metric(
         "label_bits", "mutual information of a code and the label of its image, in bits; averaged over levels",
         asked="probe", form="{:.4f}", heading="label bits", largest_first=True,
     ),
-    Metric("label_bits_control", "the same, with the codes of images dealt out at random: the estimate's bias",
+    Metric("label_bits_control", "the same, with the codes shuffled among the images: the estimate's bias",
            asked="probe", form="{:.4f}"),
 )  # fmt: skip
 METRICS = {metric.name: metric for metric in TABLE}

@@ -12,7 +12,7 @@ class Preset(NamedTuple):
     differs: tuple[str, ...] = ()  # what is not as in the source, each with its reason
 
 
-# flags that are typed for a preset of two stages: of the second one, and of both
+# flags of a preset of two stages that apply to the second stage only, and to both
 OF_THE_PRIOR = ("prior", "conditional", "patience")
 OF_BOTH_STAGES = (
     "batch_size", "accumulate", "clip", "ema_weights", "shuffle", "validation", "device", "precision", "compile",
@@ -122,8 +122,8 @@ PROBABILISTIC_DIFFERS = (
 
 SQVAE_SOURCE = "github.com/sony/sqvae, vision (2205.07547)"
 SQVAE_FIGURES = (
-    "Published figures of the nearest code: the MSE is a squared error summed over an image, and the perplexity the "
-    "mean of those of batches of 32 images, which is below that of the whole split. VQ-WAE (2302.05917) prints SQ-VAE "
+    "Published figures use the nearest code. Their MSE is a squared error summed over an image. Their perplexity is "
+    "averaged over batches of 32 images, and so below that of the whole split. VQ-WAE (2302.05917) prints SQ-VAE "
     "with 512 codes on every data set: --codes 512"
 )
 SQVAE = {
@@ -340,8 +340,8 @@ PRESETS = {
     **{f"sqvae-{data}-vq": _sqvaes_vq(data) for data in SQVAE},
     "raq-cifar10": Preset(
         "2405.14222, table 9: VQ-VAE with an EMA codebook, K = 512 (128 and 1,024: --codes), 195,000 steps of 128 "
-        "images, AdamW at 5e-4. Of its nets it prints 0.49 million parameters, which Sonnet's have with 106 channels; "
-        "its PSNR is that of the mean MSE",
+        "images, AdamW at 5e-4. It describes its nets only by 0.49 million parameters, as many as Sonnet's have with "
+        "106 channels; its PSNR is that of the mean MSE",
         ADAM
         | {
             "dataset": "cifar10",
@@ -375,6 +375,6 @@ def describe() -> str:
         blocks.append(f"--preset {name}\n    {preset.source}\n    {shown}{''.join(notes)}")
     prior, both = (", ".join(f"--{key.replace('_', '-')}" for key in keys) for keys in (OF_THE_PRIOR, OF_BOTH_STAGES))
     blocks.append(
-        f"Typed for a preset of two stages, {prior} are of the second one, {both} of both, others of the first."
+        f"With a preset of two stages, {prior} apply to the second one, {both} to both, and other flags to the first."
     )
     return "\n\n".join(blocks)

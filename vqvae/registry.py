@@ -103,7 +103,7 @@ class Size(tuple[int, int]):
 
 @dataclasses.dataclass(frozen=True)
 class Sides:
-    """Sizes, or what makes one, whose sides are in a range."""
+    """Sizes, or values that `Size` accepts, whose sides are in a range."""
 
     range: Range
 
@@ -238,7 +238,7 @@ class Options:
             option.check(getattr(self, name))
 
     def idle(self) -> dict[str, str]:
-        """Options that have no effect next to the others, and what each of them needs (`diversity above 0`)."""
+        """Options that have no effect given the others, and the setting that each needs (`diversity above 0`)."""
         return {}
 
 
@@ -339,7 +339,7 @@ def find(slot: Slot, name: str) -> Member:
 def resolve(slot: Slot, choice: Choice, typed: Collection[str] | None = None) -> Choice:
     """The choice with every option present, in its type and checked; raises `OptionError`.
 
-    Where two options do not fit, the error is about one of those in `typed` (default: all of the choice's options).
+    If two options do not fit each other, the error names one that is in `typed` (default: all of the choice's options).
     """
     _, options, shared = signature(find(slot, choice.name))
     given = choice.options if typed is None else typed

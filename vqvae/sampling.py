@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from vqvae.registry import Option, Range
 
-OPTIONS = {  # by name; a default of None stands for that of `Sampling`, which only masked priors use
+OPTIONS = {  # by name; a default of None, of options for masked priors only, stands for the default in `Sampling`
     option.name: option
     for option in (
         Option(
@@ -60,7 +60,7 @@ class Sampling(NamedTuple):
 
     @classmethod
     def of(cls, options: Mapping[str, Any], known: Collection[str]) -> "Sampling":
-        """The options of a sampler that takes those in `known`, in their types.
+        """Convert options to their types, for a sampler that takes those in `known`.
 
         Raises `OptionError`, a ValueError, for a value out of range, and TypeError for another option.
         """

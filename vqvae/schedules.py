@@ -34,7 +34,7 @@ class Schedule(NamedTuple):
 
     @classmethod
     def parse(cls, text: str, option: str = "schedule") -> "Schedule":
-        """Read a schedule; raises `OptionError` for the option that it is the value of."""
+        """Read a schedule, the value of `option`; raises `OptionError`, which names that option."""
         try:
             value = float(text)
         except ValueError:
@@ -77,7 +77,7 @@ class Plateau(NamedTuple):
 
 
 def parse_rate(text: str, option: str = "lr") -> tuple[Schedule, Plateau | None]:
-    """Read a schedule or `plateau:start:factor:patience`; raises `OptionError` for the option that it is the value of.
+    """Read a schedule or `plateau:start:factor:patience`, the value of `option`; raises `OptionError`, which names it.
 
     With a plateau, the schedule is constant.
     """

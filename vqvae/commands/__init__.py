@@ -15,7 +15,7 @@ from vqvae.registry import Range
 
 
 def path(option: str, write: Literal["", "file", "folder"] = "") -> Callable[[str], Any]:
-    """The `type=` of an argument that names a file or a folder, which `write` says is to be written."""
+    """The `type=` of an argument that is a path; `write` says whether a file or a folder will be written there."""
     checked = cli.value(option, str, Location(write))
     return lambda text: os.path.expanduser(checked(text))
 

@@ -17,9 +17,9 @@ examples
   vqvae cache --clear ~/.cache/vqvae/0f1e2d3c4b5a69788796a5b4.npy
 
 Training on --dataset folder, npz, parquet or webdataset converts the images once, for each size and each change of the
-files, into ~/.cache/vqvae (or below XDG_CACHE_HOME). What is removed is converted again when it is needed. A cache that
-a running process uses stays, and so does every file that is no cache. An unfinished one is what an interrupted
-conversion has: the next run goes on with it.
+files, into ~/.cache/vqvae (or below XDG_CACHE_HOME). Removed images are converted again when they are needed. Caches
+that a running process uses, and files that are not caches, are never removed. An interrupted conversion leaves an
+unfinished cache, and the next run continues it.
 """
 
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         return 0
     chosen = found if options.clear is ALL else [c for c in found if _is_of(c, os.path.abspath(options.clear))]
     if not chosen and options.clear is not ALL:
-        raise OptionError("clear", options.clear, "no cache is of it; see vqvae cache")
+        raise OptionError("clear", options.clear, "has no cache; see vqvae cache")
     removed = [c for c in chosen if cache.remove(c)]
     print(f"removed {_count(removed)}, {_bytes(sum(c.size for c in removed))}")
     if len(removed) < len(chosen):

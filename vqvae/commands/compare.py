@@ -22,8 +22,8 @@ Metrics come from the evaluation.json next to the checkpoint if it is of the che
 --evaluate` writes it). Otherwise they are those of the last epoch in metrics.jsonl, and the run is marked with *.
 Columns that no run has a value for may be left out.
 
-Runs that cannot be read are named and left out. A warning tells if the runs' data differ, so that their metrics do not
-compare.
+Runs that cannot be read are named and left out. If the runs' data differ, a warning says that their metrics are not
+comparable.
 """
 
 
@@ -34,7 +34,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("runs", metavar="RUN", nargs="+", type=path(""), help=help)
     forms = get_args(compare.Format)
     form = cli.value("format", compare.Format)
-    add("--format", metavar=f"{{{','.join(forms)}}}", type=form, default="text", help="of the table (default: text)")
+    add("--format", metavar=f"{{{','.join(forms)}}}", type=form, default="text", help="table format (default: text)")
     names = tuple(column.name for column in compare.COLUMNS)
     column = cli.value("sort", Literal[names])
     help = "sort by a column, the best or smallest first (default: as named)"
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
 
 
 def _encodable(text: str, encoding: str) -> str:
-    """The text, in ASCII if the terminal's encoding lacks any of it."""
+    """The text, or its ASCII form if the terminal's encoding lacks a character."""
     try:
         text.encode(encoding)
         return text

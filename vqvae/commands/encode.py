@@ -17,12 +17,12 @@ examples
   vqvae encode --checkpoint logs/vqvae-folder --input ~/Pictures --output codes.npz --shards 8 --resume
   torchrun --nproc-per-node 8 -m vqvae encode --checkpoint logs/vqvae-folder --input ~/Pictures --output codes.npz
 
-A folder may be larger than memory, because images are read a batch at a time. Each image gets the model's size, in the
-way of its training (see --resize), and is converted to gray for a gray model. Links to folders are followed, hidden
-files are not read. Unreadable files are named and skipped.
+A folder may be larger than memory, because images are read a batch at a time. Images are resized to the model's size
+as in its training (see --resize), and converted to gray for a gray model. Links to folders are followed, hidden files
+are not read. Unreadable files are named and skipped.
 
 Several processes (torchrun) write a shard each, codes-00000-of-00008.npz ..., which decode and vqvae.tokens.load_codes
-read as one. --shards sets another number, for one process too. --resume keeps finished shards.
+read as one. --shards sets the number of shards, also for one process. --resume keeps finished shards.
 
 codes.npz contains
   codes        [N, *grid] uint16, or int32 for codebooks of more than 65,536 codes

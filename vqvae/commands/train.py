@@ -55,7 +55,7 @@ def parse(argv: list[str]) -> dict[str, Any]:
     draws = cli.value("iw_samples", int, Range(0, 1_000_000))
     help = "draws for --evaluate's importance-weighted bound (default: 100 if the model has one)"
     add("--iw-samples", metavar="S", type=draws, help=help)
-    add("--probe", action="store_true", help="add to --evaluate what the latents tell of labels: a linear probe")
+    add("--probe", action="store_true", help="add a linear probe to --evaluate: labels predicted from latents")
     named = cli.value("metrics", Literal[metrics.WORDS])
     help = f"add metrics of --evaluate that nets compute: {', '.join(metrics.WORDS)}; pip install 'vqvae[metrics]'"
     add("--metrics", metavar="NAME", nargs="+", type=named, help=help)

@@ -20,7 +20,7 @@ plots, each drawn if it applies to the model
   models of images
     original.png            held-out images
     reconstructions.png     held-out images and their reconstructions
-    samples.png             samples of the prior; of the uniform prior, which knows nothing, only with --only
+    samples.png             samples of the prior; those of the uniform prior, which is not trained, only with --only
     class_rows.png          samples of each class, if the prior is conditional
   models with codes
     code_visualization.png  held-out images and their codes
@@ -36,9 +36,9 @@ plots, each drawn if it applies to the model
   models of points
     scatter_2d.png          data, reconstructions and samples
 
-The page index.html shows all plots, how to read them, and the run's metrics and settings. With --only it stays as it
-is. Images come from the checkpoint, so no data set is needed. Plots without samples do not use --samples,
---temperature, --top-k, --top-p, --guidance, --steps, --choice-temperature, --class and --seed.
+The page index.html shows all plots, how to read them, and the run's metrics and settings. --only does not change it.
+Images come from the checkpoint, so no data set is needed. Plots without samples do not use --samples, --temperature,
+--top-k, --top-p, --guidance, --steps, --choice-temperature, --class and --seed.
 """
 
 
