@@ -297,7 +297,7 @@ def test_without_locks_a_run_warns_and_goes_on(tmp_path, monkeypatch, reason):
         monkeypatch.setattr(runs, "fcntl", None)
     else:
         monkeypatch.setattr(runs.fcntl, "flock", refuse)
-    with pytest.warns(UserWarning, match=f"{reason}.* has no locks; see to it that no other process writes this run"):
+    with pytest.warns(UserWarning, match=f"{reason}.* has no locks; make sure that no other process writes this run"):
         start(tmp_path / "run").close()
     assert len(rows(tmp_path / "run")) == 3
 

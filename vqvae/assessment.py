@@ -30,17 +30,17 @@ class Asked(NamedTuple):
     """Metrics to compute beyond the usual ones."""
 
     iw_samples: int | None = 0  # None: `USUAL_DRAWS` if the model has the bound
-    nets: Sequence[Net] = ()  # metrics in their features, of the reconstructions
-    samples: int = 0  # and of so many draws of the prior
-    probed: bool = False  # what the latents tell of labels
+    nets: Sequence[Net] = ()  # feature networks, for metrics that compare reconstructions with images
+    samples: int = 0  # number of draws from the prior to compare with images, too
+    probed: bool = False  # classify the images from their latents
 
 
 def assess(
     path: Path, content: dict[str, Any], dataset: Dataset, device: torch.device, asked: Asked = Asked()
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """The protocol of a checkpoint's evaluation on the test split, and its metrics.
+    """Evaluate a checkpoint on the test split; returns the protocol and the metrics.
 
-    Raises `OptionError` for what the data or the model do not have: labels to probe, images to compare.
+    Raises `OptionError` if the data have no labels to probe, or the model no images to compare.
     """
     if asked.probed:
         dataset.need_classes("probe")
@@ -107,7 +107,7 @@ def assess_end(run: Run, dataset: Dataset, headline: Sequence[str], device: torc
 
 
 def with_earlier(found: dict[str, Any], earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """An evaluation with the metrics that only an earlier one of the same model, images and versions has."""
+    """Add the metrics that only an earlier evaluation has, if it used the same images, seed and versions."""
     earlier = earlier or {}
     now, then = (str(evaluation.get("protocol", "")).split("; ") for evaluation in (found, earlier))
     if now[:2] != then[:2] or any(earlier.get(key) != found[key] for key in ("seed", "images")):
@@ -136,7 +136,7 @@ def protocol_of(config: Config, dataset: Dataset, model: Autoencoder) -> str:
 
 
 def drawn(model: Autoencoder, count: int, labels: Tensor | None, seed: int, batch_size: int = 256) -> Iterator[Tensor]:
-    """Batches of `count` images `[B, C, H, W]` that the model draws, of the labels `[N]` in turn, if there are any."""
+    """Draw `count` images in batches `[B, C, H, W]`; with labels `[N]`, image i has label i, starting over after N."""
     draws = generator(seed, "samples", device=model.device)
     for first in range(0, count, batch_size):
         index = torch.arange(first, min(first + batch_size, count))

@@ -1,7 +1,7 @@
 """Checkpoints: dictionaries of plain values and tensors, written atomically and read without executing code.
 
-A checkpoint is what torch.save writes, with the SHA-256 of all bytes before it as the comment of the ZIP archive.
-Files come from strangers too: every entry is checked before a model is built.
+A checkpoint is a ZIP archive that torch.save writes. Its comment is the SHA-256 of all bytes before the comment.
+Files may come from strangers, so every entry is checked before a model is built.
 """
 
 import contextlib
@@ -225,10 +225,10 @@ def evaluation_of(path: Path) -> Path:
 
 
 def read_evaluation(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The metrics that an evaluation of this checkpoint stored; None if there are none, or of another model only.
+    """The stored metrics of this checkpoint's model; None if there are none, or only those of another model.
 
-    A run that was made again has the name and the step of the earlier one, but not its weights. Where the last step is
-    the best one, checkpoint.pt and best.pt are one model. Raises `UserError` for a damaged file.
+    The weights are compared, because a repeated run has the name and the step of the earlier run. If the last step is
+    the best one, checkpoint.pt and best.pt are the same model. Raises `UserError` for a damaged file.
     """
     files = dict.fromkeys((evaluation_of(path), path.with_name(EVALUATION)))
     return next((found for file in files if (found := _read_evaluation(file, content))), None)
@@ -280,7 +280,7 @@ def _entries(value: Any, what: str) -> dict[str, Any]:
 
 
 def _described(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of ABOUT, checked. Names are made printable, and that of the run a plain one."""
+    """Check the entries of ABOUT; returns those that change: names become printable, and the run's name plain."""
     kind = _text(content["kind"], "kind")
     _need(kind in ("autoencoder", "prior"), "its kind must be autoencoder or prior")
     _count(content["step"], "step")
@@ -490,10 +490,10 @@ def with_new_prior(content: dict[str, Any], name: str, config: Config, num_class
 
 
 def transfer(content: Mapping[str, Any], model: Autoencoder, name: str) -> None:
-    """Load the weights of another model, which a checkpoint's content describes, into all of a model but its prior.
+    """Load the weights in a checkpoint's content into `model`, except its prior.
 
-    Weights of the other model that this one lacks are left out, such as those of further levels of codes. Raises
-    `UserError`, which begins with `name`, for weights that the other model lacks or of which the sizes differ.
+    Weights that `model` does not have, such as further levels of codes, are left out. Raises `UserError`, which begins
+    with `name`, if the checkpoint lacks weights or their sizes differ.
     """
     prior = {key: value for key, value in model.state_dict().items() if key.startswith("prior.")}
     weights = {key: content["model"][key] for key in model.state_dict() if key in content["model"]} | prior
@@ -557,7 +557,7 @@ def _kind(weight: Tensor | None) -> str:
 
 
 class _Budget(TorchFunctionMode):
-    """While it is entered, making a model larger than its weights raises `UserError` before memory is allocated.
+    """A context in which building a model larger than its weights raises `UserError` before memory is allocated.
 
     Tensors that are not stored, such as masks, may have `SLACK` elements in addition.
     """

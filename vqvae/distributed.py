@@ -29,7 +29,7 @@ from vqvae.errors import OptionError, UserError, one_line
 Result = TypeVar("Result")
 TIMEOUT = timedelta(hours=6)  # the others wait while the first evaluates, draws, or reads images
 JOIN = timedelta(minutes=5)  # for all processes to start
-FOUND, ENDED = 2.0, 15.0  # seconds in which a process finds that another one died, and in which it cleans up
+FOUND, ENDED = 2.0, 15.0  # seconds that a process has to notice that another one died, and then to clean up
 FAILED = 2  # exit code
 
 
@@ -115,16 +115,16 @@ class Lost(SystemExit):
 class Peers:
     """Connections of the first process with all others, which the system closes when a process dies.
 
-    A thread waits for that. A process that ends sends a letter before: `.` at the end of its work, `!` after an error.
+    A thread waits for that. Before a process ends, it sends a letter: `.` at the end of its work, `!` after an error.
     One process prints the line about what happened, and the first process decides which: it answers the first `!` with
-    `s` (say it) and sends the others `q` (quiet). Waiting processes get an error of gloo when another one dies; those
-    that compute get `Lost`; those that still go on after `ENDED` seconds, such as in NCCL, are ended.
+    `s` (say it) and sends the others `q` (quiet). When a process dies, waiting processes get an error of gloo, and
+    computing processes get `Lost`. Processes that still run after `ENDED` seconds, such as in NCCL, are ended.
     """
 
     def __init__(self) -> None:
         self.advice: Callable[[], str] = lambda: "start it again as before"
         self.leaving, self.news = threading.Event(), threading.Event()
-        self.line: str | None = None  # to print, if another process died and this one is to say so
+        self.line: str | None = None  # to print, if this process reports that another one died
         self.taken = False  # whether a process was chosen to say what happened
         self.lock = threading.Lock()
         self.others = self._connect()
@@ -188,7 +188,7 @@ class Peers:
             return True
         with self.lock:
             speaks, self.taken = not self.taken, True
-        if letter == b"" and number == 0:  # of the others, one on each machine speaks
+        if letter == b"" and number == 0:  # the first process died: one process on each machine speaks
             local = int(os.environ.get("LOCAL_RANK", rank()))
             speaks = local == (1 if local == rank() else 0)
         if letter == b"!":
@@ -211,8 +211,8 @@ class Peers:
         stopped = isinstance(problem, KeyboardInterrupt)
         code = interrupts.exit_code() if stopped and not self.line else FAILED
         if isinstance(problem, RuntimeError):
-            self.news.wait(FOUND)  # whether that is why
-        elif stopped:  # by torchrun because another one died, or as all others are: the first says it
+            self.news.wait(FOUND)  # another process's death may be the cause
+        elif stopped:  # alone by torchrun because another one died, or with all others: the first one prints it
             self.news.wait(FOUND / 4)
         self.leaving.set()
         if self.news.is_set():
@@ -237,7 +237,7 @@ class Peers:
             problem.chosen = True
 
     def end(self, code: int = FAILED) -> NoReturn:
-        """Print the line, if this process is to, and end at once: exit handlers may wait for processes that died."""
+        """Print the line, if there is one, and end at once: exit handlers may wait for processes that died."""
         with suppress(Exception):
             if self.line:
                 print(f"error: {self.line}; {self.advice()}", file=sys.stderr, flush=True)
@@ -325,7 +325,7 @@ def broadcast(tensor: Tensor) -> Tensor:
 
 
 def _carrier(device: torch.device) -> torch.device:
-    """The device from which the processes can send: a group of nccl only, which others may have made, has no CPU."""
+    """A device whose tensors can be sent: a process group that other code made may have only nccl, without the CPU."""
     backends = dist.get_backend_config()  # such as cpu:gloo,cuda:nccl
     return device if f"{device.type}:" in backends else torch.device("cuda")
 
@@ -359,7 +359,7 @@ def gather_objects(value: Result) -> list[Result]:
 
 
 def any_of(*wishes: bool) -> tuple[bool, ...]:
-    """For each wish, whether any process has it. Decisions that depend on clocks or signals must be taken alike."""
+    """For each wish, whether any process has it. Decisions by clocks or signals must be the same in all processes."""
     if world() == 1:
         return wishes
     votes = torch.tensor(wishes, dtype=torch.uint8)  # on the CPU, wherever the model computes
@@ -396,8 +396,8 @@ def part_of(count: int) -> int:
 def first_goes_first(parts: int = 1) -> Iterator[bool]:
     """Let the first process finish before the others begin, so that they find the files it downloads or converts.
 
-    Where the data have several parts, the first of each begins. The first process of each other machine is next: it
-    may not see these files. Yields whether this process is one of either.
+    If the data have several parts, the first process of each part begins. The first process of every other machine is
+    next, because it may not see these files. Yields whether this process is one of these.
     """
     begins = rank() == 0 or (rank() - 1) * parts // world() != part_of(parts)
     turn = 0 if begins else 1 if os.environ.get("LOCAL_RANK") == "0" else 2

@@ -27,7 +27,7 @@ MOST_POINTS = 2**16  # posterior means that are kept for the plot of a latent pl
 def weighable(model: Autoencoder) -> bool:
     """Whether the model has an importance-weighted bound.
 
-    It has none of draws that differ if the prior's log p is itself the estimate of a bound: the mean would exceed it.
+    A stochastic posterior has none if the prior only estimates a bound of log p: the mean would exceed the bound.
     """
     return model.prior.exact or not model.bottleneck.stochastic
 
@@ -47,14 +47,13 @@ def evaluate(
     """Metrics of an autoencoder on images `[N, C, H, W]` (uint8, or float points) that it was not trained on.
 
     metrics.py explains each metric. Nats are per image with one draw of z, a hard draw where training relaxes it. MSE,
-    PSNR, code usage and active units are of the most likely z. `<metric>_se` is the standard error of a mean over
+    PSNR, code usage and active units use the most likely z. `<metric>_se` is the standard error of a mean over
     images. Scalars that the bottleneck monitors (commitment ...) are averaged; `usage` counts the codes, `[levels, K]`.
-    Where the latent is a plane, `posterior` has the `means` `[N, 2]` and `labels` `[N]` of all images, or of
-    `MOST_POINTS` evenly chosen.
+    If the latent is a plane, `posterior` has the `means` `[N, 2]` and `labels` `[N]` of all images, or of
+    `MOST_POINTS` evenly chosen ones.
 
-    With `iw_samples` = S the importance-weighted bound with S draws is computed too. With `nets` (features.py) so are
-    the metrics in their features, of the reconstructions and of `samples`: batches of images `[B, C, H, W]` in [0, 1]
-    that the model drew.
+    `iw_samples` = S adds the importance-weighted bound with S draws. `nets` (features.py) adds metrics in the nets'
+    features, of the reconstructions and of `samples`: batches of images `[B, C, H, W]` in [0, 1] that the model drew.
 
     Raises `OptionError` for `iw_samples` of a model that has no such bound (`weighable`).
     """
@@ -106,8 +105,8 @@ def evaluate(
 def _iw_bound(model: Autoencoder, features: Tensor, elbo: Elbo, labels: Tensor, samples: int) -> Tensor:
     """The importance-weighted bound on -log p(x) with S draws, `[B]` nats (1509.00519, eq. 8).
 
-    A draw consists of z and the noise of a likelihood that is itself a bound. Where z is a point, only the noise
-    differs; where there is none either, the bound is the -ELBO.
+    A draw consists of z and the noise of a likelihood that is itself a bound. If the posterior is one point, only the
+    noise differs between draws. Without noise, too, the bound is the -ELBO.
     """
 
     def draw() -> Tensor:
@@ -177,7 +176,7 @@ class Totals:
 
     @classmethod
     def of_shares(cls, shares: Sequence["Totals"]) -> "Totals":
-        """Those of a split of which several processes had a share of each batch, in the order of its examples."""
+        """Join the totals of processes that shared each batch of a split, in the order of its examples."""
         if len(shares) == 1:
             return shares[0]
         whole, first = cls(), shares[0]  # the first has rows of every batch

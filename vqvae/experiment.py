@@ -181,7 +181,7 @@ def _train(
 
 @contextlib.contextmanager
 def explaining(line: Callable[[], str]) -> Iterator[None]:
-    """Tell in the message of Ctrl-C, before the first step or a second one, how to go on."""
+    """Add how to go on to the message of a Ctrl-C before the first step, or of a second Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt as stopped:
@@ -242,7 +242,7 @@ def describe_run(
 
 
 def how_it_starts(given: Mapping[str, Any], resume: str | None, lock: Lock) -> Start:
-    """Read the checkpoint that a run resumes from, once it is locked, or trains a prior for, if any."""
+    """How a run starts: reads the checkpoint that it resumes (and locks the run), starts from or trains a prior for."""
     if resume is not None:
         path = checkpoint.locate(resume)
         folder = path.parent
@@ -391,14 +391,14 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> Bui
     if isinstance(start, Resumed):  # its checkpoint has the new prior
         model = checkpoint.restore(start.content, path)
     elif isinstance(start, StageTwo):
-        with torch.random.fork_rng(devices=[]):  # the new prior's weights are drawn as if this model were not
+        with torch.random.fork_rng(devices=[]):  # this model must not change the draws of the new prior's weights
             if checkpoint.restore(start.content, path).discrete is None:
                 problem = "its latent is continuous; name a model with codes, on which stage two trains a prior"
                 raise OptionError("checkpoint", path, problem)
         model = checkpoint.with_new_prior(start.content, path, config, len(dataset.classes))
     model.to(plan.device)
     two_stages.need_weights(model.prior, config.prior.name)
-    # next to the autoencoder, so that every prior trained on its codes finds them; but no checkpoint names a place
+    # next to the autoencoder, so that every prior trained on its codes finds them; paths in a checkpoint are not used
     folder = start.folder if isinstance(start, Resumed) else checkpoint.locate(path).parent
     codes = extract_codes(model, dataset.train.images, folder / "codes-train.npz", parts=config.data_shards)
     held_out = extract_codes(model, dataset.held_out.images, folder / f"codes-{plan.held_out}.npz")

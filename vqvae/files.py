@@ -27,12 +27,11 @@ class NotWritten(UserError):
 def whole_file(path: Path, *, resumable: bool = False) -> Iterator[BinaryIO]:
     """Open a file that takes the name `path` when the block ends without an error; until then the old one stays.
 
-    The bytes go to a temporary file of this process in the same folder, opened at once: a name that cannot be written
-    raises `UserError` before the work rather than after. So does any exception of the block that follows a failed
-    write: libraries replace that error by their own. Errors of other files leave the block as they are.
+    The bytes go to a temporary file of this process in the same folder. It is opened at once, so that a name that
+    cannot be written raises `UserError` before the work rather than after. After a failed write, any exception of the
+    block becomes a `UserError`, because libraries replace the write error. Other errors leave the block unchanged.
 
-    Where it is `resumable`, the block goes on with the temporary file if there is one, which stays if an interrupt
-    ends the block.
+    With `resumable`, the block continues the temporary file if there is one, and an interrupt keeps that file.
     """
     partial = partial_of(path)
     raw, kept = None, False
@@ -69,7 +68,7 @@ def partial_of(path: Path) -> Path:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename a file, also over another one. Windows refuses that while any program has one open: wait a little."""
+    """Rename a file, also over another one. Windows refuses while a program has either file open: wait and retry."""
     for pause in PAUSES if WINDOWS else ():
         try:
             return os.replace(source, target)
@@ -79,7 +78,7 @@ def replace(source: Path, target: Path) -> None:
 
 
 def remove_parts(folder: Path, name: str = "*") -> None:
-    """Remove what a killed process left of files with this name (a pattern) that `whole_file` wrote."""
+    """Remove the temporary files that killed processes left for files with this name (a pattern)."""
     for path in folder.glob(f"{name}.*.partial"):
         with contextlib.suppress(OSError):
             path.unlink()
@@ -137,7 +136,7 @@ def append(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def emptied_if_not_written(folder: Path) -> Iterator[None]:
-    """Empty a folder, empty before the block, if a file in it cannot be written or the block is interrupted."""
+    """Empty a folder, which was empty before, if the block is interrupted or cannot write a file in it."""
     try:
         yield
     except (NotWritten, OSError, KeyboardInterrupt):
@@ -193,7 +192,7 @@ def _no_room(problem: Exception) -> bool:
 
 
 def failed_line(problem: OSError) -> str:
-    """The line about an error of the system that no other place explained: which file, and why."""
+    """The message of an `OSError` that nothing else has explained: which file, and why."""
     names = [os.fsdecode(name) for name in (problem.filename, problem.filename2) if isinstance(name, str | bytes)]
     where = " -> ".join(names) or "the output or a file"
     if _no_room(problem) or problem.errno == errno.EROFS:

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from vqvae.errors import printable
 
-ODD = ("Last Resort", "STIXNonUnicode", "STIXSize", "cm")  # boxes for all characters, or other glyphs than their names
+ODD = ("Last Resort", "STIXNonUnicode", "STIXSize", "cm")  # fonts with boxes or with wrong glyphs
 _files: dict[str, str | None] = {}  # character -> file of a font that has it
 
 
@@ -35,7 +35,7 @@ def families(text: str) -> list[str]:
 
 
 def _find(text: str) -> dict[str, str | None]:
-    """The files for the characters of a text that are not ASCII. Opens each font at most once, and none twice."""
+    """The files for the characters of a text that are not ASCII. Opens each font at most once."""
     characters = {c for c in text if not c.isascii()}
     missing = characters - set(_files)
     if missing:

@@ -1,9 +1,9 @@
 """Models as folders of diffusers' `VQModel`, read and written without diffusers.
 
 A `VQModel` is a model with `vqgan` nets, a `vq` bottleneck and the `mse` likelihood. It takes and returns pixels in
-[-1, 1]. A model of pixels=centered, whose nets take [-0.5, 0.5], becomes one exactly: 0 is gray in both ranges, and so
-are the zeros with which convolutions pad images, so that halving the weights of the first convolution and doubling the
-last one is all. Nets that take [0, 1] would need a shift, which no weights of a padded convolution can express.
+[-1, 1]. A model with pixels=centered, whose nets take [-0.5, 0.5], is converted exactly: the weights of the first
+convolution are halved, and those of the last one are doubled. Zero padding is gray in both ranges. Nets that take
+[0, 1] would need a shift, which no weights of a padded convolution can express.
 
 C channels, H W pixels, h w code grid, D code dimension, K codes.
 """
@@ -90,7 +90,7 @@ def _their_weights(model: Autoencoder) -> dict[str, Tensor]:
         one = torch.eye(bottleneck.code_dim)
         projection = {"bottleneck.projection.weight": one[..., None, None], "bottleneck.projection.bias": 0 * one[0]}
     ours |= projection | {"bottleneck.codebook.vectors": bottleneck.code_vectors().detach()}
-    scale = 2 / cast(MSE, model.likelihood).scale  # of their pixels to those of our nets: 1 or 2, which rounds nothing
+    scale = 2 / cast(MSE, model.likelihood).scale  # their pixel range / our nets': 1 or 2, so products are exact
     ours["encoder.conv_in.weight"] = ours["encoder.conv_in.weight"] / scale
     for name in ("decoder.conv_out.weight", "decoder.conv_out.bias"):
         ours[name] = ours[name] * scale
@@ -144,10 +144,10 @@ def is_folder(path: Path) -> bool:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a model as a checkpoint has it: `kind`, `run`, `step`, `config`, `data`, and its weights (`model`).
+    """Read a model in the form of a checkpoint: `kind`, `run`, `step`, `config`, `data`, and its weights (`model`).
 
-    The codebook goes on from its vectors, as if each code had been found once so far. Raises `UserError` for a folder
-    that is no `VQModel`, or one with parts that the nets `vqgan` lack. Weights in half precision become float32.
+    Training continues from the codebook's vectors, as if each code had been used once. Raises `UserError` if the folder
+    is not a `VQModel`, or has parts that the nets `vqgan` do not have. Weights in half precision become float32.
     """
     settings = _read_settings(path / SETTINGS)
     try:

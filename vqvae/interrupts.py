@@ -98,7 +98,7 @@ class _Raiser:
         problem: BaseException | None = sys.exc_info()[1]
         while problem is not None and not isinstance(problem, Stopped):
             problem = problem.__context__
-        if problem is None and not self.ended:  # else it is on its way: `finally` blocks clean up
+        if problem is None and not self.ended:  # otherwise `Stopped` is on its way through `finally` blocks
             raise Stopped
 
     def end(self) -> None:
@@ -108,7 +108,7 @@ class _Raiser:
 
 
 class Interrupt:
-    """Turns the first signal into a request that a loop obeys; the next does what it did before: it stops at once."""
+    """Turns the first signal into a request that a loop obeys. A second one calls the previous handler, which stops."""
 
     def __enter__(self) -> "Interrupt":
         global received

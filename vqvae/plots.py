@@ -35,7 +35,7 @@ NARROWEST, WIDEST = 480, 4000  # pixels across a grid of images
 SCREEN = 1300  # pixels; text grows with what is wider, which a screen shows reduced
 LARGEST_TILE = 256  # pixels; larger images are reduced
 MOST_NAMED = 20  # classes in a legend
-MANY_POINTS = 10  # of a curve, the largest of which may be left out
+MANY_POINTS = 10  # of a curve; with so many, the axis may leave out the largest ones
 MOST_FRAMES, FEWEST_FRAMES, LARGEST_GIF = 60, 16, 2_000_000  # of an animation; bytes
 LONGEST_SIDE = 1000  # pixels of a frame
 
@@ -405,8 +405,8 @@ def read_frames(paths: Sequence[Path]) -> list[np.ndarray]:
 def training_animation(frames: Sequence[np.ndarray], path: Path) -> None:
     """The frames, `[H, W, 3]` uint8, as a GIF of about ten seconds at most, which pauses at its end.
 
-    Of more than `MOST_FRAMES`, evenly chosen ones are shown; fewer and smaller ones if the file would else exceed
-    `LARGEST_GIF` bytes.
+    At most `MOST_FRAMES`, evenly chosen, are shown, and fewer and smaller ones if the file would exceed `LARGEST_GIF`
+    bytes.
     """
     from PIL import Image
 
@@ -602,7 +602,7 @@ def _plain(legend: Any) -> None:
 
 
 def _headline(figure: Any, title: str) -> None:
-    """Put a title above all panels of a figure, which grows by its lines."""
+    """Put a title above all panels of a figure, and make the figure taller by the title's lines."""
     width, height = figure.get_size_inches()
     longest = int(12 * width)  # characters of 11 points
     text = "\n".join(textwrap.fill(fonts.drawable(line), longest) for line in title.split("\n"))

@@ -31,11 +31,11 @@ class Latents(NamedTuple):
 
 @torch.no_grad()
 def probe(model: Autoencoder, train: Images, test: Images, *, seed: int = 0) -> tuple[dict[str, float], str]:
-    """Metrics of what an autoencoder's most likely latents tell of labels, and the protocol in words.
+    """Predict labels from an autoencoder's most likely latents; returns metrics and the protocol in words.
 
-    A logistic regression is fitted to the latents of training images, standardized, and counted on `test`. The controls
-    repeat everything with the labels dealt out at random to the images of each split. Images without a label are left
-    out. Raises `OptionError` unless there are two classes or more to tell apart.
+    A logistic regression is fitted to the standardized latents of training images and evaluated on `test`. The controls
+    repeat everything with the labels shuffled within each split. Images without a label are left out. Raises
+    `OptionError` unless there are two classes or more.
     """
     count = min(len(train.labels), MOST_IMAGES)
     picked = torch.arange(count) * len(train.labels) // max(count, 1)

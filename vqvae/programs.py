@@ -82,8 +82,8 @@ class Kind(NamedTuple):
 
     save: Callable[[ExportedProgram, Interface], bytes]
     load: Callable[[Path], Callable[[Tensor], Tensor]]
-    batches: tuple[int, ...] = ()  # sizes of batches with which a program is checked, besides that of all examples
-    needs: tuple[str, ...] = ()  # modules of the extra that is named as the format
+    batches: tuple[int, ...] = ()  # batch sizes with which a program is checked, in addition to all examples
+    needs: tuple[str, ...] = ()  # modules that it needs, from the extra of the same name
 
 
 def _save_pt2(program: ExportedProgram, interface: Interface) -> bytes:

@@ -30,7 +30,7 @@ def images_bar(total: int, what: str) -> tqdm:
 
 
 class Progress:
-    """Progress over `total` steps, of which `done` are done. `quiet` shows no bar; nor does output to a file."""
+    """Progress over `total` steps, of which `done` are done. No bar if `quiet`, or if the output is not a terminal."""
 
     def __init__(self, total: int, done: int, names: tuple[str, ...], *, split: str = "held-out", quiet: bool):
         self.names = names  # of the metrics to show, the most important first
@@ -71,14 +71,14 @@ class Progress:
             self.write(f"time   about {duration(seconds)}, and the evaluation after each epoch")
 
     def show(self, means: Mapping[str, float]) -> None:
-        """Show the most important metrics next to the bar: two, if they leave it room."""
+        """Show the most important metrics next to the bar: two, or one if two are too long."""
         present = [name for name in self.names if name in means]
         texts = [line(tuple(present[:count]), means) for count in (2, 1)]
         self.bar.bar_format = f"{BAR}  {texts[0] if len(texts[0]) <= LONGEST else texts[1]}"
 
     @contextlib.contextmanager
     def working(self, what: str) -> Iterator[None]:
-        """Show what is at work in the block. Its time does not count into the estimate."""
+        """Show the name of the work in the block. Its time does not count in the estimate of the time left."""
         if self.bar.disable:
             yield
             return

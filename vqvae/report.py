@@ -125,7 +125,7 @@ class Report:
         return in_turn if label is None else f"class {plots.short(self.classes[label])}"
 
     def need_trained_prior(self) -> None:
-        """Samples of a prior that knows nothing look like noise, and are drawn only when asked for."""
+        """Raise `NotApplicable` for the uniform prior, whose samples look like noise, unless they are asked for."""
         if self.prior == "uniform" and not self.options.only:
             raise NotApplicable("the uniform prior knows nothing of the data; train a prior on the codes first")
 
@@ -181,7 +181,7 @@ class Report:
 
 
 def sampling_options(options: argparse.Namespace, model: Autoencoder) -> dict[str, Any]:
-    """The sampler's options that were given, as the model's prior takes them. Raises `OptionError` for others."""
+    """The given sampling options. Raises `OptionError` for options that the model's prior does not take."""
     prior, given = model.prior, {}
     for name, option in sampling.OPTIONS.items():
         value = getattr(options, name)
@@ -316,8 +316,9 @@ def codebook(report: Report, path: Path) -> None:
 def code_patches(model: Autoencoder, bottleneck: Discrete) -> Tensor:
     """The image of each of the K codes, `[K, C, height, width]`: decode a grid filled with the code, crop its center.
 
-    In a sequence codes have no position: it is the whole image. Of a large grid the middle is decoded, which is all
-    that the net sees from a cell (`vqgan` sees a little more: it is deeper, with attention and norms of the grid).
+    Codes of a sequence have no place in the image: their patch is the whole image. Of a large grid only the middle is
+    decoded, because the net sees no more around a cell (`vqgan` sees a little more: it is deeper, with attention and
+    norms over the grid).
     """
     h, w = (min(cells, MOST_CELLS) if model.spatial else cells for cells in bottleneck.grid)
     patches = []
@@ -554,8 +555,8 @@ PLOTS: dict[str, Plot] = {
     ),
     "curves.png": Plot(
         curves, "Metrics over training",
-        "Held-out curves that turn while those of training go on show overfitting; curves that still fall ask for more "
-        "epochs.",
+        "Held-out curves that turn around while training curves go on show overfitting; curves that still improve need "
+        "more epochs.",
     ),
     "training_animation.gif": Plot(
         training_animation, "Training, epoch by epoch",
@@ -563,7 +564,7 @@ PLOTS: dict[str, Plot] = {
     ),
     "samples.png": Plot(
         samples, "Samples",
-        "New images, drawn from the prior and decoded: good ones look like the data, and none like the others.",
+        "New images, drawn from the prior and decoded: good ones look like the data and differ from each other.",
     ),
     "class_rows.png": Plot(
         class_rows, "Samples by class", "Each row has ten samples of one class, which should show that class and vary."

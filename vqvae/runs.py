@@ -59,7 +59,8 @@ class Busy(UserError):
 class Lock:
     """The right to write in a run's folder: a lock on its file `.lock`, which ends with the process.
 
-    `take` takes it, the end of the block releases it. If the run did not begin (`keep`), what `take` made is removed.
+    `take` takes it, the end of the block releases it. If the run did not begin (`keep`), the file and the folders that
+    were made for it are removed.
     """
 
     def __init__(self) -> None:
@@ -106,12 +107,12 @@ class Lock:
             return False
         except OSError as problem:
             reason = f"the file system ({problem.strerror})" if fcntl or msvcrt else "this system"
-            message = f"{self.path}: {reason} has no locks; see to it that no other process writes this run"
+            message = f"{self.path}: {reason} has no locks; make sure that no other process writes this run"
             warnings.warn(message, stacklevel=4)
         return True
 
     def keep(self) -> None:
-        """The run begins: what was made stays, and the file says which process writes."""
+        """Mark that the run begins: keep the file and the folders, and write process and host into the file."""
         self.kept = True
         with contextlib.suppress(OSError):
             os.ftruncate(self._file, 0)
@@ -172,7 +173,7 @@ def claim(folder: Path, lock: Lock) -> None:
     make_folder(folder, "log_dir")
     with naming("name", folder.name):
         lock.take(folder, made=made)
-    refuse_saved(folder)  # of a process that ended in between
+    refuse_saved(folder)  # another process may have saved a run in between
 
 
 def claim_free(name: str, logs: Path, plots: Path, lock: Lock) -> Path:
@@ -221,8 +222,8 @@ class Run:
     def start(self, resumed: dict[str, Any] | None = None) -> bool:
         """Open the run's files. A new run replaces those of a run that never saved.
 
-        A run that is resumed from the content of a checkpoint drops what was logged after its step, and a best model of
-        steps that it will take again. Returns whether best.pt is the best model so far, if there is one.
+        A run that is resumed from the content of a checkpoint drops the metrics after its step, and a best model of
+        steps that it will take again. Returns False if the best model so far is lost.
         """
         if self.lock is None:
             self.lock = Lock()
@@ -264,9 +265,9 @@ class Run:
     ) -> None:
         """Append a line to metrics.jsonl with metrics, and settings that change during training, such as the rate.
 
-        `held_out` is the split, validation or test, that metrics named `held_out_...` are of. TensorBoard gets
-        `name/train` and `name/<split>`, which stand together, and `schedule/name`. Training metrics averaged over an
-        epoch, standard errors and constants have no chart.
+        `held_out` is the split, validation or test, of the metrics named `held_out_...`. TensorBoard gets `name/train`
+        and `name/<split>`, which it shows together, and `schedule/name`. Training metrics averaged over an epoch,
+        standard errors and constants have no chart.
         """
         self.step = step
         split = {"split": held_out} if held_out else {}
@@ -285,7 +286,7 @@ class Run:
                 self.board.add_scalar(f"schedule/{name}", value, step)
 
     def _events(self) -> contextlib.AbstractContextManager[None]:
-        """Within it, errors of TensorBoard's writer become a line about the events; its thread hands them on."""
+        """A context in which errors of TensorBoard's writer and its thread become a `UserError` about the events."""
         return writing(self.folder / f"{EVENTS}*")
 
     def log_images(self, name: str, image: Tensor, step: int) -> None:
@@ -308,7 +309,7 @@ class Run:
             shutil.copyfileobj(last, file)
 
     def repair_best(self, resumed: dict[str, Any]) -> bool:
-        """Make best.pt the best model of a checkpoint, if the run was killed between the two; False if that is lost.
+        """Write best.pt again if the run was killed after checkpoint.pt and before it; False if the best model is lost.
 
         It is lost if the run is resumed from an earlier checkpoint than its last.
         """
@@ -427,7 +428,8 @@ def order_events(folder: Path) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl: `kind`, `split`, `step`, and numbers by name, without those that are not finite.
 
-    Warns of damaged lines, which are left out; not of an unfinished last one, which a killed process may leave.
+    Leaves out damaged lines, with a warning. There is no warning about an unfinished last line, which a killed process
+    may leave.
     """
     if not path.is_file():
         return []

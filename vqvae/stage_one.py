@@ -25,7 +25,7 @@ class AutoencoderTraining(Trainable):
     )  # fmt: skip
 
     def __init__(self, model: Autoencoder, objective: Objective, *, fitted: bool = False):
-        """`fitted`: whether the bottleneck has its start, from a trained model."""
+        """`fitted`: whether the bottleneck is already initialized, from a trained model."""
         super().__init__()
         objective.check(model)
         self.model, self.objective, self.fitted = model, objective, fitted

@@ -1,7 +1,7 @@
 """Stage two: a prior trained on the codes of a frozen autoencoder.
 
 The training loop sees a thin wrapper. Checkpoints contain the whole autoencoder with its prior replaced, so the result
-samples, evaluates and draws as any other model does.
+is sampled, evaluated and plotted like any other model.
 
 B batch, N images, h w code grid, K codes.
 """
@@ -73,13 +73,13 @@ def extract_codes(
 ) -> Tensor:
     """The codes `[N, h, w]` (int32) of images `[N, C, H, W]`, computed once and cached.
 
-    With several parts of the data, the images are of this process's part, and the codes of all parts, one after the
-    other; each part must have N images.
+    With several parts of the data, `images` are those of this process's part, and the result has the codes of all
+    parts, one after the other; each part must have N images.
 
-    Where the posterior is a distribution, each image has one draw from it: -ELBO scores the prior on draws, and the
-    most likely codes are less varied. A cache that is damaged, or was made with other weights or from other images, is
-    replaced. Where none can be written, a warning says so. Several processes share the images, and the first one writes
-    the cache.
+    If the posterior is a distribution, each image gets one draw from it, because -ELBO scores the prior on draws, and
+    the most likely codes are less varied. A cache that is damaged, or was made with other weights or from other images,
+    is replaced. If it cannot be written, a warning says so. Several processes share the images, and the first one
+    writes the cache.
     """
     bottleneck = model.bottleneck
     if not isinstance(bottleneck, Discrete):
@@ -93,7 +93,7 @@ def extract_codes(
     if cached is not None and not missing:
         return cached
     mine = distributed.share(images, parts)
-    if bottleneck.stochastic:  # the draws must be those of one process, as many as there are
+    if bottleneck.stochastic:  # one process draws, so that the draws do not depend on the number of processes
         mine = images if distributed.first_of_part(parts) else images[:0]
     found = [torch.empty(0, *bottleneck.grid, dtype=torch.int32)]
     with torch.no_grad(), evaluating(model), seeded(0, model.device), images_bar(len(mine), "encoding") as bar:

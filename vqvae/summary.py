@@ -43,7 +43,7 @@ def opening(
 
 
 def describe_splits(dataset: Dataset) -> str:
-    """The number of images of each split, and by which of them models are chosen."""
+    """The number of images of each split, and which split chooses best.pt, if it is the test split."""
     sizes = ", ".join(f"{len(split.images):,} {name}" for name, split in dataset.splits.items())
     return sizes if dataset.validation else f"{sizes} (by which best.pt is chosen)"
 
@@ -61,7 +61,7 @@ def warn_of_few_updates(config: Config, plan: Plan, examples: int) -> None:
 
 def warn_of_seen_images(first: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Warn if the model that a run starts from may have been trained on the run's validation split."""
-    # The split follows from the number of images, whose fingerprints change with their size.
+    # The number of images determines the split. Fingerprints also change with the size of the images.
     of = "fingerprint" if first["shape"] == about["shape"] else "examples"
     mine, its = (data.get(of, {}).get("validation") for data in (about, first))
     if mine and mine != its and first["name"] == about["name"]:
@@ -106,7 +106,7 @@ def how_to_go_on(folder: Path, plots: Path) -> str:
 
 
 def _flag_of(plot_dir: Path) -> str:
-    """The flag for a folder of plots that is not the default: a checkpoint may come from anywhere and names none."""
+    """The flag for a folder of plots other than the default: a resumed run does not take it from its checkpoint."""
     return "" if plot_dir == Path(Config.plot_dir) else f" --plot-dir {shlex.quote(str(plot_dir))}"
 
 

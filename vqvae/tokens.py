@@ -185,7 +185,7 @@ def load_model(path: str, device: str) -> Autoencoder:
 
 
 def restore(content: dict[str, Any], path: str, device: str) -> Autoencoder:
-    """The same from the entries of the checkpoint, which `read_model` gives."""
+    """Like `load_model`, from the entries that `checkpoint.read_model` returns."""
     model = checkpoint.restore(content, path).to(choose_device(device))
     discrete(model, path)
     return model

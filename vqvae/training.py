@@ -70,7 +70,7 @@ class Plan(NamedTuple):
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def check(self, examples: int) -> None:
-        """Raise `OptionError` for a batch that the examples, those of all parts, or the processes cannot share."""
+        """Raise `OptionError` if a batch is larger than `examples` (all parts) or if the processes cannot share it."""
         if self.batch_size > examples:
             raise OptionError(
                 "batch_size", self.batch_size, f"larger than the {examples} training examples; use a smaller one"
@@ -293,7 +293,8 @@ class Loop:
     def order(self, batch_size: int, epoch: int) -> Tensor:
         """The epoch's batches `[steps, batch_size]`, copied once to the examples' device.
 
-        With shards of the data, those of this process's shard are repeated, so that its share of a batch is of them.
+        With several parts of the data, indices into this process's part are repeated, so that its share of a batch has
+        them.
         """
         plan, examples = self.plan, self.examples
         mine, block = batch_size // plan.data_shards, block_of(examples, plan.shuffle)
@@ -364,7 +365,7 @@ class Loop:
         return f"{kept}. Try a lower lr" + (", or on_nan=skip" if self.plan.on_nan == "stop" else "")
 
     def log_window(self) -> None:
-        """Log the metrics' means since the last time. Within an epoch, only this waits for the device."""
+        """Log the metrics' means since the last time. Within an epoch, only this and saving wait for the device."""
         if self.window.count:
             if problem := self.health.problem():
                 raise UserError(f"{problem}; {self._kept()}")
@@ -423,7 +424,7 @@ class Loop:
         """Write checkpoint.pt, and best.pt if it is the best or the best was not saved yet."""
         self.run.save(self._state())
         self.saved_step = self.step
-        if best or self.unsaved_best:  # last, so that it is never of steps that a resumed run takes again
+        if best or self.unsaved_best:  # last, so that best.pt never has steps that a resumed run repeats
             self.run.save_best(None if best else self.unsaved_best)
         self.unsaved_best = None
 

@@ -19,7 +19,7 @@ from vqvae.training import Plan
 
 
 def second_stage(given: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a preset's second stage, over which go those `given`; its own are removed from there.
+    """The settings of a preset's second stage, overridden by `given`, which loses those of the second stage only.
 
     Raises `OptionError` for a name that is taken.
     """
