@@ -44,11 +44,12 @@ class Quantizer(nn.Module):
     updates it. In evaluation nothing changes, and each vector gets its most likely code. `state_dict()` has the whole
     state. A loaded layer continues its training: only a layer that was never trained initializes its codebook.
 
-    Vectors of another dimension than `code_dim` (default: D) go through a 1x1 convolution, and z through another one
-    back to D channels. The layer computes in the type of its weights or of the input, whichever is wider, within
-    autocast too; z has the type of the input. So keep it in float32 within a model in half precision (`layer.float()`):
-    a codebook in half precision cannot be trained, and raises ValueError. In a process group, such as DDP's, the
-    codebook is updated from the vectors of all processes, and all must call the layer in training.
+    A 1x1 convolution projects the vectors to `code_dim` (default: D) dimensions; some bottlenecks, such as `vq`, have
+    none if that is D. Another one brings z back to D channels, if the dimensions differ. The layer computes in the type
+    of its weights or of the input, whichever is wider, within autocast too; z has the type of the input. So keep it in
+    float32 within a model in half precision (`layer.float()`): a codebook in half precision cannot be trained, and
+    raises ValueError. In a process group, such as DDP's, the codebook is updated from the vectors of all processes, and
+    all must call the layer in training.
 
         quantize = Quantizer("residual", 64, num_codes=256, quantizers=4)
         out = quantize(features)
