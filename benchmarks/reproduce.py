@@ -198,6 +198,12 @@ def progress(logs: Path, name: str, seed: int) -> str:
     return f"at step {max(steps, default=0):,}"
 
 
+def codes_of(row: dict[str, Any]) -> int:
+    """K of one level, over which perplexity is; `codebook_size` is of all levels."""
+    bits = row.get("uniform_bits_per_code")
+    return row["codebook_size"] if bits is None else round(2**bits)
+
+
 def report(rows: Iterable[dict[str, Any]]) -> list[str]:
     """The table of the finished rows, with the commands and what is published below it."""
     cells = [
@@ -208,7 +214,7 @@ def report(rows: Iterable[dict[str, Any]]) -> list[str]:
             f"{r['step']:,} x {r['batch_size']}" + (", bf16" if r.get("precision") == "bf16" else ""),
             f"{1000 * r['mse']:.3f} ± {1000 * r['mse_se']:.3f}" if "mse" in r else "",
             f"{r['psnr']:.2f} ± {r['psnr_se']:.2f}" if "psnr" in r else "",
-            f"{r['perplexity']:.0f} of {r['codebook_size']:,}" if "perplexity" in r else "",
+            f"{r['perplexity']:.0f} of {codes_of(r):,}" if "perplexity" in r else "",
             f"{r['neg_elbo']:.2f} ± {r['neg_elbo_se']:.2f}",
             f"{r['bits_per_dim']:.3f}" if "bits_per_dim" in r else "",
             f"{r['bits_per_code']:.3f}" if "bits_per_code" in r else "",
