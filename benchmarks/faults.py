@@ -10,6 +10,7 @@ Prints `survived S of N` per section; exits with 1 if any trial was lost. Every 
 
 import argparse
 import importlib.util
+import os
 import sys
 import tempfile
 import time
@@ -38,11 +39,12 @@ def main() -> int:
     args = cli.parse_args()
     if unknown := set(args.sections) - set(SECTIONS):
         cli.error(f"no section {', '.join(sorted(unknown))}; known: {', '.join(SECTIONS)}")
-    lost = 0
+    lost, here = 0, os.getcwd()
     for name in args.sections or SECTIONS:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             survived, total = load(name).run(args.trials, Path(folder))
+            os.chdir(here)  # a section may end in its folder, which is removed now
         lost += total - survived
         print(f"{name:14} survived {survived} of {total}   ({time.perf_counter() - started:.0f} s)", flush=True)
     return 1 if lost else 0
