@@ -1,11 +1,13 @@
 """Benchmarks reuse a stored row only for the same settings and data, and do not overwrite published results unasked."""
 
 import argparse
+import ast
 import importlib
 import io
 import json
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -200,6 +202,18 @@ def test_times_of_other_settings_are_not_mixed(benchmark):
     assert families.stored_rows(path, settings) == {"vae": {"family": "vae", "ms": 3}}
     with pytest.raises(SystemExit, match="has times of other settings .turns.; name another file"):
         families.stored_rows(path, settings | {"turns": 3})
+
+
+SCRIPTS = [*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("examples/*.py")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_what_a_script_imports_from_the_package_exists(script):
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vqvae":
+            module = importlib.import_module(str(node.module))
+            for name in (alias.name for alias in node.names):
+                assert hasattr(module, name) or find_spec(f"{node.module}.{name}"), f"{node.module} has no {name}"
 
 
 @pytest.mark.parametrize(("family", "what"), [("vae-points", "batch 64, 2x1x1"), ("pixelcnn", "batch 64, 8x8 codes")])
