@@ -13,11 +13,8 @@ from vqvae import cli
 from vqvae.autoencoder import SLOTS, Autoencoder, build_autoencoder
 from vqvae.commands import train
 from vqvae.contracts import Objective
-from vqvae.data.cache import CachedImages, cached
-from vqvae.data.image_folder import Folder
-from vqvae.decoding import Resize, Shape
 from vqvae.objectives import SLOT as OBJECTIVE
-from vqvae.registry import Choice, Size, build, signature
+from vqvae.registry import Choice, build, signature
 from vqvae.stage_one import AutoencoderTraining
 
 ROOT = Path(__file__).parent.parent
@@ -37,11 +34,6 @@ SMALL_OPTIONS = {
 SMALL = ("--limit", "60", "--batch-size", "20", "--hidden", "8", "--codes", "16", "--code-dim", "4")
 SMALL += ("--image-size", "16", "--device", "cpu", "--validation", "test")
 CONSTANT = ("--lr", "3e-4")  # resumed for more epochs, a run equals one of that length from the start
-
-
-def cached_images(folder: Path, size: int | tuple[int, int], channels: int, resize: Resize = "crop") -> CachedImages:
-    """The images below a folder, as `--dataset folder` caches them."""
-    return cached(Folder(folder), Shape(Size(size), channels, resize))
 
 
 def choose(slot: str, name: str, **options: Any) -> Choice:

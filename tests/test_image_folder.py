@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import cached_images, files_up_to
+from tests.helpers import files_up_to
 from vqvae import decoding
 from vqvae.data import cache, image_folder, load
+from vqvae.data.image_folder import cached_images
 from vqvae.data.listing import Listing
 from vqvae.decoding import read_image
 from vqvae.errors import OptionError, UserError

@@ -8,13 +8,12 @@ import shutil
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from tests.helpers import run_train
 from tests.test_stage_two import SMALL_PIXELCNN
+from tests.test_tokens import write_images
 from vqvae import load, presets
 from vqvae.stage_one import AutoencoderTraining
 
@@ -27,14 +26,6 @@ def there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
-
-
-def write_images(folder: Path, count: int) -> None:
-    folder.mkdir(parents=True)
-    for i in range(count):
-        Image.fromarray(np.random.default_rng(i).integers(256, size=(16, 16, 3), dtype=np.uint8)).save(
-            folder / f"{i}.png"
-        )
 
 
 def train(line: str) -> int:
@@ -130,7 +121,7 @@ def test_a_default_name_whose_prior_exists_is_refused_before_the_first_stage(cap
 def test_a_conditional_prior_is_for_the_classes_of_its_own_data(kinds, first):
     for folder, names in (("one", first or [""]), ("two", kinds)):
         for name in names:
-            write_images(Path(folder, name), 30)
+            write_images(*(f"{folder}/{name}/{i}.png" for i in range(30)), size=(16, 16))
     line = "--dataset folder --image-size 16 --hidden 8 --codes 16 --max-steps 2 --batch-size 10 --device cpu"
     assert train(f"{line} --data-dir one --name run") == 0
     line = f"{' '.join(SMALL_PIXELCNN)} --checkpoint logs/run --conditional --max-steps 2 --batch-size 10 --device cpu"

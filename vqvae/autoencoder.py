@@ -296,10 +296,7 @@ def build_autoencoder(
     encoder = nets.encoder()
     decoder = nets.decoder(bottleneck.code_dim, image_shape[0] * likelihood.params_per_channel)
     # last, so that models with one seed that differ only in their prior start from the same nets
-    of_codes = {"num_classes": num_classes, "scales": bottleneck.scales}
-    prior: Prior = build(SLOTS["prior"], choices["prior"], {**bottleneck.prior_context(), **of_codes})
-    if num_classes and not needs(SLOTS["prior"], choices["prior"].name, "num_classes"):
-        raise OptionError("conditional", None, f"the prior {choices['prior'].name} cannot use labels; leave it out")
+    prior = build_prior(choices["prior"], bottleneck, num_classes)
     model = Autoencoder(
         encoder=encoder,
         bottleneck=bottleneck,

@@ -8,32 +8,6 @@ from typing import Any, NamedTuple
 
 from vqvae.registry import Option, Range
 
-OPTIONS = {  # by name; a default of None, of options for masked priors only, stands for the default in `Sampling`
-    option.name: option
-    for option in (
-        Option(
-            "temperature", float, 1.0, (Range(0, below=1000),),
-            "temperature of sampling; below 1, samples are likelier and less varied, and at 0 each code is the "
-            "likeliest (default: 1)",
-        ),
-        Option("top_k", int, 0, (Range(0),), "sample among the K likeliest codes (default: 0, all)"),
-        Option(
-            "top_p", float, 1.0, (Range(above=0, high=1),),
-            "sample among the fewest likeliest codes that have this probability together (default: 1, all)",
-        ),
-        Option(
-            "guidance", float, 1.0, (Range(0, below=1000),),
-            "strength of the class, for a conditional prior trained with label_drop; above 1, samples are more typical "
-            "of it (default: 1)",
-        ),
-        Option("steps", int, None, (Range(1),), "steps of sampling from a masked prior (default: 8)"),
-        Option(
-            "choice_temperature", float, None, (Range(0),),
-            "noise in the order in which a masked prior keeps codes; 1e9 makes it random (default: 4.5)",
-        ),
-    )
-}  # fmt: skip
-
 
 class Sampling(NamedTuple):
     """How a sampler draws. Priors over vectors have a temperature only, and masked priors have all options.
@@ -67,3 +41,32 @@ class Sampling(NamedTuple):
         if others := [name for name in options if name not in known]:
             raise TypeError(f"sample() takes no {others[0]} with this prior; its options are {', '.join(known)}")
         return cls(**{name: OPTIONS[name].convert(value) for name, value in options.items()})
+
+
+DEFAULTS = Sampling()
+OPTIONS = {  # by name; a default of None, of options for masked priors only, stands for the default in `Sampling`
+    option.name: option
+    for option in (
+        Option(
+            "temperature", float, DEFAULTS.temperature, (Range(0, below=1000),),
+            "temperature of sampling; below 1, samples are likelier and less varied, and at 0 each code is the "
+            "likeliest (default: 1)",
+        ),
+        Option("top_k", int, DEFAULTS.top_k, (Range(0),), "sample among the K likeliest codes (default: 0, all)"),
+        Option(
+            "top_p", float, DEFAULTS.top_p, (Range(above=0, high=1),),
+            "sample among the fewest likeliest codes that have this probability together (default: 1, all)",
+        ),
+        Option(
+            "guidance", float, DEFAULTS.guidance, (Range(0, below=1000),),
+            "strength of the class, for a conditional prior trained with label_drop; above 1, samples are more typical "
+            "of it (default: 1)",
+        ),
+        Option("steps", int, None, (Range(1),), f"steps of sampling from a masked prior (default: {DEFAULTS.steps})"),
+        Option(
+            "choice_temperature", float, None, (Range(0),),
+            "noise in the order in which a masked prior keeps codes; 1e9 makes it random "
+            f"(default: {DEFAULTS.choice_temperature})",
+        ),
+    )
+}  # fmt: skip

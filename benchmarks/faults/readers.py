@@ -31,21 +31,14 @@ import torch
 from PIL import Image
 
 from vqvae.data import load
-from vqvae.data.cache import CachedImages, cached
-from vqvae.data.image_folder import Folder
-from vqvae.decoding import Shape
+from vqvae.data.image_folder import cached_images
 from vqvae.errors import UserError
-from vqvae.registry import Size
 
 SECONDS = 10  # of the processor; the machine may be busy
 PATIENCE = 60  # seconds until a trial counts as blocked
 MEMORY = 1300 * 2**20  # bytes that reading may add; a data file may unpack to 1 GiB
 IMAGE_MEMORY = 560 * 2**20
 NUMBERS = (0, 1, 0xFF, 0x7FFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
-
-
-def cached_images(folder: Path) -> CachedImages:
-    return cached(Folder(folder), Shape(Size(16), 3))
 
 
 class Trial(NamedTuple):
@@ -211,7 +204,7 @@ def image_folder(file: str, raw: bytes | Callable[[Path], None], place: Path) ->
 
 
 def check_images(place: Path) -> None:
-    images, paths, *_ = cached_images(place / "images")
+    images, paths, *_ = cached_images(place / "images", 16, 3)
     assert images.dtype == torch.uint8
     assert tuple(images.shape[1:]) == (3, 16, 16)
     assert len(images) == len(paths) >= 2
@@ -501,17 +494,17 @@ def changed_permissions(place: Path) -> None:
     if os.getuid() == 0:
         os.chown(image, 65534, 65534)
         os.setuid(65534)
-    found = cached_images(place / "images")[1]
+    found = cached_images(place / "images", 16, 3)[1]
     assert len(found) == 2, found
     image.chmod(0o644)
-    found = cached_images(place / "images")[1]
+    found = cached_images(place / "images", 16, 3)[1]
     assert len(found) == 3, found
 
 
 def changed_content(place: Path) -> None:
-    before = cached_images(place / "images")[0].clone()
+    before = cached_images(place / "images", 16, 3)[0].clone()
     (place / "images" / "c.png").write_bytes(saved("PNG", "L"))
-    assert not torch.equal(cached_images(place / "images")[0], before)
+    assert not torch.equal(cached_images(place / "images", 16, 3)[0], before)
 
 
 # --- random damage -------------------------------------------------------------------------------------------------
@@ -545,13 +538,13 @@ def damaged_cache(which: str, seed: int, place: Path) -> None:
     """An image folder with a cache, one file of which is damaged, and the images that the cache had."""
     image_folder("c.png", saved("PNG"), place)
     os.environ["XDG_CACHE_HOME"] = str(place / "cache")
-    np.save(place / "expected.npy", cached_images(place / "images")[0].numpy())
+    np.save(place / "expected.npy", cached_images(place / "images", 16, 3)[0].numpy())
     file = next((place / "cache" / "vqvae").glob(f"*.{which}"))
     file.write_bytes(mutated(file.read_bytes(), random.Random(seed)))
 
 
 def check_cache(place: Path) -> None:
-    images, paths, *_ = cached_images(place / "images")
+    images, paths, *_ = cached_images(place / "images", 16, 3)
     assert sorted(paths) == ["a.png", "b.png", "c.png"], paths
     assert np.array_equal(images.numpy(), np.load(place / "expected.npy")), "other images"
 

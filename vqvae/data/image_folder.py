@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vqvae.data.base import Dataset
-from vqvae.data.cache import Contents, ImageOptions, Reading, dataset
+from vqvae.data.cache import CachedImages, Contents, ImageOptions, Reading, cached, dataset
 from vqvae.data.listing import list_images
-from vqvae.decoding import Read, Shape, read_image
+from vqvae.decoding import Read, Resize, Shape, read_image
 from vqvae.registry import Size
 
 
@@ -27,6 +27,11 @@ def folder(
     into memory; after that, only new and changed files are converted.
     """
     return dataset(Folder(data_dir), image_size, options, reading)
+
+
+def cached_images(folder: Path, size: int | tuple[int, int], channels: int, resize: Resize = "crop") -> CachedImages:
+    """The images below a folder, see `cached`."""
+    return cached(Folder(folder), Shape(Size(size), channels, resize))
 
 
 class Folder:
