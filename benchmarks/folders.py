@@ -196,7 +196,7 @@ def read(shuffle: str, size: int) -> dict[str, Any]:
     import torch
 
     from vqvae.data.batches import batch_indices, block_of, read_ahead
-    from vqvae.data.cache import caches
+    from vqvae.data.cache_files import caches
 
     (array,) = (file for file in caches()[0].files if file.suffix == ".npy")
     with open(array, "rb") as file:

@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import ROOT
 from vqvae.__main__ import main
 from vqvae.data import load
-from vqvae.data.cache import cache_folder, caches, remove
+from vqvae.data.cache_files import cache_folder, caches, remove
 from vqvae.data.containers import Npz
 
 

@@ -19,7 +19,7 @@ from tests.helpers import ROOT, run_train
 from vqvae import checkpoint, workers
 from vqvae.__main__ import main
 from vqvae.data import Dataset, cache, image_folder, load
-from vqvae.data.cache import cache_folder, caches
+from vqvae.data.cache_files import cache_folder, caches
 from vqvae.data.image_folder import cached_images
 from vqvae.decoding import read_image
 from vqvae.errors import OptionError

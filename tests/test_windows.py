@@ -15,7 +15,7 @@ from PIL import Image
 from tests.helpers import SMALL
 from vqvae import cli, files, runs, tokens
 from vqvae.__main__ import dispatch
-from vqvae.data import cache, load
+from vqvae.data import cache, cache_files, load
 from vqvae.errors import UserError
 from vqvae.runs import Busy, Lock
 
@@ -71,6 +71,8 @@ def windows(monkeypatch):
     monkeypatch.setattr(os, "remove", unlink)
     monkeypatch.setattr(os, "open", open_file)
     monkeypatch.setattr(files, "WINDOWS", True)
+    monkeypatch.setattr(cache_files, "WINDOWS", True)
+    monkeypatch.setattr(cache_files, "fcntl", None)
     monkeypatch.setattr(files, "PAUSES", (0.01, 0.01, 0.01))
     monkeypatch.setattr(runs, "fcntl", None)
     monkeypatch.setattr(runs, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking))

@@ -29,16 +29,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--clear", metavar="WHAT", nargs="?", const=ALL, type=path("clear"), help=help)
     options = parser.parse_args(argv)
 
-    from vqvae.data import cache
+    from vqvae.data import cache_files
 
-    found = cache.caches()
+    found = cache_files.caches()
     if options.clear is None:
         print(_table(found))
         return 0
     chosen = found if options.clear is ALL else [c for c in found if _is_of(c, os.path.abspath(options.clear))]
     if not chosen and options.clear is not ALL:
         raise OptionError("clear", options.clear, "has no cache; see vqvae cache")
-    removed = [c for c in chosen if cache.remove(c)]
+    removed = [c for c in chosen if cache_files.remove(c)]
     print(f"removed {_count(removed)}, {_bytes(sum(c.size for c in removed))}")
     if len(removed) < len(chosen):
         print(f"in use by a running process, not removed: {_count([c for c in chosen if c not in removed])}")
@@ -51,7 +51,7 @@ def _is_of(cache: Any, path: str) -> bool:
 
 
 def _table(found: list) -> str:
-    from vqvae.data.cache import cache_folder
+    from vqvae.data.cache_files import cache_folder
 
     rows = [("size", "age", "images", "source")]
     for cache in found:

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 from vqvae.data.base import Dataset, Images, fingerprint, scale
 from vqvae.data.builtin import digits, gauss2d, photos
-from vqvae.data.cache import Reading
 from vqvae.data.containers import npz, parquet, webdataset
 from vqvae.data.image_folder import folder
 from vqvae.data.published import cifar10, fashion_mnist, mnist, mnist_binary, svhn
+from vqvae.data.sources import Reading
 from vqvae.errors import OptionError, one_line, out_of_memory
 from vqvae.registry import Choice, Range, Sides, Size, Slot, arguments, checked, needs, resolve
 

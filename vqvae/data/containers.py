@@ -21,8 +21,9 @@ import numpy as np
 
 from vqvae.archives import array_names, most_bytes, read_arrays
 from vqvae.data.base import Dataset
-from vqvae.data.cache import Contents, ImageOptions, Reading, dataset
+from vqvae.data.cache import Contents
 from vqvae.data.listing import SUFFIXES, Listing, list_files, split_of, stamp
+from vqvae.data.sources import ImageOptions, Reading, dataset
 from vqvae.decoding import Read, Shape, read_array, read_bytes, read_part, white
 from vqvae.errors import OptionError, UserError, one_line
 from vqvae.files import open_file, size_of

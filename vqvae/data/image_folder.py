@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vqvae.data.base import Dataset
-from vqvae.data.cache import CachedImages, Contents, ImageOptions, Reading, cached, dataset
+from vqvae.data.cache import CachedImages, Contents, cached
 from vqvae.data.listing import list_images
+from vqvae.data.sources import ImageOptions, Reading, dataset
 from vqvae.decoding import Read, Resize, Shape, read_image
 from vqvae.registry import Size
 
