@@ -91,7 +91,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "summary": {"autoencoder", "cli", "config", "data", "distributed", "errors", "registry", "runs", "training"},
     "run_data": {"autoencoder", "config", "data", "distributed", "errors", "summary"},
-    "two_stages": {"autoencoder", "cli", "config", "data", "errors", "presets", "runs", "training"},
+    "two_stages": {"autoencoder", "cli", "config", "contracts", "data", "errors", "presets", "runs", "training"},
     "experiment": {
         "assessment", "autoencoder", "checkpoint", "cli", "config", "contracts", "data", "devices", "distributed",
         "errors", "evaluation", "features", "files", "interrupts", "metrics", "objectives", "plots", "presets",

@@ -273,6 +273,11 @@ class Prior(nn.Module):
         self.grid = (grid[0], grid[1])
         self.register_buffer("anchor", torch.zeros(()), persistent=False)
 
+    @property
+    def has_parameters(self) -> bool:
+        """Whether there is anything to train; `uniform` and `normal` have no parameters."""
+        return any(True for _ in self.parameters())
+
     def log_prob(self, latent: Latent, labels: Tensor | None = None) -> Tensor:
         """log p(z) in nats, `[B]`."""
         raise NotImplementedError

@@ -213,7 +213,7 @@ def refuse_idle_weights(given: Mapping[str, Any], config: Config, model: Autoenc
     if model.bottleneck.stochastic or config.checkpoint:
         return
     reasons = {"entropy_scale": "the posterior is one code, so that log q is 0"}
-    if not any(True for _ in model.prior.parameters()):
+    if not model.prior.has_parameters:
         constant = f"with one code and the prior {config.prior.name}, log q(z|x) - log p(z) is constant"
         reasons |= dict.fromkeys(("kl_weight", "free_bits"), constant)
     typed = {*given, *(given["objective"].options if "objective" in given else ())}
@@ -397,7 +397,7 @@ def stage_two(config: Config, dataset: Dataset, plan: Plan, start: Start) -> Bui
                 raise OptionError("checkpoint", path, problem)
         model = checkpoint.with_new_prior(start.content, path, config, len(dataset.classes))
     model.to(plan.device)
-    two_stages.need_weights(model.prior, config.prior.name)
+    two_stages.need_parameters(model.prior, config.prior.name)
     # next to the autoencoder, so that every prior trained on its codes finds them; paths in a checkpoint are not used
     folder = start.folder if isinstance(start, Resumed) else checkpoint.locate(path).parent
     codes = extract_codes(model, dataset.train.images, folder / "codes-train.npz", parts=config.data_shards)

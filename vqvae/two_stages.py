@@ -10,6 +10,7 @@ import torch
 from vqvae import cli
 from vqvae.autoencoder import Autoencoder, build_prior
 from vqvae.config import Config, as_flags, typed, validation_share
+from vqvae.contracts import Prior
 from vqvae.data import Dataset
 from vqvae.data.base import validation_count
 from vqvae.errors import OptionError
@@ -50,7 +51,7 @@ def check(config: Config, plan: Plan, dataset: Dataset, model: Autoencoder, fold
         dataset.need_classes("conditional")
     with torch.random.fork_rng(devices=[]):
         prior = build_prior(config.prior, model.bottleneck, len(dataset.classes) if config.conditional else 0)
-    need_weights(prior, config.prior.name)
+    need_parameters(prior, config.prior.name)
     images = len(dataset.train.images) * config.data_shards
     share = validation_share(config.validation)
     if share is not None and dataset.validation is None:  # the first stage trains on all of them
@@ -58,9 +59,9 @@ def check(config: Config, plan: Plan, dataset: Dataset, model: Autoencoder, fold
     plan.check(images)
 
 
-def need_weights(prior: torch.nn.Module, name: str) -> None:
+def need_parameters(prior: Prior, name: str) -> None:
     """Raise `OptionError` for a prior that cannot be trained."""
-    if not any(True for _ in prior.parameters()):
+    if not prior.has_parameters:
         raise OptionError("prior", name, "has no parameters to train; try unigram, pixelcnn, transformer or masked")
 
 
