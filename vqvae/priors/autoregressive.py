@@ -5,14 +5,14 @@ B batch, h w code grid, K codes.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae.contracts import Latent, evaluating
-from vqvae.priors.base import CodePrior, check_count, draw, guided, uniform_numbers
+from vqvae.contracts import Latent
+from vqvae.priors.base import CodePrior, Request, draw, guided, uniform_numbers
 
 
 class Stepper(Protocol):
@@ -30,6 +30,8 @@ class AutoregressivePrior(CodePrior):
 
     A member implements `logits` of the whole grid, for training, and a `stepper`, for sampling.
     """
+
+    naive = False  # whether to sample with a whole forward pass for each position, for tests and timing
 
     def logits(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits `[B, K, h, w]` of each position, given earlier codes `[B, h, w]` or assignments `[B, K, h, w]`."""
@@ -55,51 +57,26 @@ class AutoregressivePrior(CodePrior):
         nats = F.cross_entropy(logits.flatten(0, 2), known.flatten(), reduction="none")
         return -nats.view_as(known).flatten(1).sum(1)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int,
-        *,
-        labels: Tensor | None = None,
-        given: tuple[Tensor, int] | None = None,
-        generator: torch.Generator | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        naive: bool = False,
-        **options: Any,
-    ) -> Tensor:
-        """Draw codes `[n, h, w]` (int64).
-
-        labels     classes `[n]`, needed if the prior has classes, and refused if it has none.
-        given      codes `[n, h, w]` and how many of their rows to keep; the rest is drawn.
-        progress   called with (positions done, positions) after each position.
-        naive      run a whole forward pass for every position, for tests and timing.
-        options    those in `sampling_options`; `sampling.Sampling` explains them.
+    def draw_codes(self, request: Request) -> Tensor:
+        """See `CodePrior.draw_codes`.
 
         The uniform numbers are drawn in advance, one per position, and go through the inverse distribution function.
-        The stepper and the naive way thus draw the same codes from one seed. Raises ValueError for values out of range.
+        A stepper and the naive one thus draw the same codes from one seed.
         """
-        n = check_count(n)
-        how = self.check_sampling(**options)
-        kept, rows = self.check_given(n, given)
-        labels = self.sample_labels(n, labels)
+        n, how, labels = request.n, request.how, request.labels
         h, w = self.grid
-        device = self.anchor.device
-        uniform = uniform_numbers(h * w, n, generator=generator, device=device)
-        codes = torch.zeros(n, h, w, dtype=torch.int64, device=device)
-        make: Callable[[int, Tensor | None], Stepper] = partial(NaiveStepper, self) if naive else self.stepper
+        uniform = uniform_numbers(h * w, n, generator=request.generator, device=self.anchor.device)
+        codes = request.given.clone()
+        make: Callable[[int, Tensor | None], Stepper] = partial(NaiveStepper, self) if self.naive else self.stepper
         guides = how.guidance != 1
         stepper = GuidedStepper(make(2 * n, self.with_and_without(labels)), how.guidance) if guides else make(n, labels)
-        with evaluating(self):
-            for position in range(h * w):
-                row, column = divmod(position, w)
-                logits = stepper.logits(row, column)
-                if row < rows:
-                    codes[:, row, column] = kept[:, row, column]
-                else:
-                    codes[:, row, column] = draw(logits, uniform[position], how)
-                stepper.append(row, column, codes[:, row, column])
-                if progress:
-                    progress(position + 1, h * w)
+        for position in range(h * w):
+            row, column = divmod(position, w)
+            logits = stepper.logits(row, column)
+            if row >= request.rows:
+                codes[:, row, column] = draw(logits, uniform[position], how)
+            stepper.append(row, column, codes[:, row, column])
+            request.progress(position + 1, h * w)
         return codes
 
 

@@ -3,13 +3,14 @@
 B batch, h w code grid, K codes.
 """
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vqvae import shares
-from vqvae.contracts import Prior, check_codes, kind_of
+from vqvae.contracts import Prior, check_codes, evaluating, kind_of
 from vqvae.errors import OptionError
 from vqvae.registry import Option, Range
 from vqvae.sampling import Sampling
@@ -19,12 +20,27 @@ LabelDrop = Annotated[
 ]
 
 
+Progress = Callable[[int, int], None]  # gets (positions done, positions)
+
+
+class Request(NamedTuple):
+    """The arguments of `CodePrior.sample`, checked."""
+
+    n: int
+    how: Sampling
+    labels: Tensor | None  # [n], if the prior has classes
+    given: Tensor  # codes [n, h, w], of which `rows` are kept
+    rows: int
+    generator: torch.Generator | None
+    progress: Progress
+
+
 class CodePrior(Prior):
     """A distribution over codes `[B, h, w]`, conditional on labels if `num_classes` > 0.
 
     With `label_drop` > 0, training replaces that share of labels by an additional class, `num_classes`, which means "no
     label". Classifier-free guidance (2207.12598) compares the logits with and without labels. Members have `label_rows`
-    embeddings of classes.
+    embeddings of classes. They implement `log_prob` and `draw_codes`.
     """
 
     sampling_options: tuple[str, ...] = ("temperature", "top_k", "top_p", "guidance")
@@ -34,6 +50,39 @@ class CodePrior(Prior):
         self.num_codes, self.num_classes = num_codes, num_classes
         self.label_drop = label_drop if num_classes else 0.0
         self.label_rows = num_classes + (self.label_drop > 0)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        *,
+        labels: Tensor | None = None,
+        given: tuple[Tensor, int] | None = None,
+        generator: torch.Generator | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Draw codes `[n, h, w]` (int64).
+
+        labels     classes `[n]`, needed if the prior has classes, and refused if it has none.
+        given      codes `[n, h, w]` and how many of their rows to keep; the rest is drawn.
+        progress   called with (positions done, positions) as the sample grows.
+        options    those in `sampling_options`; `sampling.Sampling` explains them.
+
+        Raises ValueError for values out of range.
+        """
+        n = check_count(n)
+        how = self.check_sampling(**options)
+        kept, rows = self.check_given(n, given)
+        labels = self.sample_labels(n, labels)
+        with evaluating(self):
+            return self.draw_codes(
+                Request(n, how, labels, kept, rows, generator, progress or (lambda done, total: None))
+            )
+
+    def draw_codes(self, request: Request) -> Tensor:
+        """The codes `[n, h, w]` (int64) of a request; called without gradients and in evaluation mode."""
+        raise NotImplementedError
 
     def check_sampling(self, **options: Any) -> Sampling:
         number("top_k", int, options.get("top_k", 0), Range(0, self.num_codes))

@@ -4,7 +4,6 @@ B batch, h w code grid, L = h w positions, K codes, D width.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vqvae import shares
-from vqvae.contracts import Latent, evaluating
+from vqvae.contracts import Latent
 from vqvae.priors.autoregressive import look_up
-from vqvae.priors.base import LabelDrop, check_count, draw, guided, uniform_numbers
+from vqvae.priors.base import LabelDrop, Request, draw, guided, uniform_numbers
 from vqvae.priors.transformer import CodeTransformer, TransformerOptions
 from vqvae.registry import Range, checked
 from vqvae.sampling import Sampling
@@ -121,48 +120,30 @@ class Masked(CodeTransformer):
             of_codes = log_p.gather(-1, codes.flatten(1).unsqueeze(-1)).squeeze(-1)
         return of_codes.where(masked, 0).sum(1) * (masked.shape[1] / masked.sum(1))
 
-    @torch.no_grad()
-    def sample(
-        self,
-        n: int,
-        *,
-        labels: Tensor | None = None,
-        given: tuple[Tensor, int] | None = None,
-        generator: torch.Generator | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """Draw codes `[n, h, w]` (int64) in a few steps (2202.04200, section 3.2).
+    def draw_codes(self, request: Request) -> Tensor:
+        """See `CodePrior.draw_codes`. Draws in a few steps (2202.04200, section 3.2).
 
         Every step draws a code for each unknown position and keeps those of largest log p + noise. The number of
         unknown codes falls as a quarter of a cosine; every step adds at least one.
-
-        Arguments are those of `AutoregressivePrior.sample`. Raises ValueError for values out of range.
         """
-        n = check_count(n)
-        how = self.check_sampling(**options)
-        kept, rows = self.check_given(n, given)
-        labels = self.sample_labels(n, labels)
-        device = self.anchor.device
+        n, how, device = request.n, request.how, self.anchor.device
 
         def uniform(count: int) -> Tensor:
-            return uniform_numbers(n, count, generator=generator, device=device)
+            return uniform_numbers(n, count, generator=request.generator, device=device)
 
-        codes = kept.flatten(1).clone()
-        length, first = codes.shape[1], rows * self.grid[1]
+        codes = request.given.flatten(1).clone()
+        length, first = codes.shape[1], request.rows * self.grid[1]
         unknown = torch.arange(first, length, device=device).expand(n, -1)  # [n, positions without a code]
         counts = schedule(length - first, how.steps)
-        with evaluating(self):
-            for step, left in enumerate(counts, 1):
-                u = unknown.shape[1]
-                drawn, score = self._draw_unknown(codes, unknown, labels, uniform(u), how)
-                noise = -(-uniform(u).clamp(min=torch.finfo(torch.float32).tiny).log()).log()
-                score = score + how.choice_temperature * (1 - step / len(counts)) * noise
-                chosen, rest = score.argsort(dim=1, descending=True, stable=True).split([u - left, left], dim=1)
-                codes.scatter_(1, unknown.gather(1, chosen), drawn.gather(1, chosen))
-                unknown = unknown.gather(1, rest)
-                if progress:
-                    progress(length - left, length)
+        for step, left in enumerate(counts, 1):
+            u = unknown.shape[1]
+            drawn, score = self._draw_unknown(codes, unknown, request.labels, uniform(u), how)
+            noise = -(-uniform(u).clamp(min=torch.finfo(torch.float32).tiny).log()).log()
+            score = score + how.choice_temperature * (1 - step / len(counts)) * noise
+            chosen, rest = score.argsort(dim=1, descending=True, stable=True).split([u - left, left], dim=1)
+            codes.scatter_(1, unknown.gather(1, chosen), drawn.gather(1, chosen))
+            unknown = unknown.gather(1, rest)
+            request.progress(length - left, length)
         return codes.view(n, *self.grid)
 
     def _draw_unknown(

@@ -4,15 +4,13 @@ B batch, h w code grid, K codes.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vqvae.contracts import Latent
 from vqvae.priors.autoregressive import AutoregressivePrior
-from vqvae.priors.base import CodePrior, LabelDrop, check_count
+from vqvae.priors.base import CodePrior, LabelDrop, Request
 from vqvae.registry import checked
 
 
@@ -28,30 +26,13 @@ class Uniform(CodePrior):
         nats = -math.log(self.num_codes) * math.prod(self.grid)
         return torch.full((len(codes),), nats, device=codes.device)
 
-    def sample(
-        self,
-        n: int,
-        *,
-        labels: Tensor | None = None,
-        given: tuple[Tensor, int] | None = None,
-        generator: torch.Generator | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        naive: bool = False,
-        **options: Any,
-    ) -> Tensor:
-        """Draw codes `[n, h, w]` (int64). Arguments are those of `AutoregressivePrior.sample`.
-
-        All codes are equally likely: `options`, also a temperature of 0, and `naive` change nothing.
-        """
-        n = check_count(n)
-        self.check_sampling(**options)
-        self.sample_labels(n, labels)
-        kept, rows = self.check_given(n, given)
-        h, w = self.grid
-        codes = torch.randint(self.num_codes, (n, h, w), generator=generator, device=self.anchor.device)
-        codes[:, :rows] = kept[:, :rows]
-        if progress:
-            progress(h * w, h * w)
+    def draw_codes(self, request: Request) -> Tensor:
+        """See `CodePrior.draw_codes`. All codes are equally likely, whatever the options, temperature 0 included."""
+        shape = (request.n, *self.grid)
+        codes = torch.randint(self.num_codes, shape, generator=request.generator, device=self.anchor.device)
+        codes[:, : request.rows] = request.given[:, : request.rows]
+        positions = math.prod(self.grid)
+        request.progress(positions, positions)
         return codes
 
 
