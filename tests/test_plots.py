@@ -313,6 +313,16 @@ def test_every_other_plot_is_written(tmp_path):
         assert imageio.imread(path)[..., :3].std() > 1, path.name
 
 
+def test_usage_of_a_single_code_is_a_bar_below_the_legend(tmp_path):
+    plots.usage_chart(torch.tensor([[7.0]]), tmp_path / "usage.png", title="t")
+    image = imageio.imread(tmp_path / "usage.png")[..., :3].astype(int)
+    height, width, _ = image.shape
+    column = image[:, width // 4]  # left of the legend
+    blue = column[:, 2] - column[:, 0] > 50
+    assert not blue[: height // 8].any()
+    assert blue[height // 3 : height * 3 // 4].all()
+
+
 ODD_NAMES = ["a$b^", "_hidden", "名前", "x{y}^\\z$", "long" * 60, "∑𝔸 é", "a\nb", "\udcff", "$$", "\\$"]
 
 

@@ -271,13 +271,16 @@ def usage_chart(usage: Tensor, path: Path, *, title: str, names: Sequence[str] =
     figure, axes = _chart((8, 4))
     for level, share in enumerate(shares):
         used = int((share > 0).sum())
-        label = f"perplexity {perplexity(usage[level]):.1f} of {shares.shape[1]}, {used} codes in use"
+        plural = "" if used == 1 else "s"
+        label = f"perplexity {perplexity(usage[level]):.1f} of {shares.shape[1]}, {used} code{plural} in use"
         label = f"{names[level]}: {label}" if len(shares) > 1 else label
-        share = share[: used + 1]  # the other codes have no area
-        axes.fill_between(np.arange(len(share)), share, step="mid", color=f"C{level}", alpha=0.6, label=label)
+        share = share[: max(used, 1)]  # the other codes have no area
+        axes.stairs(share, fill=True, color=f"C{level}", alpha=0.6, label=label)
     axes.axhline(1 / shares.shape[1], color="#cc6677", linestyle="--", label=f"uniform usage, 1 / {shares.shape[1]}")
     axes.set(xlabel="codes, by decreasing usage", ylabel="share of held-out positions", xlim=(0, shares.shape[1]))
-    axes.set_ylim(bottom=0)
+    below_legend = max(1 / shares.shape[1], shares[:, shares.shape[1] * 2 // 5 :].max())
+    room = max(0.2, 1 - 0.065 * (len(shares) + 2.5))  # share of the height that the legend leaves
+    axes.set_ylim(0, max(1.05 * shares.max(), below_legend / room))
     note = "perplexity: effective number of codes"
     _plain(axes.legend(loc="upper right", frameon=False, title=note, alignment="right"))
     _headline(figure, title)
