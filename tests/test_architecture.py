@@ -67,8 +67,9 @@ ALLOWED: dict[str, set[str]] = {
     "archives": {"files"},
     "decoding": {"files", "registry"},
     "workers": {"decoding", "errors"},
+    "entries": {"config", "errors", "evaluation", "registry"},
     "checkpoint": {
-        "archives", "autoencoder", "config", "errors", "evaluation", "files", "foreign", "metrics", "objectives",
+        "archives", "autoencoder", "config", "entries", "errors", "files", "foreign", "metrics", "objectives",
         "registry",
     },
     "foreign": {"autoencoder", "config", "contracts", "errors", "files", "likelihoods", "nets", "registry"},
