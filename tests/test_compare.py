@@ -263,6 +263,10 @@ def test_the_text_fits_100_columns_and_loses_nothing():
     assert long in "".join(line[:12].strip() for line in text.splitlines()[2:])
     for part in ("123.45678", "±0.00010", "24.00", "0.9000", "65,536", "1,000.0 h", "212,992", "142,488.4"):
         assert part in text
+    rows[0].values["psnr"] = -12345.67  # with even longer numbers, names get less room
+    text = table(rows, "text")
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert long in "".join(line.split(" ")[0] for line in text.splitlines()[2:])
 
 
 def test_metrics_that_were_asked_for_have_a_column_and_protocols_stand_below():

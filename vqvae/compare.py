@@ -19,7 +19,8 @@ from vqvae.metrics import EVALUATION, TABLE, for_json
 
 Format = Literal["text", "markdown", "json"]
 WIDTH = 100  # columns of the table as text
-SHORTEST = {"run": 12, "data": 8}  # least widths of the columns that are wrapped if the table is too wide
+# spaces between columns, and least widths of the columns that are wrapped: the first row with which the table fits
+FITTING = ((2, {"run": 12, "data": 8}), (1, {"run": 12, "data": 8}), (1, {"run": 6, "data": 6}))
 
 
 def _count(count: int) -> str:
@@ -264,24 +265,27 @@ def _markdown(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
 
 
 def _text(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
-    """The table in at most WIDTH characters: standard errors are below the values, and long names are wrapped."""
+    """The table in WIDTH characters: standard errors are below the values, and long names are wrapped."""
     cells = [{c.name: [part for part in _cell(row, c) if part] for c in columns} for row in rows]
     heads = {c.name: c.heading.split() for c in columns}
     grid = [heads, *cells]
-    widths = {c.name: max(len(line) for row in grid for line in row[c.name]) for c in columns}
-    for name, shortest in SHORTEST.items():
-        excess = max(0, sum(widths.values()) + 2 * (len(columns) - 1) - WIDTH)
-        widths[name] = max(min(shortest, widths[name]), widths[name] - excess)
-    gap = "  " if sum(widths.values()) + 2 * (len(columns) - 1) <= WIDTH else " "
+    needed = {c.name: max(len(line) for row in grid for line in row[c.name]) for c in columns}
+    for gap, shortest in FITTING:
+        widths, room = dict(needed), WIDTH - gap * (len(columns) - 1)
+        for name, least in shortest.items():
+            excess = max(0, sum(widths.values()) - room)
+            widths[name] = max(min(least, widths[name]), widths[name] - excess)
+        if sum(widths.values()) <= room:
+            break
     lines = []
     for row in grid:
         broken = {name: [piece for line in row[name] for piece in _broken(line, widths[name])] for name in row}
         for parts in itertools.zip_longest(*broken.values(), fillvalue=""):
             aligned = (
-                part.ljust(widths[name]) if name in SHORTEST else part.rjust(widths[name])
+                part.ljust(widths[name]) if name in shortest else part.rjust(widths[name])
                 for name, part in zip(row, parts, strict=True)
             )
-            lines.append(gap.join(aligned).rstrip())
+            lines.append((" " * gap).join(aligned).rstrip())
     return lines
 
 
