@@ -192,6 +192,31 @@ def test_a_layer_computes_in_the_type_of_its_weights_whatever_the_input_and_auto
     assert all(torch.equal(a.codes, b.codes) for a, b in zip(outputs[:3], outputs[3:], strict=True))
 
 
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_layer_takes_floats_of_any_type_narrower_or_wider_than_its_weights(name, weights):
+    quantize = Quantizer(name, 12)
+    quantize(batch())
+    quantize.to(weights).eval()
+    for given in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        assert quantize(batch().to(given)).z.dtype == given
+    if weights.itemsize >= 4:
+        x = batch().double().requires_grad_()
+        out = quantize.train()(x)
+        (out.z.sum() + out.loss).backward()
+        assert out.loss.dtype == weights
+        assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [(torch.zeros(2, 12, 3, 3, dtype=torch.int64), "torch.int64"), (np.zeros((2, 12, 3, 3)), "numpy"), (None, "None")],
+)
+def test_inputs_other_than_tensors_of_floats_are_refused(given, found):
+    with pytest.raises(ValueError, match=f"the input must be a tensor of floats, not .*{found}"):
+        VQ(12, 8)(given)
+
+
 def test_a_layer_is_pickled_and_copied():
     quantize, x = VQ(12, 8), batch()
     quantize(x)

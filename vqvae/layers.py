@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.bottlenecks import BOTTLENECKS
-from vqvae.contracts import Discrete, Latent, check_codes, dtype_of
+from vqvae.contracts import Discrete, Latent, check_codes, dtype_of, kind_of
 from vqvae.devices import full_precision
 from vqvae.errors import OptionError
 from vqvae.registry import Choice, Member, Slot, build, signature
@@ -45,11 +45,11 @@ class Quantizer(nn.Module):
     state. A loaded layer continues its training: only a layer that was never trained initializes its codebook.
 
     A 1x1 convolution projects the vectors to `code_dim` (default: D) dimensions; some bottlenecks, such as `vq`, have
-    none if that is D. Another one brings z back to D channels, if the dimensions differ. The layer computes in the type
-    of its weights or of the input, whichever is wider, within autocast too; z has the type of the input. So keep it in
-    float32 within a model in half precision (`layer.float()`): a codebook in half precision cannot be trained, and
-    raises ValueError. In a process group, such as DDP's, the codebook is updated from the vectors of all processes, and
-    all must call the layer in training.
+    none if that is D. Another one brings z back to D channels, if the dimensions differ. The layer takes floats of any
+    type and computes in the type of its weights, within autocast too; z has the type of the input. So keep it in float32
+    within a model in half precision (`layer.float()`): a codebook in half precision cannot be trained, and raises
+    ValueError. In a process group, such as DDP's, the codebook is updated from the vectors of all processes, and all
+    must call the layer in training.
 
         quantize = Quantizer("residual", 64, num_codes=256, quantizers=4)
         out = quantize(features)
@@ -106,9 +106,11 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Quantized:
         """Quantize features `[B, D, h, w]` or a sequence `[B, N, D]`.
 
-        Raises ValueError for other shapes, for a grid or a sequence without positions, and for a training batch without
-        examples.
+        Raises ValueError for other shapes and types, for a grid or a sequence without positions, and for a training batch
+        without examples.
         """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise ValueError(f"the input must be a tensor of floats, not {kind_of(x)}")
         channel = {3: 2, 4: 1}.get(x.dim())
         if channel is None or x.shape[channel] != self.dim:
             raise ValueError(f"the input is {list(x.shape)}; it must be [B, {self.dim}, h, w] or [B, N, {self.dim}]")
@@ -116,7 +118,7 @@ class Quantizer(nn.Module):
         if not x[:1].numel() and (self.training or len(x)):
             raise ValueError(f"the input is {list(x.shape)}; it must have at least one vector")
         with full_precision(x):
-            features = features.to(torch.promote_types(x.dtype, dtype_of(self)))
+            features = features.to(dtype_of(self))
             latent = self._train(features) if self.training else self.bottleneck.quantize(features)
             z = self._output(latent.need_z().to(features.dtype), sequence=x.dim() == 3)
         codes = latent.need_codes().unflatten(2, (-1, self.levels))  # [B, h, w, Q]
