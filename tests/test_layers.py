@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import vqvae
 from vqvae import FSQ, LFQ, VQ, Quantizer, ResidualVQ, SimVQ
@@ -215,6 +216,32 @@ def test_a_layer_takes_floats_of_any_type_narrower_or_wider_than_its_weights(nam
 def test_inputs_other_than_tensors_of_floats_are_refused(given, found):
     with pytest.raises(ValueError, match=f"the input must be a tensor of floats, not .*{found}"):
         VQ(12, 8)(given)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradient_checkpointing_gives_the_same_step_or_is_refused_in_one_line(name, reentrant):
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        before, quantize = nn.Conv2d(3, 12, 1), Quantizer(name, 12)
+
+        def outputs(x, before=before, quantize=quantize):
+            out = quantize(before(x))
+            return out.z, out.loss
+
+        updated = any(key.endswith("counts") for key in quantize.state_dict())
+        for _ in range(3):
+            x = torch.randn(4, 3, 5, 5, requires_grad=True)
+            z, loss = checkpoint(outputs, x, use_reentrant=reentrant) if checkpointed else outputs(x)
+            if checkpointed and updated:
+                with pytest.raises(ValueError, match="end the gradient checkpoint before the layer"):
+                    (z.square().sum() + loss).backward()
+                assert quantize.steps == 1
+                return
+            (z.square().sum() + loss).backward()
+        found.append((before.weight.grad, quantize.state_dict()))
+    torch.testing.assert_close(*found)
 
 
 def test_a_layer_is_pickled_and_copied():

@@ -102,6 +102,11 @@ def _compiles(device: torch.device) -> bool:
         return False
 
 
+def computes_again() -> bool:
+    """Whether a backward pass is running: gradient checkpointing then runs a forward pass for the second time."""
+    return torch._C._current_graph_task_id() >= 0  # PyTorch has no public name for it
+
+
 def keep_memory() -> None:
     """Let glibc's allocator keep up to 1 GiB of freed memory in this process. No effect with other allocators.
 

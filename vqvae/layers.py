@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.bottlenecks import BOTTLENECKS
+from vqvae.bottlenecks.codebook import Codebook
 from vqvae.contracts import Discrete, Latent, check_codes, dtype_of, kind_of
-from vqvae.devices import full_precision
+from vqvae.devices import computes_again, full_precision
 from vqvae.errors import OptionError
 from vqvae.registry import Choice, Member, Slot, build, signature
 
@@ -48,8 +49,9 @@ class Quantizer(nn.Module):
     none if that is D. Another one brings z back to D channels, if the dimensions differ. The layer takes floats of any
     type and computes in the type of its weights, within autocast too; z has the type of the input. So keep it in float32
     within a model in half precision (`layer.float()`): a codebook in half precision cannot be trained, and raises
-    ValueError. In a process group, such as DDP's, the codebook is updated from the vectors of all processes, and all
-    must call the layer in training.
+    ValueError. So does a codebook within a gradient checkpoint, which would update it twice in a step: end the
+    checkpoint before the layer. In a process group, such as DDP's, the codebook is updated from the vectors of all
+    processes, and all must call the layer in training.
 
         quantize = Quantizer("residual", 64, num_codes=256, quantizers=4)
         out = quantize(features)
@@ -131,6 +133,11 @@ class Quantizer(nn.Module):
         if torch.compiler.is_compiling():  # k-means cannot be compiled, and every step would be compiled again
             return torch.compiler.disable(self._train)(features)
         step = int(self.steps) if self._step is None else self._step
+        if computes_again():
+            if any(isinstance(part, Codebook) for part in self.bottleneck.modules()):
+                problem = "a codebook cannot be updated twice in a step; end the gradient checkpoint before the layer"
+                raise ValueError(problem)
+            return self.bottleneck(features, step - 1)
         if step == 0:
             self.bottleneck.initialize(features.detach())
         latent = self.bottleneck(features, step)
