@@ -187,6 +187,16 @@ def test_images_outside_the_class_folders_mean_that_there_are_no_classes(tree):
     assert data.note == "no classes, because of images without one: 1, such as 3.png"
 
 
+def test_labels_of_a_single_class_are_left_out_with_a_note(tree):
+    for i in range(12):
+        write_flat(tree / ("train", "test")[i % 2] / "cats" / f"{i}.png")
+    data = load("folder", data_dir=tree, image_size=8)
+    assert data.classes == ()
+    assert data.note.endswith("no classes, because all images are of one: cats")
+    with pytest.raises(OptionError, match="has no labels .*all images are of one: cats"):
+        data.need_classes("conditional")
+
+
 def test_a_note_of_long_paths_is_short_enough_for_a_checkpoint(tree):
     deep = "/".join(["long" * 60] * 5)
     for name in ("train/1.png", "test/2.png", f"{deep}/3.png"):

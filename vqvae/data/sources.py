@@ -79,6 +79,8 @@ def dataset(source: Source, size: Size | None, options: ImageOptions, reading: R
     classes = names if len(names) > 1 and not outside else []
     if len(names) > 1 and outside:
         notes.append(f"no classes, because of images without one: {len(outside):,}, such as {shown(outside[0])}")
+    if len(names) == 1 and not outside:
+        notes.append(f"no classes, because all images are of one: {shown(names[0])}")
     if found.unreadable:
         notes.append(f"unreadable files left out: {len(found.unreadable):,}")
     numbers = {name: number for number, name in enumerate(classes)}
