@@ -432,6 +432,22 @@ def test_only_a_limited_number_of_updates_in_a_row_is_skipped(tmp_path):
         loop.train_step(torch.arange(6))
 
 
+def test_weights_that_a_finite_update_spoiled_replace_no_checkpoint(tmp_path, monkeypatch):
+    class Spoiled(Toy):
+        """Its loss and gradient are finite up to the update of step 3, from which on no output is."""
+
+        def forward(self, batch: Tensor, labels: Tensor, step: int) -> TrainOutput:
+            loss, metrics = super().forward(batch, labels, step)
+            factor = math.nan if step > 3 else 1
+            return TrainOutput(loss * factor, {name: value * factor for name, value in metrics.items()})
+
+    monkeypatch.setattr("tests.test_training.Toy", Spoiled)
+    held_out = iter([1.0, math.nan])
+    with pytest.raises(UserError, match=r"the updates before step 6 .* checkpoint\.pt of step 3 is kept"):
+        train(tmp_path / "run", plan(on_nan="skip"), evaluate=lambda: {"loss": next(held_out)})
+    assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["step"] == 3
+
+
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     with pytest.raises(OptionError, match="batch_size=21: larger than the 20 training examples"):
         train(tmp_path / "run", plan(batch_size=21))
