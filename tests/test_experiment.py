@@ -149,7 +149,7 @@ def test_a_longer_run_says_that_its_learning_rate_rises():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--kl-weight 0.5", "kl_weight=0.5: has no effect, because with one code and the prior uniform"),
+        ("--kl-weight 0.5", "error: --kl-weight 0.5: has no effect, because with one code and the prior uniform"),
         ("--objective elbo free_bits=2", "--objective elbo free_bits=2.0: has no effect"),
         (
             "--bottleneck deterministic --prior unigram --objective probabilistic entropy_scale=2",
@@ -161,6 +161,21 @@ def test_a_weight_of_a_constant_is_refused(there, capsys, line, message):
     assert run_train(*line.split()) == 2
     assert message in capsys.readouterr().err
     assert not list(there.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--bottleneck vq projection=no --code-dim 7", "error: --code-dim 7: must equal the nets' "),
+        ("--init-from logs/first --codes 32", "error: --codes 32: the model of --init-from has num_codes=16"),
+        ("--init-from logs/first --hidden 32", "error: --hidden 32: the model of --init-from has hidden=8"),
+    ],
+)
+def test_an_error_about_an_option_names_the_shorthand_that_was_typed(capsys, line, message):
+    if "first" in line:
+        assert run_train("--name", "first", "--max-steps", "1") == 0
+    assert run_train(*line.split()) == 2
+    assert message in capsys.readouterr().err
 
 
 TYPED = [line.strip().split("  ")[0] for line in train.EXAMPLES.splitlines() if line.startswith("  python train.py")]

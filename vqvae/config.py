@@ -315,6 +315,16 @@ SHORTHANDS = {
 }
 
 
+def as_typed(problem: OptionError, given: Mapping[str, Any]) -> OptionError:
+    """The error, about the shorthand in `given` that stands for its option, if there is one."""
+    for name, short in SHORTHANDS.items():
+        if name in given and (short.slot, short.option) == (problem.slot, problem.option):
+            renamed = OptionError(name, given[name], problem.problem)
+            renamed.chosen = problem.chosen
+            return renamed
+    return problem
+
+
 class Fresh(NamedTuple):
     """A run that starts from nothing."""
 

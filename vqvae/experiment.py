@@ -37,6 +37,7 @@ from vqvae.config import (
     Resumed,
     StageTwo,
     Start,
+    as_typed,
     configure,
     default_name,
     interval,
@@ -98,7 +99,10 @@ def train(
     `rescan` converts all images of the data again. `second` are the settings of a stage that is to follow.
     """
     with Lock() as lock:
-        return _train(given, resume, lock, rescan, second)
+        try:
+            return _train(given, resume, lock, rescan, second)
+        except OptionError as problem:
+            raise as_typed(problem, given) from None
 
 
 def _train(
