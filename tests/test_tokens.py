@@ -423,13 +423,15 @@ def test_shards_are_read_as_one_file_and_finished_ones_are_kept(workdir, capsys)
 def test_shards_that_do_not_belong_together_are_refused(workdir, capsys):
     stored(workdir / "run")
     write_images(*(f"in/{name}.png" for name in "ab"))
-    encode = "encode --checkpoint run --input in --device cpu --output codes.npz --shards"
-    assert run(f"{encode} 3") == 0  # the last one is empty
+    encode = "encode --checkpoint run --input in --device cpu --output"
+    assert run(f"{encode} codes.npz --shards 3") == 0  # the last one is empty
     assert len(tokens.load_codes("codes.npz").codes) == 2
     Path("codes-00001-of-00003.npz").unlink()
     with pytest.raises(UserError, match="codes-00001-of-00003.npz: this shard is missing; encode again with resume"):
         tokens.load_codes("codes-*.npz")
-    assert run(f"{encode} 2") == 0
+    assert run(f"{encode} other.npz --shards 2") == 0
+    for shard in list(workdir.glob("other-*")):
+        shard.rename(shard.name.replace("other", "codes"))
     with pytest.raises(UserError, match="of-00002.npz: does not belong to .*of-00003.npz; name the shards"):
         tokens.load_codes("codes.npz")
     with pytest.raises(UserError, match="codes-00001-of-00002.npz: does not belong to b.npz; name the shards of one"):
@@ -439,6 +441,8 @@ def test_shards_that_do_not_belong_together_are_refused(workdir, capsys):
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(UserError, match="nothing-\\*.npz: no such file"):
         tokens.load_codes("nothing-*.npz")
+    with pytest.raises(UserError, match="the list of files of codes is empty"):
+        tokens.load_codes([])
 
 
 def test_a_file_that_would_be_read_in_place_of_the_shards_is_not_overlooked(workdir, capsys):
@@ -449,6 +453,18 @@ def test_a_file_that_would_be_read_in_place_of_the_shards_is_not_overlooked(work
     assert run(f"{encode} --shards 2") == 2
     assert "--output codes.npz: exists, and would be read in place of its shards" in capsys.readouterr().err
     assert not list(workdir.glob("codes-*"))
+
+
+def test_shards_of_another_number_would_be_read_together_and_are_refused(workdir, capsys):
+    stored(workdir / "run")
+    write_images(*(f"in/{name}.png" for name in "abc"))
+    encode = "encode --checkpoint run --input in --device cpu --output codes.npz --shards"
+    assert run(f"{encode} 3") == 0
+    assert run(f"{encode} 2 --resume") == 2
+    refusal = "--output codes.npz: codes-00000-of-00003.npz is one of another number of shards, "
+    assert refusal in capsys.readouterr().err
+    assert len(tokens.load_codes("codes.npz").codes) == 3
+    assert run(f"{encode} 3 --resume") == 0
 
 
 def test_a_data_set_is_encoded_as_it_was_trained_on(workdir):

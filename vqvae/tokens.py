@@ -231,12 +231,16 @@ def encode_shards(
     """Encode a source to one file, or to shards (see `shard_paths`), which processes share.
 
     By default there is one shard for each process, and one process writes `path` itself. With `resume`, files of the
-    same model and the same examples are kept.
+    same model and the same examples are kept. Raises `UserError` if there are files that would be read in place of the
+    shards, or together with them.
     """
     shards = shards or (distributed.world() if distributed.world() > 1 else None)
     if shards and path.exists():
         raise UserError(f"{path}: exists, and would be read in place of its shards; remove it, or use another name")
     paths, checksum = shard_paths(path, shards), weights_checksum(model)
+    if shards and (others := sorted({*_shards_of(path)} - {*paths})):
+        problem = f"{others[0].name} is one of another number of shards, next to which {path.name} stands for neither"
+        raise UserError(f"{path}: {problem}; remove those, or use another name")
     images, kept = 0, 0
     for number in range(distributed.rank(), len(paths), distributed.world()):
         part = source if shards is None else source.share(number, len(paths))
@@ -349,16 +353,22 @@ def read(files: str | Path | Sequence[str | Path], model: Autoencoder) -> tuple[
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.npz$")
 
 
+def _shards_of(path: Path) -> list[Path]:
+    """The files that are named like shards of `path`."""
+    return [p for p in path.parent.glob(f"{glob.escape(path.stem)}-*-of-*{path.suffix}") if SHARD.search(p.name)]
+
+
 def find_files(files: str | Path | Sequence[str | Path]) -> list[Path]:
     """The files that a path, a pattern or a list of paths names; shards in their order. See `load_codes`."""
     if isinstance(files, str | Path):
         path = Path(files)
         if os.path.exists(path):  # False for names that no file can have
             return [path]
-        shards = path.parent.glob(f"{glob.escape(path.stem)}-*-of-*{path.suffix}")
-        paths = sorted([p for p in shards if SHARD.search(p.name)] or map(Path, glob.glob(str(path)))) or [path]
+        paths = sorted(_shards_of(path) or map(Path, glob.glob(str(path)))) or [path]
     else:
         paths = [*map(Path, files)]
+        if not paths:
+            raise UserError("the list of files of codes is empty; name at least one")
     found = [(path, match) for path in paths if (match := SHARD.search(path.name))]
     if not found:
         return paths
