@@ -275,8 +275,8 @@ def test_images_of_the_first_levels_of_codes(bottleneck):
     levels = len(model.discrete.maps(codes))
     assert torch.equal(model.decode(codes, levels=levels), model.decode(codes))
     assert not torch.equal(model.decode(codes, levels=1), model.decode(codes))
-    for wrong in (0, levels + 1):
-        with pytest.raises(ValueError, match=f"levels must be from 1 to {levels}, not {wrong}"):
+    for wrong in (0, levels + 1, 1.5, "first"):
+        with pytest.raises(ValueError, match=f"levels={wrong}: must be "):
             model.decode(codes, levels=wrong)
 
 

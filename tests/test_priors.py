@@ -253,6 +253,7 @@ OUT_OF_RANGE = [
     ({"given": (GIVEN[:1], 2)}, "given codes must be those of 2 images, not of 1"),
     ({"given": (GIVEN[:, :3], 2)}, r"codes must have shape [B, 4, 5], not [2, 3, 5]"),
     ({"given": (GIVEN, 5)}, "rows=5: must be from 0 to 4"),
+    ({"given": GIVEN}, "given must be codes and the number of their rows to keep, not torch.int64"),
 ]
 LABELS_OUT_OF_RANGE = [
     (torch.tensor([0, 3]), "labels must be from 0 to 2, not 0 to 3"),

@@ -25,7 +25,8 @@ from vqvae.errors import OptionError
 from vqvae.likelihoods import LIKELIHOODS
 from vqvae.nets import NETS, POINT
 from vqvae.priors import PRIORS
-from vqvae.registry import Choice, Slot, build, needs
+from vqvae.priors.base import number
+from vqvae.registry import Choice, Range, Slot, build, needs
 
 SLOTS = {
     "nets": Slot("nets", NETS),
@@ -161,9 +162,7 @@ class Autoencoder(nn.Module):
         bottleneck = self._need_codes("decode")
         codes = check_codes(codes, bottleneck.num_codes, bottleneck.grid).to(self.device)
         if levels is not None:
-            most = len(bottleneck.level_names)
-            if not 1 <= levels <= most:
-                raise ValueError(f"levels must be from 1 to {most}, not {levels}")
+            levels = number("levels", int, levels, Range(1, len(bottleneck.level_names)))
         return self.decode_latents(_wide(bottleneck).embed(codes, levels))
 
     @torch.no_grad()

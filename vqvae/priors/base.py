@@ -108,6 +108,8 @@ class CodePrior(Prior):
         device = self.anchor.device
         if given is None:
             return torch.zeros(n, *self.grid, dtype=torch.int64, device=device), 0
+        if not isinstance(given, tuple | list) or len(given) != 2:
+            raise ValueError(f"given must be codes and the number of their rows to keep, not {kind_of(given)}")
         codes = check_codes(given[0], self.num_codes, self.grid).to(device)
         if len(codes) != n:
             raise ValueError(f"given codes must be those of {n} images, not of {len(codes)}")
