@@ -280,12 +280,21 @@ def test_codes_keep_up_with_features_that_move_in_the_first_steps():
     assert fewest_codes(warmup=False) < 16
 
 
-@pytest.mark.parametrize(("vectors", "moved"), [(2, False), (64, True)])
+@pytest.mark.parametrize(("vectors", "moved"), [(3, False), (5, True)])
 def test_no_code_is_dead_before_half_of_the_codes_could_be_used(vectors, moved):
     vq = make_vq(num_codes=8, revive=0.03)
     vq.codebook.vectors[7] = 1e3
     vq(torch.randn(vectors, 4, 1, 1), 0)
     assert bool(vq.codebook.vectors[7].norm() < 100) == moved
+
+
+def test_a_revived_code_counts_twice_as_much_as_one_that_is_about_to_die():
+    vq = make_vq(num_codes=8, revive=0.1)
+    vq.codebook.vectors[7] = 1e3
+    vq(torch.randn(64, 4, 1, 1), 0)
+    threshold = 0.1 * 0.9 * 64 / 8  # of the average count, after a step with a decay of 0.1
+    assert vq.codebook.counts[7].item() == pytest.approx(2 * threshold)
+    assert torch.allclose(vq.codebook.totals[7], 2 * threshold * vq.codebook.vectors[7], rtol=1e-4)
 
 
 def test_revived_codes_are_used():

@@ -104,7 +104,9 @@ def test_only_the_commitment_loss_has_a_gradient_to_the_encoder(name):
 
 def test_the_grid_of_a_hierarchy_splits_into_its_levels():
     vq = make("hierarchy", grid=(4, 6), hidden=5, **SMALL).eval()
-    assert vq.grid == (2 + 8, 3)
+    assert (vq.grid, vq.top.grid, vq.bottom.grid) == ((2 + 8, 3), (2, 3), (4, 6))
+    for level in (vq.top, vq.bottom):
+        assert {name: getattr(level.options, name) for name in SMALL} == SMALL
     features = torch.randn(3, 6, 4, 6)
     latent = vq(features, 0)
     top = vq.top(vq.down(features), 0)
@@ -228,7 +230,8 @@ def test_the_convolutions_learn_from_the_error_of_each_scale_and_start_as_the_id
         ("residual", {"quantizers": 0}, "residual quantizers=0: must be from 1 to 1024"),
         ("residual", {"dropout": 2.0}, "residual dropout=2.0: must be from 0 to 1"),
         ("grouped", {"groups": 3}, "grouped code_dim=4: must be a multiple of groups=3"),
-        ("hierarchy", {"grid": (7, 7)}, "bottleneck=hierarchy: halves the nets' grid, which is 7x7"),
+        ("hierarchy", {"grid": (7, 8)}, "bottleneck=hierarchy: halves the nets' grid, which is 7x8"),
+        ("hierarchy", {"grid": (8, 7)}, "bottleneck=hierarchy: halves the nets' grid, which is 8x7"),
         ("hierarchy", {"hidden": 0}, "hierarchy hidden=0: must be from 1 to"),
     ],
 )
