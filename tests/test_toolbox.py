@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to as their_rotation
 
 from tests.bottleneck_helpers import assert_nearest, clearly_nearest, make, rows, with_identity
+from tests.helpers import most_allocated
 from vqvae.bottlenecks.base import entropy, vectors_of
 from vqvae.bottlenecks.gradients import rotate_to
 from vqvae.bottlenecks.nearest import nearest_code
@@ -164,12 +165,13 @@ def test_lfq_agrees_with_vector_quantize_pytorch():
     assert torch.allclose(gradient(latent.z, features), gradient(z, features), atol=1e-5)
     assert latent.loss.item() == pytest.approx(loss.item(), abs=1e-3)  # theirs bounds log p from below by log 1e-5
     assert torch.allclose(lfq.code_vectors(), reference.codebook)
+    assert lfq.eval()(features, 0).stats.keys() == {"commitment"}  # the entropies cost time, and only train
 
 
 def test_lfq_needs_no_table_of_its_codes():
-    lfq = with_identity("lfq", 18, bits=18)
-    latent = lfq(torch.randn(2, 18, 2, 3, requires_grad=True), 0)
-    latent.loss.backward()
+    lfq, features = with_identity("lfq", 18, bits=18), torch.randn(2, 18, 10, 10, requires_grad=True)
+    assert most_allocated(lambda: lfq(features, 0).loss.backward()) < 200 * 2**18 * 4 / 10
+    latent = lfq(features, 0)
     assert torch.allclose(lfq.embed(latent.codes), latent.z.detach())
     assert latent.stats["usage_entropy"] <= 18 * math.log(2)
 
