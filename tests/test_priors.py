@@ -208,6 +208,7 @@ def test_top_p_keeps_the_fewest_likeliest_codes_of_that_probability(options, exp
 def test_equally_likely_codes_are_no_more_than_asked_for(options):
     assert share_of_codes([0.0] * 5, **options) == pytest.approx([0.5, 0.5, 0, 0, 0], abs=0.0011)
     assert share_of_codes([0.0, 1.0, 1.0, 1.0, 0.0], top_k=1) == [0, 1, 0, 0, 0]
+    assert draw(torch.zeros(1, 5), torch.tensor([0.99]), Sampling(**options)).item() == 1  # of one image
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-9])  # logits divided by the second are infinite
@@ -327,6 +328,8 @@ def test_an_interrupted_draw_leaves_every_mode_as_it_was(name):
     first = next(iter(prior.children())).eval()
 
     def stop(done: int, total: int) -> None:
+        assert not prior.training
+        assert not torch.is_grad_enabled()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -542,9 +545,14 @@ def test_unknown_codes_have_no_influence(small):
     codes, known = torch.randint(3, (6, 2, 2)), torch.tensor([[True, False, True, False]]).expand(6, -1)
     other = torch.where(known.view(6, 2, 2), codes, 2 - codes)
     assert torch.equal(prior.logits(codes, known), prior.logits(other, known))
-    changed = codes.clone()
-    changed[:, 0, 0] = 2 - changed[:, 0, 0].clamp(max=0)
-    assert not torch.equal(prior.logits(codes, known)[:, 1], prior.logits(1 + 0 * changed, known)[:, 1])
+    assert not torch.equal(prior.logits(codes, known)[:, 1], prior.logits((codes + 1) % 3, known)[:, 1])
+
+
+def test_a_residual_block_starts_as_the_identity_and_then_adds_to_its_input():
+    block, x = masked.Block(8), torch.randn(2, 8, 4, 5)
+    assert torch.equal(block(x), x)
+    torch.nn.init.constant_(block.branch[-1].bias, 3.0)
+    assert torch.allclose(block(x), x + 3)
 
 
 def test_one_hot_assignments_cost_the_masked_prior_as_much_as_their_codes(small):
@@ -594,8 +602,7 @@ def test_masked_samples_keep_given_rows_and_restore_the_mode():
     assert torch.equal(codes[:, :2], given[:, :2])
     assert torch.equal(given, before)
     assert prior.training
-    assert seen[-1] == (20, 20)
-    assert len(seen) == 3
+    assert seen == [(20 - left, 20) for left in schedule(10, 3)]
     assert torch.equal(prior.sample(3, given=(given, 4)), given)
     assert prior.sample(0).shape == (0, 4, 5)
 
