@@ -25,8 +25,7 @@ from vqvae.errors import OptionError
 from vqvae.likelihoods import LIKELIHOODS
 from vqvae.nets import NETS, POINT
 from vqvae.priors import PRIORS
-from vqvae.priors.base import number
-from vqvae.registry import Choice, Range, Slot, build, needs
+from vqvae.registry import Choice, Range, Slot, build, needs, whole_number_in
 
 SLOTS = {
     "nets": Slot("nets", NETS),
@@ -162,7 +161,7 @@ class Autoencoder(nn.Module):
         bottleneck = self._need_codes("decode")
         codes = check_codes(codes, bottleneck.num_codes, bottleneck.grid).to(self.device)
         if levels is not None:
-            levels = number("levels", int, levels, Range(1, len(bottleneck.level_names)))
+            levels = whole_number_in("levels", levels, Range(1, len(bottleneck.level_names)))
         return self.decode_latents(_wide(bottleneck).embed(codes, levels))
 
     @torch.no_grad()

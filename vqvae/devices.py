@@ -104,7 +104,8 @@ def _compiles(device: torch.device) -> bool:
 
 def computes_again() -> bool:
     """Whether a backward pass is running: gradient checkpointing then runs a forward pass for the second time."""
-    return torch._C._current_graph_task_id() >= 0  # PyTorch has no public name for it
+    running = getattr(torch._C, "_current_graph_task_id", lambda: -1)  # PyTorch has no public name for it
+    return running() >= 0
 
 
 def keep_memory() -> None:

@@ -47,9 +47,9 @@ class Quantizer(nn.Module):
 
     A 1x1 convolution projects the vectors to `code_dim` (default: D) dimensions; some bottlenecks, such as `vq`, have
     none if that is D. Another one brings z back to D channels, if the dimensions differ. The layer takes floats of any
-    type and computes in the type of its weights, within autocast too; z has the type of the input. So keep it in float32
-    within a model in half precision (`layer.float()`): a codebook in half precision cannot be trained, and raises
-    ValueError. So does a codebook within a gradient checkpoint, which would update it twice in a step: end the
+    type and computes in the type of its weights, within autocast too; z has the type of the input. So keep it in
+    float32 within a model in half precision (`layer.float()`): a codebook in half precision cannot be trained, and
+    raises ValueError. So does a codebook within a gradient checkpoint, which would update it twice in a step: end the
     checkpoint before the layer. In a process group, such as DDP's, the codebook is updated from the vectors of all
     processes, and all must call the layer in training.
 
@@ -108,8 +108,8 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Quantized:
         """Quantize features `[B, D, h, w]` or a sequence `[B, N, D]`.
 
-        Raises ValueError for other shapes and types, for a grid or a sequence without positions, and for a training batch
-        without examples.
+        Raises ValueError for other shapes and types, for a grid or a sequence without positions, and for a training
+        batch without examples.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise ValueError(f"the input must be a tensor of floats, not {kind_of(x)}")

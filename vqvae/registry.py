@@ -215,6 +215,12 @@ def whole_number(value: Any) -> int:
     return int(number)
 
 
+def whole_number_in(name: str, value: Any, rule: Range) -> int:
+    """An argument as a whole number. Raises `OptionError`, a ValueError, that names the argument and its range."""
+    number: int = Option(name, int, None, (rule,), "").convert(value)
+    return number
+
+
 def whole_numbers(text: str) -> list[int]:
     """Whole numbers separated by commas; 0 stands for a word that is none, or has more than ten digits."""
     return [int(word) if word.strip().isdecimal() and len(word) <= 10 else 0 for word in text.split(",")]

@@ -12,7 +12,7 @@ from torch import Tensor
 from vqvae import shares
 from vqvae.contracts import Prior, check_codes, evaluating, kind_of
 from vqvae.errors import OptionError
-from vqvae.registry import Option, Range
+from vqvae.registry import Range, whole_number_in
 from vqvae.sampling import Sampling
 
 LabelDrop = Annotated[
@@ -85,7 +85,7 @@ class CodePrior(Prior):
         raise NotImplementedError
 
     def check_sampling(self, **options: Any) -> Sampling:
-        number("top_k", int, options.get("top_k", 0), Range(0, self.num_codes))
+        whole_number_in("top_k", options.get("top_k", 0), Range(0, self.num_codes))
         how = Sampling.of(options, self.sampling_options)
         if how.guidance != 1 and not self.label_drop:
             problem = "needs a prior of classes that was trained with label_drop above 0; leave it out"
@@ -113,7 +113,7 @@ class CodePrior(Prior):
         codes = check_codes(given[0], self.num_codes, self.grid).to(device)
         if len(codes) != n:
             raise ValueError(f"given codes must be those of {n} images, not of {len(codes)}")
-        return codes, number("rows", int, given[1], Range(0, self.grid[0]))
+        return codes, whole_number_in("rows", given[1], Range(0, self.grid[0]))
 
     def check_labels(self, n: int, labels: Tensor | None) -> Tensor | None:
         """The labels `[n]` of n images as int64, or None if the prior has no classes.
@@ -143,14 +143,9 @@ class CodePrior(Prior):
         return self.check_labels(n, labels.cpu() if isinstance(labels, Tensor) else labels)
 
 
-def number(name: str, kind: type, value: Any, rule: Range) -> Any:
-    """The value of a sampler's option. Raises `OptionError`, a ValueError, that names it and its range."""
-    return Option(name, kind, None, (rule,), "").convert(value)
-
-
 def check_count(n: Any) -> int:
     """Check a number of samples. Raises `OptionError`, a ValueError, unless it is a whole number from 0 up."""
-    return number("n", int, n, Range(0))
+    return whole_number_in("n", n, Range(0))
 
 
 def uniform_numbers(*shape: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
