@@ -8,6 +8,7 @@ import random
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -472,6 +473,12 @@ def test_a_compressed_archive_is_refused(tmp_path):
     archive_of(tmp_path / "x.pt", b"}.", records={"data/0": bytes(2**24)}, compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(UserError, match="not a checkpoint .compressed members"):
         checkpoint.read(tmp_path / "x.pt")
+
+
+def test_an_archive_of_another_program_is_refused_with_the_reason(tmp_path):
+    np.savez(tmp_path / "x.npz", images=np.zeros((3, 8, 8)))
+    with pytest.raises(UserError, match="not a checkpoint .a ZIP archive of something else"):
+        checkpoint.read(tmp_path / "x.npz")
 
 
 def test_a_member_that_occurs_twice_is_refused(tmp_path):

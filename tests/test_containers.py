@@ -187,6 +187,7 @@ def test_labels_survive_into_the_codes_of_a_model(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
+        ({}, "its arrays are none; images, or x_train and x_test, are needed"),
         ({"codes": np.zeros(3)}, "its arrays are codes; images, or x_train and x_test, are needed"),
         ({"images": np.zeros((4, 8, 8, 2), np.uint8)}, "with C 1, 3 or 4, not uint8"),
         ({"images": np.zeros((4, 8, 8), np.int64)}, "must be of uint8, uint16 or floats, not int64"),

@@ -47,7 +47,10 @@ def read_torch(file: BinaryIO) -> Any:
         raise ValueError("compressed members")
     if sum(info.file_size for info in members.values()) > size_of(file):
         raise ValueError("members that share bytes")
-    (pickled,) = (name for name in members if name.endswith("/data.pkl"))
+    values = [name for name in members if name.endswith("/data.pkl")]
+    if len(values) != 1:
+        raise ValueError("a ZIP archive of something else")
+    (pickled,) = values
     root = pickled.removesuffix("data.pkl")
     order = members.get(f"{root}byteorder")
     if order and bytes(_record(file, order).numpy()) != sys.byteorder.encode():
