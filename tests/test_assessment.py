@@ -7,13 +7,16 @@ from vqvae.assessment import drawn, with_earlier
 
 
 def test_an_evaluation_keeps_metrics_that_only_an_earlier_one_has():
-    base = {"protocol": "5 images; vqvae 1, torch 2", "seed": 0, "images": 5}
+    base = {"protocol": "5 images; vqvae 1, torch 2", "seed": 0, "images": 5, "fingerprint": "a"}
     probed = base | {"protocol": base["protocol"] + "; probe: ...", "mse": 1.0, "probe_accuracy": 0.9, "iw_samples": 0}
     bounded = base | {"mse": 1.0, "iw_samples": 100, "iw_bound": 3.0}
     expected = probed | {"iw_samples": 100, "iw_bound": 3.0}
     assert with_earlier(bounded, probed) == expected
     assert with_earlier(probed, bounded) == expected
-    for other in (None, {}, {"protocol": 7}, probed | {"seed": 1}, probed | {"protocol": "6 images; vqvae 1, torch 2"}):
+    of_an_earlier_version = {key: value for key, value in probed.items() if key != "fingerprint"}
+    assert with_earlier(bounded, of_an_earlier_version) == expected
+    others = [{"seed": 1}, {"fingerprint": "b"}, {"protocol": "6 images; vqvae 1, torch 2"}]
+    for other in (None, {}, {"protocol": 7}, *(probed | change for change in others)):
         assert with_earlier(bounded, other) == bounded
 
 

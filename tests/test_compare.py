@@ -156,6 +156,14 @@ def test_an_evaluation_on_other_images_does_not_compare():
         compare(paths)
 
 
+def test_an_evaluation_on_as_many_other_images_does_not_compare():
+    evaluations = [METRICS | {"images": 500, "fingerprint": seen} for seen in ("aa", "bb")]
+    paths = [save(f"logs/{i}", evaluation=found, data=held_out(500)) for i, found in enumerate(evaluations)]
+    with pytest.warns(UserWarning, match="different held-out images"):
+        rows = compare(paths)
+    assert [row.held_out["fingerprint"] for row in rows] == ["aa", "bb"]
+
+
 def test_runs_on_the_same_data_cause_no_warning():
     paths = [save(f"logs/{i}", evaluation=METRICS, data=held_out(500)) for i in range(3)]
     paths.append(save("logs/old", evaluation=METRICS))  # of a version that stored no fingerprints

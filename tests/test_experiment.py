@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -125,6 +126,21 @@ def test_augmentation_resumes_bitwise_and_does_not_change_evaluation():
     assert_same_weights("straight", "run")
     found = evaluate("logs/run --iw-samples 1")
     assert found["mse"] == pytest.approx(last_row("run")["held_out_mse"], rel=1e-4)
+
+
+def test_an_evaluation_on_other_test_images_warns_and_names_them(there, recwarn):
+    for name, value in (("first", 0), ("second", 255)):
+        np.savez(there / f"{name}.npz", images=np.full((20, 16, 16), value, np.uint8))
+    line = "--dataset npz --data-dir first.npz --name run --max-steps 1 --batch-size 4"
+    assert run_train(*line.split()) == 0
+    recwarn.clear()
+    first = evaluate("logs/run --iw-samples 0")
+    assert first["fingerprint"] == checkpoint.read(there / "logs/run")["data"]["fingerprint"]["test"]
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="the test images are not those of the run"):
+        second = evaluate("logs/run --data-dir second.npz --iw-samples 0")
+    assert second["images"] == first["images"]
+    assert second["fingerprint"] != first["fingerprint"]
 
 
 def test_a_resumed_run_keeps_its_settings(capsys):

@@ -75,6 +75,7 @@ def assess(
         "likelihood": config.likelihood.name,
         "prior": config.prior.name,
         "images": len(test.images),
+        "fingerprint": test.fingerprint(),
         "seed": config.seed,
         "iw_samples": iw_samples,
     }
@@ -111,6 +112,8 @@ def with_earlier(found: dict[str, Any], earlier: dict[str, Any] | None) -> dict[
     earlier = earlier or {}
     now, then = (str(evaluation.get("protocol", "")).split("; ") for evaluation in (found, earlier))
     if now[:2] != then[:2] or any(earlier.get(key) != found[key] for key in ("seed", "images")):
+        return found
+    if earlier.get("fingerprint") not in (None, found["fingerprint"]):  # None: of an earlier version
         return found
     joined = {"protocol": "; ".join(dict.fromkeys([*now, *then]))}
     if not found["iw_samples"] and "iw_bound" in earlier:

@@ -133,8 +133,8 @@ def read_run(path: str) -> Row:
         for name in ("train", split)
     )
     count = evaluated["count"]
-    if found.get("images", count) != count:  # evaluated on other images than those of training
-        evaluated = {"count": found["images"], "fingerprint": None}
+    if "fingerprint" in found or found.get("images", count) != count:  # perhaps of other images than those of training
+        evaluated = {"count": found.get("images", count), "fingerprint": found.get("fingerprint")}
     held_out = {"name": about["name"], "shape": "x".join(map(str, about["shape"])), **evaluated}
     return Row(values, held_out, train, source, step)
 
@@ -156,6 +156,8 @@ def _metrics(path: Path, content: Mapping[str, Any]) -> tuple[str | None, int, d
         found = None
     if found:
         numbers = _numbers(found, "") | {"protocol": printable(str(found.get("protocol", "")))}
+        if "fingerprint" in found:  # evaluations of an earlier version have none
+            numbers["fingerprint"] = str(found["fingerprint"])
         return EVALUATION, step, numbers, training_seconds(epochs, step, batch_size), "test"
     if epochs:
         last = epochs[-1]["step"]

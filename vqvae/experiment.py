@@ -484,6 +484,7 @@ def _evaluate(
     with distributed.first_goes_first(min(config.data_shards, distributed.world())):
         dataset = run_data.load(config)
     run_data.compare_classes(content["data"]["classes"], dataset.classes, config)
+    run_data.compare_test(content["data"], dataset)
     about, results = assess(path, content, dataset, device, asked)
     table = about | results
     width = max(map(len, table))

@@ -86,6 +86,13 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], config: Config) -
         )
 
 
+def compare_test(before: Mapping[str, Any], dataset: Dataset) -> None:
+    """Warn if a model is evaluated on another test split than that of its run."""
+    there = before.get("fingerprint", {}).get("test")
+    if there not in (None, dataset.test.fingerprint()) and distributed.rank() == 0:
+        warnings.warn("the test images are not those of the run: the data are others, or they changed", stacklevel=2)
+
+
 def compare_classes(before: Sequence[str], now: Sequence[str], config: Config) -> None:
     """Raise `OptionError` if a conditional prior would take the data's labels for those of other classes."""
     if config.conditional and list(before) != list(now):
