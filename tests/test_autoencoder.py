@@ -14,7 +14,7 @@ from vqvae.autoencoder import Autoencoder
 from vqvae.bottlenecks import BOTTLENECKS
 from vqvae.checkpoint import weights_checksum
 from vqvae.errors import OptionError
-from vqvae.evaluation import evaluate
+from vqvae.evaluation import evaluate, evaluate_prior
 from vqvae.likelihoods import LIKELIHOODS
 from vqvae.nets import NETS
 
@@ -266,6 +266,28 @@ def test_models_that_differ_only_in_their_prior_start_from_the_same_nets():
 )  # fmt: skip
 def test_fewer_images_with_more_pixels_or_parameters_are_evaluated_together(side, likelihood, count):
     assert make((3, side, side), likelihood=likelihood).at_once == count
+
+
+@pytest.mark.parametrize(
+    ("bottleneck", "prior", "count"),
+    [("vq", "uniform", 256), ("vq", "pixelcnn", 3), ("vq", "masked", 3), ("gumbel", "uniform", 3)],
+)
+def test_fewer_images_with_many_logits_of_codes_are_evaluated_together(bottleneck, prior, count, monkeypatch):
+    monkeypatch.setattr("vqvae.autoencoder.MOST_LOGITS", 100)
+    model = make(bottleneck=bottleneck, prior=prior)
+    assert (model.discrete.tokens, model.discrete.num_codes) == (4, 7)
+    assert model.at_once == model.codes_at_once == count
+
+
+def test_a_prior_is_evaluated_on_as_many_codes_as_fit_into_memory(monkeypatch):
+    model, codes, sizes = make(prior="pixelcnn"), torch.randint(7, (8, 2, 2)), []
+    whole = evaluate_prior(model, codes, torch.zeros(8).long(), conditional=False)
+    monkeypatch.setattr("vqvae.autoencoder.MOST_LOGITS", 100)
+    logits = model.prior.logits
+    monkeypatch.setattr(model.prior, "logits", lambda codes, labels: (sizes.append(len(codes)), logits(codes, labels))[1])
+    parts = evaluate_prior(model, codes, torch.zeros(8).long(), conditional=False)
+    assert sizes == [3, 3, 2]
+    assert parts["prior_nats"] == pytest.approx(whole["prior_nats"], rel=1e-5)
 
 
 @pytest.mark.parametrize("bottleneck", ["residual", "hierarchy", "multiscale"])

@@ -35,6 +35,7 @@ SLOTS = {
 }
 MOST_PIXELS = 2**20  # of one evaluation batch
 MOST_PARAMETERS = 2**26  # of the likelihood's distributions: 256 MB
+MOST_LOGITS = 2**27  # of the distributions over codes: 512 MB
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -217,7 +218,15 @@ class Autoencoder(nn.Module):
         """How many images are evaluated together: 256, or as many as bound the memory of features and parameters."""
         pixels = math.prod(self.image_shape[1:])
         parameters = self.dimensions * self.likelihood.params_per_channel
-        return max(1, min(256, MOST_PIXELS // pixels, MOST_PARAMETERS // parameters))
+        return max(1, min(self.codes_at_once, MOST_PIXELS // pixels, MOST_PARAMETERS // parameters))
+
+    @property
+    def codes_at_once(self) -> int:
+        """How many images' codes are evaluated together: 256, or as many as bound the memory of K logits per code."""
+        has_logits = self.bottleneck.stochastic or any(True for _ in self.prior.parameters())
+        if self.discrete is None or not has_logits:
+            return 256
+        return max(1, min(256, MOST_LOGITS // (self.discrete.tokens * self.discrete.num_codes)))
 
     @property
     def device(self) -> torch.device:

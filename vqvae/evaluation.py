@@ -122,7 +122,13 @@ def _iw_bound(model: Autoencoder, features: Tensor, elbo: Elbo, labels: Tensor, 
 
 @torch.no_grad()
 def evaluate_prior(
-    model: Autoencoder, codes: Tensor, labels: Tensor, *, conditional: bool, batch_size: int = 256, seed: int = 0
+    model: Autoencoder,
+    codes: Tensor,
+    labels: Tensor,
+    *,
+    conditional: bool,
+    batch_size: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Metrics of a model's prior on held-out codes `[N, h, w]`: nats per image, bits per code, and what follows.
 
@@ -130,7 +136,7 @@ def evaluate_prior(
     """
     totals = Totals()
     with evaluating(model.prior), seeded(seed, model.device):
-        for batch, batch_labels in shares.batches(batch_size, codes, labels):
+        for batch, batch_labels in shares.batches(batch_size or model.codes_at_once, codes, labels):
             log_prior = log_prior_of_codes(model, batch.to(model.device), batch_labels.to(model.device), conditional)
             totals.add(metrics.of_examples(metrics.Examples(log_prior)))
     totals = Totals.of_shares(distributed.gather_objects(totals))

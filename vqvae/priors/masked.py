@@ -18,7 +18,8 @@ from vqvae.priors.transformer import CodeTransformer, TransformerOptions
 from vqvae.registry import Range, checked
 from vqvae.sampling import Sampling
 
-AT_ONCE = 4096  # positions in one pass when sampling, which bounds the memory of their logits
+AT_ONCE = 4096  # positions in one pass when sampling
+LOGITS_AT_ONCE = 2**24  # of these positions: 64 MB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,7 @@ class Masked(CodeTransformer):
     ) -> tuple[Tensor, Tensor]:
         """A code for each position `unknown` `[n, U]`, given the codes `[n, L]` of all others, and its log p."""
         drawn, log_p = torch.empty_like(unknown), torch.empty_like(uniform)
-        size = max(1, AT_ONCE // codes.shape[1])
+        size = max(1, min(AT_ONCE, LOGITS_AT_ONCE // self.num_codes) // codes.shape[1])
         for start in range(0, len(codes), size):
             rows = slice(start, start + size)
             logits = self._of_unknown(
