@@ -283,8 +283,13 @@ def test_a_prior_is_evaluated_on_as_many_codes_as_fit_into_memory(monkeypatch):
     model, codes, sizes = make(prior="pixelcnn"), torch.randint(7, (8, 2, 2)), []
     whole = evaluate_prior(model, codes, torch.zeros(8).long(), conditional=False)
     monkeypatch.setattr("vqvae.autoencoder.MOST_LOGITS", 100)
-    logits = model.prior.logits
-    monkeypatch.setattr(model.prior, "logits", lambda codes, labels: (sizes.append(len(codes)), logits(codes, labels))[1])
+    log_prob = model.prior.log_prob
+
+    def counted(latent, labels):
+        sizes.append(len(latent.codes))
+        return log_prob(latent, labels)
+
+    monkeypatch.setattr(model.prior, "log_prob", counted)
     parts = evaluate_prior(model, codes, torch.zeros(8).long(), conditional=False)
     assert sizes == [3, 3, 2]
     assert parts["prior_nats"] == pytest.approx(whole["prior_nats"], rel=1e-5)

@@ -455,5 +455,6 @@ def test_a_latents_size_in_words_has_its_singulars():
         "1x1 codes of 1,024: 1 token, 10 bits",
         "2x3 codes of 1,024: 6 tokens, 60 bits",
     )
+    assert VQ(channels=4, grid=(1, 1), options=VQOptions(num_codes=2, code_dim=4)).describe().endswith("1 token, 1 bit")
     gaussians = [BOTTLENECKS["gaussian"](channels=4, grid=(1, 1), latents=latents) for latents in (1, 16)]
     assert [gaussian.describe() for gaussian in gaussians] == ["1 dimension", "16 dimensions"]

@@ -296,6 +296,20 @@ def test_whole_windows_are_drawn_as_they_were_logged(tmp_path, monkeypatch):
     assert drawn_curve(STEPS + EPOCHS, tmp_path, monkeypatch) == [(1, 1), (2, 1 / 2), (3, pytest.approx(1 / 3))]
 
 
+@pytest.mark.parametrize(
+    ("counts", "shares"), [([5, 5], [0.5, 0.5]), ([3, 0, 1, 0], [0.75, 0.25]), ([4], [1]), ([0, 0], [0])]
+)
+def test_every_used_code_has_the_width_of_one_in_the_chart_of_usage(counts, shares, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save_chart", lambda figure, path: figures.append(figure))
+    plots.usage_chart(torch.tensor([counts]), tmp_path / "usage.png", title="t")
+    (axes,) = figures[0].axes
+    assert axes.get_xlim() == (0, len(counts))
+    values, edges, _ = axes.patches[0].get_data()
+    assert values.tolist() == shares
+    assert edges.tolist() == list(range(len(shares) + 1))
+
+
 def test_every_other_plot_is_written(tmp_path):
     images = torch.rand(3, 1, 8, 8)
     codes = torch.randint(9, (3, 2, 2))

@@ -632,7 +632,9 @@ def test_the_noise_of_the_choice_falls_linearly_with_the_steps():
     assert torch.equal(found.flatten(), codes)
 
 
-@pytest.mark.parametrize(("limit", "value", "most"), [("AT_ONCE", 1, 1), ("AT_ONCE", 40, 2), ("LOGITS_AT_ONCE", 200, 2)])
+@pytest.mark.parametrize(
+    ("limit", "value", "most"), [("AT_ONCE", 1, 1), ("AT_ONCE", 40, 2), ("LOGITS_AT_ONCE", 200, 2)]
+)
 def test_masked_samples_of_a_few_images_at_a_time_are_those_of_all_at_once(limit, value, most, monkeypatch):
     prior, sizes = make("masked", num_classes=3), []
     prior.blocks.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0]) // 2))  # guidance: twice

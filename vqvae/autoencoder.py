@@ -223,7 +223,7 @@ class Autoencoder(nn.Module):
     @property
     def codes_at_once(self) -> int:
         """How many images' codes are evaluated together: 256, or as many as bound the memory of K logits per code."""
-        has_logits = self.bottleneck.stochastic or any(True for _ in self.prior.parameters())
+        has_logits = self.bottleneck.stochastic or self.prior.has_parameters
         if self.discrete is None or not has_logits:
             return 256
         return max(1, min(256, MOST_LOGITS // (self.discrete.tokens * self.discrete.num_codes)))

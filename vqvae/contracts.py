@@ -195,7 +195,8 @@ class Discrete(Bottleneck):
     def describe(self) -> str:
         h, w = self.grid
         tokens = f"{self.tokens:,} token{'s' if self.tokens > 1 else ''}"
-        return f"{h}x{w} codes of {self.num_codes:,}: {tokens}, {self.bits:,.0f} bits"
+        bits = f"{self.bits:,.0f} bit{'' if round(self.bits) == 1 else 's'}"
+        return f"{h}x{w} codes of {self.num_codes:,}: {tokens}, {bits}"
 
 
 class Continuous(Bottleneck):

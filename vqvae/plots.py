@@ -244,7 +244,7 @@ def codebook_map(vectors: Tensor, usage: Tensor | None, patches: Tensor, path: P
     counts = np.ones(len(points)) if usage is None else usage.double().numpy()
     share = counts / max(counts.max(), 1)
     largest = float(np.clip(2.2 * side / math.sqrt(len(points)) / 2, 10, 90))
-    note = f"{method} of {len(points)} codes, each as the patch it decodes to"
+    note = f"{method} of {len(points)} code{'' if len(points) == 1 else 's'}, each as the patch it decodes to"
     if usage is not None:
         unused = int((counts == 0).sum())
         note += f"; area proportional to held-out usage; {unused} unused code{'' if unused == 1 else 's'} (x)"

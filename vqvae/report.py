@@ -653,7 +653,9 @@ def run_page(report: Report, folder: Path, drawn: list[str], left_out: list[tupl
     sizes = [f"{count:,} {split}" for split, count in counts.items()]
     shape = "x".join(map(str, data["shape"]))
     codes = model.discrete
-    bits = f", {codes.bits:,.0f} bits an image" if codes is not None else ""
+    bits = ""
+    if codes is not None:
+        bits = f", {codes.bits:,.0f} bit{'' if round(codes.bits) == 1 else 's'} an image"
     facts = [
         ("run", f"{report.name}, step {content['step']:,}, epoch {content['epoch']:,}"),
         ("data", f"{data['name']}: {', '.join([*sizes, shape])}" + (f" ({data['note']})" if data["note"] else "")),

@@ -187,7 +187,9 @@ def _parts(file: BinaryIO) -> list[NpzSplit]:
         roles.setdefault((split, role), name)
     splits = [split for split, role in roles if role == "images"]
     if not splits:
-        raise ValueError(f"its arrays are {', '.join(names)[:100] or 'none'}; images, or x_train and x_test, are needed")
+        raise ValueError(
+            f"its arrays are {', '.join(names)[:100] or 'none'}; images, or x_train and x_test, are needed"
+        )
     arrays = read_arrays(file, [name for (split, role), name in roles.items() if role and split in splits])
     found = {key: arrays.get(name) for key, name in roles.items()}
     return [NpzSplit.of(split, arrays[roles[split, "images"]], found.get((split, "labels"))) for split in splits]
