@@ -16,7 +16,7 @@ from vqvae.priors.autoregressive import AutoregressivePrior
 from vqvae.priors.base import draw
 from vqvae.priors.masked import Masked, masks, schedule
 from vqvae.priors.transformer import Transformer, TransformerOptions, sources
-from vqvae.registry import Choice, Slot, build
+from vqvae.registry import Choice, Slot, build, signature
 from vqvae.sampling import Sampling
 
 SIZES = {
@@ -30,13 +30,17 @@ SCALES = ((1, 1), (2, 2), (3, 4))
 CAUSAL = ("pixelcnn", "gated-pixelcnn", "transformer")
 
 
+def build_prior(name: str, context: dict, **options) -> Any:
+    return build(Slot("prior", PRIORS), Choice(name, SIZES.get(name, MASKED) | options), context)
+
+
 def make(
     name: str, *, num_codes: int = 5, grid: tuple = (4, 5), num_classes: int = 0, scales: tuple = (), **options
 ) -> Any:
     """A small prior in float64, whose samples do not depend on rounding."""
     torch.manual_seed(0)
     context = {"num_codes": num_codes, "grid": grid, "num_classes": num_classes, "scales": scales}
-    prior = build(Slot("prior", PRIORS), Choice(name, SIZES.get(name, MASKED) | options), context)
+    prior = build_prior(name, context, **options)
     for p in prior.parameters():  # weights that start at zero would hide mistakes
         p.data.add_(0.3 * torch.randn_like(p))
     return prior.double().eval()
@@ -74,6 +78,41 @@ def test_pixelcnn_has_its_documented_blind_spot():
     assert seen[4, 0, 3, 0]
     assert not seen[4, 0, 3, 2]  # in the row above, two columns to the right
     assert seen[4, 0, 0, 4]
+
+
+@pytest.mark.parametrize("name", ["masked", *SIZES])
+@pytest.mark.parametrize("num_classes", [0, 2])
+def test_an_untrained_prior_is_nearly_uniform(name, num_classes):
+    prior = build_prior(name, {"num_codes": 64, "grid": (4, 5), "num_classes": num_classes, "scales": ()})
+    nats = -prior.eval().log_prob(Latent.of_codes(torch.randint(64, (50, 4, 5))), torch.arange(50) % 2)
+    assert nats.mean().item() == pytest.approx(20 * math.log(64), rel=0.05)
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, "masked", "made-flow"])
+def test_every_size_of_a_net_is_an_option_that_changes_its_weights(name):
+    def shapes(**changed: int) -> list:
+        if name == "made-flow":
+            prior = PRIORS[name](latent_dim=3, grid=(1, 1), **{"hidden": 6, "layers": 2, "flows": 1} | changed)
+        else:
+            context = {"num_codes": 5, "grid": (4, 5), "num_classes": 2, "scales": ()}
+            prior = build_prior(name, context, **changed)
+        return [(key, value.shape) for key, value in prior.state_dict().items()]
+
+    options = {key: option.default for key, option in signature(PRIORS[name]).options.items()}
+    sizes = {key for key, value in options.items() if type(value) is int} - {"heads", "draws"}
+    assert len(sizes) >= 2
+    for size in sizes:
+        low, high = (3, 5) if size == "kernel" else (4, 6)
+        assert shapes(**{size: low}) != shapes(**{size: high})
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, "masked"])
+def test_dropout_draws_in_training_only(name):
+    codes, known = torch.randint(5, (3, 4, 5)), torch.arange(60).view(3, 20) % 2 == 0
+    for dropout, mode in itertools.product((0.0, 0.5), (True, False)):
+        prior = make(name, dropout=dropout).train(mode)
+        first, second = (prior.logits(codes, *([known] if name == "masked" else [])) for _ in range(2))
+        assert torch.equal(first, second) is not (mode and dropout > 0)
 
 
 @pytest.mark.parametrize("name", SIZES)
