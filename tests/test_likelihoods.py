@@ -143,6 +143,7 @@ def test_gaussian_agrees_with_torch_distributions():
     mean, log_std = p.chunk(2, 1)
     expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(x).flatten(1).sum(1)
     assert torch.allclose(likelihood.log_prob(p, x), expected)
+    assert torch.equal(likelihood.center(5 * p), (5 * mean).clamp(0, 1))
     point = torch.tensor([-3.0, 4.0, 0.0, 0.0]).view(1, 4, 1, 1)
     assert make("gaussian", (2, 1, 1)).center(point).flatten().tolist() == [
         -3,
@@ -152,8 +153,9 @@ def test_gaussian_agrees_with_torch_distributions():
 
 def test_bernoulli_agrees_with_torch_distributions_and_refuses_gray():
     likelihood, x, p = make("bernoulli"), pixels("bernoulli"), params("bernoulli")
-    expected = torch.distributions.Bernoulli(logits=p).log_prob(x).flatten(1).sum(1)
-    assert torch.allclose(likelihood.log_prob(p, x), expected)
+    bernoulli = torch.distributions.Bernoulli(logits=p)
+    assert torch.allclose(likelihood.log_prob(p, x), bernoulli.log_prob(x).flatten(1).sum(1))
+    assert torch.allclose(likelihood.center(p), bernoulli.mean)
     assert likelihood.network_input(x).unique().tolist() == [-1, 1]
     likelihood.check(torch.tensor([0, 255], dtype=torch.uint8))
     with pytest.raises(OptionError, match="likelihood=bernoulli: .* mnist-binary"):

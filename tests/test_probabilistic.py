@@ -319,9 +319,8 @@ def test_the_simplex_flows_log_determinant_is_autograds_on_the_free_coordinates(
 
 
 @pytest.mark.parametrize("parameters", ["transformer", "triangular"])
-def test_the_simplex_flow_has_an_inverse_and_keeps_the_corners(parameters):
-    flow, w = random_flow(parameters), points(4)
-    assert torch.allclose(flow.inverse(flow(w)[0]), w, atol=1e-9)
+def test_the_simplex_flow_keeps_the_corners(parameters):
+    flow = random_flow(parameters)
     corners = torch.eye(4, dtype=torch.float64)[torch.randint(4, (6, 3))]
     assert torch.allclose(flow(corners)[0], corners)
 

@@ -136,7 +136,7 @@ class SimplexFlow(nn.Module):
         layers: int = 2,
     ):
         super().__init__()
-        self.latents, self.by_transformer = latents, parameters == "transformer"
+        self.by_transformer = parameters == "transformer"
         if self.by_transformer:
             self.read, self.write = nn.Linear(num_codes, width), nn.Linear(width, num_codes - 1)
             self.positions = nn.Parameter(0.02 * torch.randn(latents, width))
@@ -168,12 +168,3 @@ class SimplexFlow(nn.Module):
         total = scaled.sum(-1, keepdim=True)
         log_det = log_s.sum(-1) - w.shape[-1] * total.squeeze(-1).log()
         return scaled / total, log_det.sum(-1)
-
-    def inverse(self, w: Tensor) -> Tensor:
-        """The point that `forward` maps to w, latent by latent."""
-        before = torch.zeros_like(w)
-        for latent in range(self.latents):
-            scaled = w[:, latent] * F.pad(self.scales(before)[:, latent].log(), (0, 1)).neg().exp()
-            before = before.clone()
-            before[:, latent] = scaled / scaled.sum(-1, keepdim=True)
-        return before
