@@ -90,6 +90,13 @@ def test_uint8_and_floats_are_the_same_pixels():
     assert torch.equal(model.encode(batch), model.encode(batch.float() / 255))
 
 
+def test_points_of_the_plane_may_lie_anywhere():
+    names = {"nets": "mlp", "bottleneck": "gaussian", "prior": "normal", "likelihood": "gaussian"}
+    model, points = make((2, 1, 1), **names).eval(), torch.tensor([[-3.0, 4.0], [0.5, 9.0]]).view(2, 2, 1, 1)
+    assert model.posterior_mean(points).isfinite().all()
+    assert model.reconstruct(points).shape == points.shape
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [

@@ -1,5 +1,7 @@
 """Batches: their order is a function of the seed, augmented images are crops, the variance is NumPy's."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,28 @@ def test_a_block_has_the_same_bytes_on_every_machine():
     assert block_of(images, "full") is None
     assert block_of(images, "blocks") == 341
     assert block_of(torch.zeros(2, 3, 2000, 2000, dtype=torch.uint8), "blocks") == 1
+
+
+class AtOnce(ThreadPoolExecutor):
+    """Does what it is given before it returns, so that no test depends on the speed of threads."""
+
+    def submit(self, work, *arguments):
+        done = Future()
+        done.set_result(work(*arguments))
+        return done
+
+
+def test_the_next_window_is_read_while_the_batches_of_one_are_used(monkeypatch):
+    read = []
+    monkeypatch.setattr(batches, "WINDOW", 2)
+    monkeypatch.setattr(batches, "_touch", lambda rows, index: read.append(index))
+    monkeypatch.setattr(batches, "ThreadPoolExecutor", AtOnce)
+    order = batch_indices(60, 5, seed=0, epoch=0, block=6)
+    windows = order.split(2)  # of 12 examples, two batches and a bit
+    for step, _ in enumerate(read_ahead(order, torch.zeros(60, 1, 1, 1), 6)):
+        expected = windows[: step // 2 + 2]
+        assert all(torch.equal(*pair) for pair in zip(read, expected, strict=False))
+        assert len(read) >= len(expected)
 
 
 def test_reading_ahead_changes_no_batch(monkeypatch):

@@ -113,6 +113,15 @@ def test_a_collapsed_dimension_is_not_an_active_unit():
     assert evaluate(model, images(10), LABELS)["active_units"] == 3
 
 
+def test_one_example_has_no_standard_errors_and_no_active_units_and_two_have_both():
+    one, two = (evaluate(make(**fitting("gaussian")), images(n), LABELS[:n]) for n in (1, 2))
+    assert all(math.isfinite(value) for value in [*one.values(), *two.values()])
+    assert one["neg_elbo"] > 0
+    spread = {"active_units", *(f"{name}_se" for name in ("neg_elbo", "reconstruction_nats", "rate", "mse", "psnr"))}
+    assert not spread & one.keys()
+    assert spread <= two.keys()
+
+
 def test_posterior_means_of_the_whole_split_are_kept_where_the_latent_is_a_plane(monkeypatch):
     model, batch, labels = make(**fitting("gaussian") | {"bottleneck": PLANE}), images(10), torch.arange(10)
     kept = evaluate(model, batch, labels, batch_size=4)["posterior"]
