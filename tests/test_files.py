@@ -1,6 +1,8 @@
 """An output is whole or absent, and nothing that exists is lost."""
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -26,13 +28,28 @@ from vqvae.files import (
 )
 
 
-def test_a_file_appears_with_its_folder_when_it_is_complete(tmp_path):
-    path = tmp_path / "new" / "codes.bin"
+def test_a_file_appears_with_its_folders_when_it_is_complete(tmp_path):
+    path = tmp_path / "new" / "newer" / "codes.bin"
     with whole_file(path) as file:
         file.write(b"one")
         assert not path.exists()
     assert path.read_bytes() == b"one"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows opens no folders")
+def test_a_file_is_on_the_disk_before_it_takes_its_name_and_the_name_afterwards(tmp_path, monkeypatch):
+    events, replace = [], os.replace
+
+    def fsync(handle: int) -> None:
+        about = os.fstat(handle)
+        events.append("the folder" if stat.S_ISDIR(about.st_mode) else f"{about.st_size} bytes")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("the name"), replace(*paths)))
+    with whole_file(tmp_path / "codes.bin") as file:
+        file.write(b"12345")
+    assert events == ["5 bytes", "the name", "the folder"]
 
 
 @pytest.mark.parametrize("problem", [ValueError("stop"), KeyboardInterrupt()])
