@@ -447,7 +447,7 @@ def image_names(path: Path, files: np.ndarray, count: int) -> list[str]:
     """
     if not files.size:
         return [f"{i:06}.png" for i in range(count)]
-    if files.dtype.kind != "U" or files.shape != (count,) or len(set(files.tolist())) < count:
+    if files.shape != (count,) or len(set(files.tolist())) < count:
         raise UserError(_names_problem(path, count))
     for name in files.tolist():
         # Path follows the rules of this system: drives and backslashes count on Windows only
