@@ -86,6 +86,14 @@ def test_below_the_free_bits_the_rate_has_no_gradient():
     assert encoder_gradient(1e4) == 0
 
 
+def test_free_bits_that_are_not_used_up_cost_their_nats():
+    module = training("elbo reduction=sum free_bits=1000", nets="conv-vae", bottleneck="gaussian", prior="normal")
+    out = module(images(4), None, 0)
+    assert out.metrics["rate"] < 1000 * math.log(2)
+    reconstruction = out.metrics["reconstruction"] * 3 * 8 * 8  # without the likelihood's constant
+    assert (out.loss - reconstruction).item() == pytest.approx(1000 * math.log(2), rel=1e-4)
+
+
 def test_deep_vector_quantizations_loss_by_hand():
     """Mean square / (2 variance) + 5e-4 * the mean KL of a position, from the weights of --preset dvq-gumbel."""
     gumbel = Choice("gumbel", {"posterior": "linear", "entropy": "exact", "num_codes": 16, "code_dim": 4})

@@ -259,6 +259,26 @@ def test_the_most_likely_code_is_the_nearest(name):
         assert_nearest(bottleneck(features, 0).codes.flatten(), f, table)
 
 
+@pytest.mark.parametrize("name", ["deterministic", "categorical", "gumbel"])
+def test_codes_start_at_the_centers_of_the_features(name):
+    bottleneck, centers = make(name, (2, 3), num_codes=12, code_dim=6), 3 * torch.randn(12, 6)
+    features = centers[torch.randint(12, (40, 2, 3))].movedim(-1, 1)
+    bottleneck.initialize(features)
+    found = bottleneck.quantize(features)
+    assert len(found.codes.unique()) == 12
+    assert torch.allclose(found.z, features, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"entropy": "exact"}, {"posterior": "linear", "num_samples": 3}])
+def test_the_entropy_of_the_posterior_is_that_of_an_images_codes_averaged_over_images(options):
+    bottleneck, features = make("gumbel", (2, 4), num_codes=5, init="normal", **options), torch.randn(3, 6, 2, 4)
+    logits = bottleneck.logits(features, bottleneck.code_vectors().clone())[0].detach()
+    expected = torch.distributions.Categorical(logits=logits).entropy().sum((1, 2)).mean().item()
+    for training in (False, True):
+        stats = bottleneck.train(training)(features, 0).stats
+        assert stats["posterior_entropy"].item() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -174,6 +174,7 @@ def test_an_objective_is_checked_against_the_model():
         ("categorical", True),  # the mean of several one-hots
         ("categorical num_samples=1", False),
         ("categorical average_samples=no", False),
+        ("categorical estimator=rloo", False),
         ("deterministic", False),
         ("vq", False),
     ],

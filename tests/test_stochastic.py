@@ -126,6 +126,7 @@ def test_the_posterior_is_bayes_rule_and_the_rate_a_divergence():
     divergence = torch.distributions.kl_divergence(encoded, generated).flatten(1).sum(1)
     uncertainty = torch.distributions.Categorical(logits=log_p).entropy().flatten(1).sum(1)
     assert torch.allclose(latent.log_q, divergence - uncertainty)
+    assert latent.stats["posterior_entropy"].item() == pytest.approx(uncertainty.mean().item())
     assert latent.loss == 0
     assert latent.stats["variance"].item() == pytest.approx(3)
 
