@@ -351,9 +351,13 @@ def test_diversity_spreads_usage():
 
 
 @pytest.mark.parametrize("name", ["vq", "cosine"])
-def test_diversity_costs_nothing_where_it_is_0(name, monkeypatch):
+def test_diversity_costs_nothing_where_it_is_0_or_nothing_trains(name, monkeypatch):
     monkeypatch.delattr("vqvae.bottlenecks.vq.soft_usage")
-    with_identity(name, 4, num_codes=9, code_dim=4)(torch.randn(3, 4, 2, 3), 0)
+    features = torch.randn(3, 4, 2, 3)
+    with_identity(name, 4, num_codes=9, code_dim=4)(features, 0)
+    diverse = with_identity(name, 4, num_codes=9, code_dim=4, diversity=0.1)
+    diverse.quantize(features)
+    diverse.eval()(features, 0)
 
 
 @pytest.mark.parametrize(
