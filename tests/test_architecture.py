@@ -15,7 +15,7 @@ SCRIPTS = [ROOT / "train.py", ROOT / "visualize_codes.py"]
 ALLOWED: dict[str, set[str]] = {
     # what everything else may know
     "errors": set(),
-    "contracts": set(),
+    "contracts": {"errors"},
     "metrics": {"features", "ssim"},
     "features": {"archives", "errors", "files"},
     "ssim": set(),
@@ -81,7 +81,7 @@ ALLOWED: dict[str, set[str]] = {
     "card": {"autoencoder", "config", "errors", "metrics", "registry"},
     "export": {"autoencoder", "card", "checkpoint", "errors", "files", "foreign", "programs"},
     "fonts": {"errors"},
-    "plots": {"files", "fonts", "metrics"},
+    "plots": {"errors", "files", "fonts", "metrics"},
     "page": {"errors"},
     "compare": {"checkpoint", "errors", "metrics", "runs"},
     # the program

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict
 import torch
 from torch import Tensor, nn
 
+from vqvae.errors import counted
+
 if TYPE_CHECKING:
     from vqvae.autoencoder import Autoencoder, Elbo
     from vqvae.sampling import Sampling
@@ -194,9 +196,7 @@ class Discrete(Bottleneck):
 
     def describe(self) -> str:
         h, w = self.grid
-        tokens = f"{self.tokens:,} token{'s' if self.tokens > 1 else ''}"
-        bits = f"{self.bits:,.0f} bit{'' if round(self.bits) == 1 else 's'}"
-        return f"{h}x{w} codes of {self.num_codes:,}: {tokens}, {bits}"
+        return f"{h}x{w} codes of {self.num_codes:,}: {counted(self.tokens, 'token')}, {counted(self.bits, 'bit')}"
 
 
 class Continuous(Bottleneck):
@@ -206,7 +206,7 @@ class Continuous(Bottleneck):
         return {"latent_dim": self.code_dim, "grid": self.grid}
 
     def describe(self) -> str:
-        return f"{self.code_dim} dimension{'s' if self.code_dim > 1 else ''}"
+        return counted(self.code_dim, "dimension")
 
 
 def count_codes(codes: Tensor, num_codes: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Errors that the user can fix, the one-line reason of any exception, and spelling suggestions."""
+"""Errors that the user can fix, the one-line reason of any exception, and the wording of messages."""
 
 import contextlib
 import difflib
@@ -81,6 +81,11 @@ def naming(option: str, value: object) -> Iterator[None]:
         raise
     except UserError as problem:
         raise OptionError(option, value, str(problem).removeprefix(f"{value}: ")) from None
+
+
+def counted(count: float, noun: str) -> str:
+    """A count in words: `1 code`, `1,024 codes`."""
+    return f"{count:,.0f} {noun}{'' if round(count) == 1 else 's'}"
 
 
 def one_line(problem: BaseException, limit: int = 200) -> str:

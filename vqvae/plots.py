@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqvae import fonts
+from vqvae.errors import counted
 from vqvae.files import whole_file
 from vqvae.metrics import METRICS, perplexity
 
@@ -244,10 +245,10 @@ def codebook_map(vectors: Tensor, usage: Tensor | None, patches: Tensor, path: P
     counts = np.ones(len(points)) if usage is None else usage.double().numpy()
     share = counts / max(counts.max(), 1)
     largest = float(np.clip(2.2 * side / math.sqrt(len(points)) / 2, 10, 90))
-    note = f"{method} of {len(points)} code{'' if len(points) == 1 else 's'}, each as the patch it decodes to"
+    note = f"{method} of {counted(len(points), 'code')}, each as the patch it decodes to"
     if usage is not None:
         unused = int((counts == 0).sum())
-        note += f"; area proportional to held-out usage; {unused} unused code{'' if unused == 1 else 's'} (x)"
+        note += f"; area proportional to held-out usage; {counted(unused, 'unused code')} (x)"
     sheet = _Sheet(side, bottom, f"{title}\n{note}")
     tiles = pixels(patches)
     for k in np.argsort(-share, kind="stable"):  # small patches last, on top
@@ -271,12 +272,11 @@ def usage_chart(usage: Tensor, path: Path, *, title: str, names: Sequence[str] =
     figure, axes = _chart((8, 4))
     for level, share in enumerate(shares):
         used = int((share > 0).sum())
-        plural = "" if used == 1 else "s"
-        label = f"perplexity {perplexity(usage[level]):.1f} of {shares.shape[1]}, {used} code{plural} in use"
+        label = f"perplexity {perplexity(usage[level]):,.1f} of {shares.shape[1]:,}, {counted(used, 'code')} in use"
         label = f"{names[level]}: {label}" if len(shares) > 1 else label
         share = share[: max(used, 1)]  # the other codes have no area
         axes.stairs(share, fill=True, color=f"C{level}", alpha=0.6, label=label)
-    axes.axhline(1 / shares.shape[1], color="#cc6677", linestyle="--", label=f"uniform usage, 1 / {shares.shape[1]}")
+    axes.axhline(1 / shares.shape[1], color="#cc6677", linestyle="--", label=f"uniform usage, 1 / {shares.shape[1]:,}")
     axes.set(xlabel="codes, by decreasing usage", ylabel="share of held-out positions", xlim=(0, shares.shape[1]))
     below_legend = max(1 / shares.shape[1], shares[:, shares.shape[1] * 2 // 5 :].max())
     room = max(0.2, 1 - 0.065 * (len(shares) + 2.5))  # share of the height that the legend leaves

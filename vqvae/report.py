@@ -25,7 +25,7 @@ from vqvae import checkpoint, page, plots, randomness, sampling
 from vqvae.autoencoder import Autoencoder, unit_range
 from vqvae.contracts import Discrete
 from vqvae.devices import choose_device
-from vqvae.errors import OptionError, naming, near_misses, printable
+from vqvae.errors import OptionError, counted, naming, near_misses, printable
 from vqvae.files import make_folder, write_text
 from vqvae.metrics import METRICS
 from vqvae.registry import Choice
@@ -489,11 +489,11 @@ def posterior_map(report: Report, path: Path) -> None:
     report.need_plane()
     means, labels = report.posterior()
     total = max(report.held_out, len(means))
-    share = f"{len(means):,} of {total:,}" if len(means) < total else f"all {total:,}" if total > 1 else "1"
+    share = f"{len(means):,} of " if len(means) < total else "all " if total > 1 else ""
     normal = report.prior == "normal"
     title = report.title(
         "posterior means in the latent plane",
-        f"{share} held-out example{'' if total == 1 else 's'}",
+        f"{share}{counted(total, 'held-out example')}",
         "rings: 1, 2 and 3 standard deviations of the prior" if normal else "",
     )
     plots.posterior_map(means, labels, report.classes, path, title=title, rings=normal)
@@ -639,8 +639,7 @@ def draw(options: argparse.Namespace) -> None:
     else:
         write_text(folder / PAGE, run_page(report, folder, drawn, left_out))
         print(printable(str(folder / PAGE)))
-    plural = "" if len(drawn) == 1 else "s"
-    print(printable(f"{len(drawn)} plot{plural} of {run} (step {content['step']:,}) in {folder}"))
+    print(printable(f"{counted(len(drawn), 'plot')} of {run} (step {content['step']:,}) in {folder}"))
 
 
 def run_page(report: Report, folder: Path, drawn: list[str], left_out: list[tuple[str, str]]) -> str:
@@ -653,9 +652,7 @@ def run_page(report: Report, folder: Path, drawn: list[str], left_out: list[tupl
     sizes = [f"{count:,} {split}" for split, count in counts.items()]
     shape = "x".join(map(str, data["shape"]))
     codes = model.discrete
-    bits = ""
-    if codes is not None:
-        bits = f", {codes.bits:,.0f} bit{'' if round(codes.bits) == 1 else 's'} an image"
+    bits = "" if codes is None else f", {counted(codes.bits, 'bit')} an image"
     facts = [
         ("run", f"{report.name}, step {content['step']:,}, epoch {content['epoch']:,}"),
         ("data", f"{data['name']}: {', '.join([*sizes, shape])}" + (f" ({data['note']})" if data["note"] else "")),

@@ -6,7 +6,7 @@ from typing import Any
 
 from vqvae import cli
 from vqvae.commands import path
-from vqvae.errors import OptionError, printable
+from vqvae.errors import OptionError, counted, printable
 
 ALL = object()  # no text: a folder may have any name
 EXAMPLES = """
@@ -39,9 +39,9 @@ def main(argv: list[str]) -> int:
     if not chosen and options.clear is not ALL:
         raise OptionError("clear", options.clear, "has no cache; see vqvae cache")
     removed = [c for c in chosen if cache_files.remove(c)]
-    print(f"removed {_count(removed)}, {_bytes(sum(c.size for c in removed))}")
+    print(f"removed {counted(len(removed), 'cache')}, {_bytes(sum(c.size for c in removed))}")
     if len(removed) < len(chosen):
-        print(f"in use by a running process, not removed: {_count([c for c in chosen if c not in removed])}")
+        print(f"in use by a running process, not removed: {counted(len(chosen) - len(removed), 'cache')}")
     return 0
 
 
@@ -64,12 +64,8 @@ def _table(found: list) -> str:
         rows.append((_bytes(cache.size), _age(time.time() - cache.changed), images, source))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"{s:>{widths[0]}}  {a:>{widths[1]}}  {i:{widths[2]}}  {source}" for s, a, i, source in rows]
-    total = f"{_count(found)}, {_bytes(sum(cache.size for cache in found))}, in {cache_folder()}"
+    total = f"{counted(len(found), 'cache')}, {_bytes(sum(cache.size for cache in found))}, in {cache_folder()}"
     return "\n".join([*(lines if found else []), total])
-
-
-def _count(found: list) -> str:
-    return f"{len(found):,} cache{'' if len(found) == 1 else 's'}"
 
 
 def _bytes(size: int) -> str:
@@ -79,6 +75,5 @@ def _bytes(size: int) -> str:
 def _age(seconds: float) -> str:
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= length:
-            count = int(seconds // length)
-            return f"{count:,} {unit}{'' if count == 1 else 's'}"
+            return counted(seconds // length, unit)
     return "new"

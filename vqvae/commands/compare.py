@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from vqvae import cli, compare
 from vqvae.commands import path
+from vqvae.errors import counted
 from vqvae.metrics import explained
 
 EXAMPLES = f"""
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> int:
         print(_encodable(text, sys.stdout.encoding or "utf-8"))
     else:
         files.write_text(Path(options.output), text + "\n")
-        print(f"{options.output}: {len(rows)} run{'s' * (len(rows) != 1)}")
+        print(f"{options.output}: {counted(len(rows), 'run')}")
     return 0
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from vqvae import cli
 from vqvae.commands import add_batch_size, add_checkpoint, add_device, path
-from vqvae.errors import OptionError, UserError, naming
+from vqvae.errors import OptionError, UserError, counted, naming
 from vqvae.registry import Choice, Range, resolve
 
 EXAMPLES = """
@@ -126,5 +126,5 @@ def encode(options: argparse.Namespace, output: Path) -> int:
     skipped = f"; {len(source) - count:,} unreadable, skipped" if count < len(source) else ""
     kept = f"; {done.kept} of {len(done.paths)} files were finished" if done.kept else ""
     where = done.paths[0] if len(done.paths) == 1 else f"{done.paths[0]} ... {done.paths[-1].name}"
-    print(f"{where}: {count:,} image{'s' * (count != 1)}, {grid} codes each, codebook of {size:,}{skipped}{kept}")
+    print(f"{where}: {counted(count, 'image')}, {grid} codes each, codebook of {size:,}{skipped}{kept}")
     return 0
