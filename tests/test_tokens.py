@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.checkpoints import Payload, stored
 from tests.helpers import ROOT, images
-from vqvae import __version__, checkpoint, data, tokens
+from vqvae import __version__, archives, checkpoint, data, tokens
 from vqvae.__main__ import COMMANDS, main
 from vqvae.data.image_folder import read_image
 from vqvae.errors import UserError
@@ -486,3 +486,14 @@ def test_labels_of_shards_are_joined(workdir):
     source = tokens.DatasetSplit(Choice("digits", {}), model, 2, limit=5)
     assert tokens.encode_shards(Path("codes.npz"), model, source, 2).images == 5
     assert np.array_equal(tokens.load_codes("codes-*.npz").labels, source.labels.numpy())
+
+
+def test_arrays_may_have_bytes_in_proportion_to_their_file(tmp_path, monkeypatch):
+    values = np.arange(25_000, dtype=np.int64)
+    np.savez(tmp_path / "a.npz", values=values)
+    monkeypatch.setattr(archives, "ALWAYS_FITS", 0)
+    with open(tmp_path / "a.npz", "rb") as file:
+        assert np.array_equal(archives.read_arrays(file, ["values"])["values"], values)
+        monkeypatch.setattr(archives, "RATIO", 0.9)
+        with pytest.raises(ValueError, match="200,000 bytes, far more than the file"):
+            archives.read_arrays(file, ["values"])
