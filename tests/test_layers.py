@@ -1,6 +1,7 @@
 """Bottlenecks used as layers of other models."""
 
 import copy
+import math
 import pickle
 
 import numpy as np
@@ -216,6 +217,25 @@ def test_a_layer_takes_floats_of_any_type_narrower_or_wider_than_its_weights(nam
 def test_inputs_other_than_tensors_of_floats_are_refused(given, found):
     with pytest.raises(ValueError, match=f"the input must be a tensor of floats, not .*{found}"):
         VQ(12, 8)(given)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_batch_that_is_not_finite_does_not_stay_in_the_codebook(name, value):
+    torch.manual_seed(0)
+    quantize = Quantizer(name, 12)
+    for _ in range(40):  # until codes are judged, of which most are dead
+        quantize(batch())
+    vectors = quantize.codebook.clone()
+    spoiled = batch()
+    spoiled[:, :, 0] = value
+    with pytest.raises(ValueError, match="the first training batch, .* not finite"):
+        Quantizer(name, 12)(spoiled)
+    quantize(spoiled)
+    assert all(tensor.isfinite().all() for tensor in quantize.state_dict().values())
+    # decayed counts change the share of Laplace's smoothing, and dead codes move onto vectors that are finite
+    assert torch.isclose(quantize.codebook, vectors, rtol=1e-3, atol=1e-4).all(dim=1).any()
+    assert quantize(batch()).z.isfinite().all()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -108,8 +108,8 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Quantized:
         """Quantize features `[B, D, h, w]` or a sequence `[B, N, D]`.
 
-        Raises ValueError for other shapes and types, for a grid or a sequence without positions, and for a training
-        batch without examples.
+        Raises ValueError for other shapes and types, for a grid or a sequence without positions, for a training batch
+        without examples, and for a first one that is not finite. Later ones that are not finite update no codebook.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise ValueError(f"the input must be a tensor of floats, not {kind_of(x)}")
@@ -139,7 +139,10 @@ class Quantizer(nn.Module):
                 raise ValueError(problem)
             return self.bottleneck(features, step - 1)
         if step == 0:
-            self.bottleneck.initialize(features.detach())
+            first = features.detach()
+            if not first.isfinite().all():
+                raise ValueError("the first training batch, to which the codes are fitted, is not finite")
+            self.bottleneck.initialize(first)
         latent = self.bottleneck(features, step)
         self._step = step + 1
         self.steps.add_(1)

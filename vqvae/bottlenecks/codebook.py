@@ -164,7 +164,7 @@ class Codebook(nn.Module):
         """Update the running counts by n `[K]` and the running means by sums `[K, D]`, then revive dead codes.
 
         `sums` is overwritten; it is None if the optimizer trains the vectors. f `[N, D]` are the vectors onto which
-        dead codes may move.
+        dead codes may move. A batch with sums that are not finite counts for nothing.
 
         Raises ValueError in half precision, in which a running mean loses its small steps.
         """
@@ -176,6 +176,9 @@ class Codebook(nn.Module):
         if of_batch is None:  # the batch has more shares, the last of which updates
             return
         n, sums, revived = of_batch[0], None if sums is None else of_batch[1], of_batch[2]
+        if sums is not None:  # NaN, such as from an overflow in fp16, would stay in the means for good
+            spoiled = ~sums.sum().isfinite()
+            n, sums = n.masked_fill(spoiled, 0), sums.masked_fill_(spoiled, 0)
         decay = self.options.decay_at(step)
         if not self.forgets_start:
             first = (self.debias == 0).float()
@@ -203,7 +206,7 @@ class Codebook(nn.Module):
         # Counts are judged only after enough batches (23 with a decay of 0.99), and only if the last 1 / (1 - decay)
         # batches have at least one vector for every two codes.
         judged = (self.debias > 0.2) & (average > (1 - decay) / 2)
-        dead = (self.counts < self.options.revive * average) & judged  # [K]
+        dead = (self.counts < self.options.revive * average) & judged & replacement.isfinite().all(dim=1)  # [K]
         torch.where(dead.unsqueeze(1), replacement, self.vectors, out=self.vectors)
         # Without a new mean and count the next update would undo the move. With a small count the code adapts to its
         # first vectors quickly, and is soon dead again if it gets none.
