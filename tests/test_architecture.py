@@ -66,7 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors", "presets", "registry", "schedules"},
     "archives": {"files"},
     "decoding": {"files", "registry"},
-    "workers": {"decoding", "errors"},
+    "workers": {"decoding", "errors", "interrupts"},
     "entries": {"config", "errors", "evaluation", "registry"},
     "checkpoint": {
         "archives", "autoencoder", "config", "entries", "errors", "files", "foreign", "metrics", "objectives",

@@ -496,6 +496,22 @@ def test_the_exit_code_says_which_signal_stopped_a_run(monkeypatch, capsys, numb
     assert "--checkpoint 'my logs/run/checkpoint.pt'\n" in capsys.readouterr().out
 
 
+def test_a_run_whose_terminal_is_closed_saves(there):
+    pty = pytest.importorskip("pty")
+    ours, terminal = pty.openpty()
+    words = "--epochs 1000 --checkpoint-every 1 --name run"
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *words.split()]
+    child = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
+    os.close(terminal)
+    while not Path("logs/run/checkpoint.pt").exists():
+        os.read(ours, 1000)
+    os.close(ours)
+    child.send_signal(signal.SIGHUP)
+    assert child.wait(timeout=60) == 129
+    assert not list(there.rglob("*.partial"))
+    assert resume("logs/run --max-minutes 0.001") == 0
+
+
 def resume_quoted(folder: str) -> int:
     return run_train("--resume", folder, small=False)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command with one line and 130 or 143, also where a library swallows them."""
+"""Signals end a command with one line and 128 plus their number, also where a library swallows them."""
 
 import os
 import signal
@@ -13,12 +13,12 @@ from tests.helpers import ROOT
 from vqvae import cli, interrupts
 from vqvae.errors import UserError
 
-BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+EACH = pytest.mark.parametrize("number", interrupts.SIGNALS)
 
 
 @pytest.fixture(autouse=True)
 def same_handlers_afterwards():
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    numbers = (*interrupts.SIGNALS, signal.SIGALRM)
     before = [signal.getsignal(number) for number in numbers], sys.unraisablehook
     yield
     interrupts.received = None
@@ -40,7 +40,7 @@ def run(main) -> int:
     return cli.run(lambda argv: main(), [])
 
 
-@BOTH
+@EACH
 def test_a_signal_ends_a_command_with_one_line(number, capsys):
     cleaned = []
 
@@ -56,7 +56,7 @@ def test_a_signal_ends_a_command_with_one_line(number, capsys):
     assert cleaned
 
 
-@BOTH
+@EACH
 def test_a_swallowed_interrupt_is_raised_again(number, capsys):
     def main():
         try:
@@ -155,6 +155,20 @@ def test_the_first_request_is_noted_and_the_second_raises():
     assert interrupts.exit_code() == 143
 
 
+def test_a_closed_terminal_may_say_so_several_times():
+    with interrupts.raising(), interrupts.Interrupt() as interrupt:
+        for number in (signal.SIGHUP, signal.SIGHUP):
+            send(number)
+            assert interrupt.wanted
+    assert interrupts.exit_code() == 129
+    with pytest.raises(interrupts.Stopped), interrupts.raising():  # noqa: PT012
+        try:
+            send(signal.SIGHUP)
+            wait()
+        finally:
+            send(signal.SIGHUP)
+
+
 def test_torchruns_copy_of_a_request_is_no_second_one(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with interrupts.raising(), interrupts.Interrupt() as interrupt:
@@ -194,7 +208,7 @@ def process(code: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-@BOTH
+@EACH
 def test_before_the_command_begins_a_signal_is_one_line_too(number):
     child = process("interrupts.install()\nprint('ready', flush=True)\ntime.sleep(60)")
     assert child.stdout is not None

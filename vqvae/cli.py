@@ -36,8 +36,8 @@ SCRIPTS = {"train": "python train.py", "visualize": "python visualize_codes.py"}
 def run(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
     """Call a command's `main` and return its exit code.
 
-    An error of the user or of a file prints one line and returns 2; Ctrl-C and SIGTERM print one line and return 130
-    or 143. A closed pipe (`| head`) prints nothing and returns 141.
+    An error of the user or of a file prints one line and returns 2; Ctrl-C, SIGTERM and a closed terminal print one
+    line and return 130, 143 or 129. A closed pipe (`| head`) prints nothing and returns 141.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     threading.excepthook = _quiet_threads

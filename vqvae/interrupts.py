@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command with one line and the exit code 130 or 143, wherever they arrive.
+"""Ctrl-C, SIGTERM and a closed terminal end a command with one line and 130, 143 or 129, wherever they arrive.
 
 A script calls `install` before it imports anything slow, `cli.run` calls the command within `raising`, and the training
 loop within `Interrupt`. A signal that a process was started to ignore stays ignored.
@@ -7,6 +7,7 @@ loop within `Interrupt`. A signal that a process was started to ignore stays ign
 import contextlib
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from typing import Any, NoReturn
 
 Handler = Callable[[int, FrameType | None], Any]
 
+HANGUP: int | None = getattr(signal, "SIGHUP", None)  # the terminal was closed, several times at once; not on Windows
+SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, HANGUP)))
 LINE = "interrupted"
 AGAIN = 0.2  # seconds after which `Stopped` is raised again where a library swallowed it
 COPIES = 2.0  # seconds in which torchrun sends its processes the Ctrl-C that the terminal sent them already
@@ -27,12 +30,12 @@ class Stopped(KeyboardInterrupt):
 
 
 def exit_code() -> int:
-    """130 after Ctrl-C, 143 after SIGTERM."""
+    """130 after Ctrl-C, 143 after SIGTERM, 129 after a closed terminal."""
     return 128 + (received or signal.SIGINT)
 
 
 def install() -> None:
-    """From now on both signals print one line and end the process at once."""
+    """From now on the signals print one line and end the process at once."""
     _handle(_exit_at_once)
 
 
@@ -85,6 +88,8 @@ class _Raiser:
 
     def first(self, number: int, frame: FrameType | None) -> None:
         global received
+        if _says_no_more(number):
+            return
         received = received or number
         if self.raised or self.ended:
             _exit_at_once(number, frame)
@@ -119,6 +124,8 @@ class Interrupt:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         global received
+        if _says_no_more(number):
+            return
         if not self.wanted:
             received, self.wanted, self.since = number, True, time.monotonic()
         elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self.since > COPIES:
@@ -130,13 +137,13 @@ class Interrupt:
 
 
 def _handle(handler: Handler | signal.Handlers) -> dict[int, Any]:
-    """Set the handler of both signals, except where one is ignored; returns the handlers before.
+    """Set the handler of the signals, except where one is ignored; returns the handlers before.
 
     Only the main thread may do so; in another thread the signals stay with the program that started it.
     """
     before: dict[int, Any] = {}
     with contextlib.suppress(ValueError):
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 before[number] = signal.signal(number, handler)
     return before
@@ -145,6 +152,19 @@ def _handle(handler: Handler | signal.Handlers) -> dict[int, Any]:
 def _restore(handlers: dict[int, Any]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def _says_no_more(number: int) -> bool:
+    """Whether a signal says only that the terminal was closed, after another signal. Lets outputs to it go nowhere."""
+    if number != HANGUP:
+        return False
+    for output in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(output).st_mode) and not os.isatty(output):  # writing to it would fail
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, output)
+                os.close(nowhere)
+    return received is not None
 
 
 def _exit_at_once(number: int, frame: FrameType | None) -> NoReturn:

@@ -1,6 +1,7 @@
 """The terminal during training: a bar, a table with a row per epoch, and what else is at work. All fits 80 columns."""
 
 import contextlib
+import errno
 import time
 from collections.abc import Iterator, Mapping
 
@@ -51,10 +52,12 @@ class Progress:
 
     def write(self, text: str) -> None:
         """Print a line above the bar."""
-        self.bar.write(text)
+        with unless_closed():
+            self.bar.write(text)
 
     def close(self) -> None:
-        self.bar.close()
+        with unless_closed():
+            self.bar.close()
 
     def epoch(self, number: int, count: int) -> None:
         """Name the epoch that begins."""
@@ -62,7 +65,8 @@ class Progress:
 
     def step(self, done: int) -> None:
         """Count a step. After the first few, print how long the rest will take."""
-        self.bar.update()
+        with unless_closed():
+            self.bar.update()
         taken, rest = done - self.started_at, self.bar.total - done
         if taken == FIRST:
             self.first_time = time.perf_counter()
@@ -83,7 +87,8 @@ class Progress:
             yield
             return
         before, begun = self.bar.desc, time.perf_counter()
-        self.bar.set_description_str(what)
+        with unless_closed():
+            self.bar.set_description_str(what)
         try:
             yield
         finally:
@@ -112,6 +117,16 @@ class Progress:
         label = metric.label if metric and metric.label else monitor.replace("_", " ")
         best = f"; best.pt is epoch {best_epoch}, of the lowest {self.split} {label}" if best_epoch else ""
         self.write(f"{duration(time.perf_counter() - self.begun)}{best}")
+
+
+@contextlib.contextmanager
+def unless_closed() -> Iterator[None]:
+    """Do without what the block writes if the terminal was closed. The signal that says so may come later."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno != errno.EIO:
+            raise
 
 
 def columns(names: tuple[str, ...], held_out: Mapping[str, float], split: str = "held-out") -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 
 from vqvae.decoding import Read
 from vqvae.errors import UserError, one_line
+from vqvae.interrupts import SIGNALS
 
 CHUNK = 8  # images that a process gets at once
 START = "import sys; sys.path[:] = sys.argv[1:]; from vqvae.workers import serve; serve()"
@@ -128,7 +129,7 @@ class Workers:
 
 def serve() -> None:
     """Read images for the process that started this one, until that closes the pipe or ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a terminal or a job: the first one stops
+    for number in SIGNALS:  # sent to all processes of a terminal or a job: the first one stops
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # for decoders that print
