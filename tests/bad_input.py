@@ -184,11 +184,12 @@ train --limit 1e30 | --limit 1e30: must be at most 2147483647
 train --codes 1099511627776 | --codes 1099511627776: must be from 1 to 16777216
 train --code-dim 1099511627776 | --code-dim 1099511627776: must be from 1 to 16777216
 train --hidden 1099511627776 | --hidden 1099511627776: must be at most 2147483647
-train --hidden 2 --code-dim 1e7 --codes 1.5e7 | --bottleneck vq num_codes=15000000: the model does not fit into memory
+train --hidden 2 --code-dim 1e7 --codes 1.5e7 | --codes 1.5e7: the model does not fit into memory
 train --nets sonnet residual_layers=1e10 | --nets sonnet residual_layers=1e10: must be at most 2147483647
 train --dataset photos crops=1e15 | --dataset photos crops=1e15: must be
 train --dataset gauss2d train_points=-1 | --dataset gauss2d train_points=-1: must be
 train --evaluate --checkpoint logs/run --iw-samples 1e12 | --iw-samples 1e12: must be from 0 to 1000000
+train --evaluate --checkpoint logs/run --metrics lite0 --samples 1 | --samples 1: must be from 2 to 1000000
 visualize --checkpoint logs/run --samples 1000000000000000 | --samples 1000000000000000: must be from 1 to 10000
 visualize --checkpoint logs/run --samples 0 | --samples 0: must be from 1 to 10000
 visualize --checkpoint logs/run --samples many | --samples many: must be a whole number

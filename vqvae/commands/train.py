@@ -61,8 +61,8 @@ def parse(argv: list[str]) -> dict[str, Any]:
     add("--metrics", metavar="NAME", nargs="+", type=named, help=help)
     help = "files of weights for --metrics: torch-fidelity's Inception-v3, torchvision's AlexNet or VGG-16 for lpips"
     add("--weights", metavar="FILE", nargs="+", type=path("weights"), help=help)
-    help = "images that --metrics draws from the prior, for gfid, gkid, gis, gfd_lite0 (default: 0, none)"
-    add("--samples", metavar="N", type=cli.value("samples", int, Range(1, 1_000_000)), help=help)
+    help = "images that --metrics draws from the prior, for gfid, gkid, gis, gfd_lite0: 2 or more (default: none)"
+    add("--samples", metavar="N", type=cli.value("samples", int, Range(2, 1_000_000)), help=help)
     help = "file for --evaluate's metrics (default: evaluation.json, or evaluation-best.json, next to it)"
     add("--output", metavar="FILE", type=path("output", "file"), help=help)
     options = vars(parser.parse_args(argv))  # only what was typed
