@@ -197,6 +197,22 @@ def test_codebook_map_draws_used_codes_as_patches_and_unused_codes_as_crosses(tm
     assert red_pixels["all"] > red_pixels["some"] > red_pixels["none"] == 0
 
 
+def test_used_codes_fill_the_codebook_map_wherever_dead_codes_are(tmp_path, monkeypatch):
+    red = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(24, 3, 2, 2)
+    usage = torch.tensor([5] * 20 + [0] * 4)
+    monkeypatch.setattr(plots, "embed_plane", lambda vectors: (vectors.numpy(), "PCA"))
+    images = []
+    for distance in (10, 1000):
+        vectors = torch.cat(
+            [torch.rand(20, 2, generator=torch.Generator().manual_seed(0)), torch.ones(4, 2) * distance]
+        )
+        plots.codebook_map(vectors, usage, red, tmp_path / "a.png", title="t")
+        images.append(imageio.imread(tmp_path / "a.png"))
+    assert np.array_equal(*images)
+    columns = (images[0] == (255, 0, 0)).all(axis=2).any(axis=0).nonzero()[0]
+    assert np.ptp(columns) > 800
+
+
 def durations(path) -> list[int]:
     return [imageio.immeta(path, index=i)["duration"] for i in range(len(imageio.imread(path, index=None)))]
 

@@ -36,6 +36,7 @@ NARROWEST, WIDEST = 480, 4000  # pixels across a grid of images
 SCREEN = 1300  # pixels; text grows with what is wider, which a screen shows reduced
 LARGEST_TILE = 256  # pixels; larger images are reduced
 MOST_NAMED = 20  # classes in a legend
+FILLING = 10  # used codes that fill the plot of a codebook
 MANY_POINTS = 10  # of a curve; with so many, the axis may leave out the largest ones
 MOST_FRAMES, FEWEST_FRAMES, LARGEST_GIF = 60, 16, 2_000_000  # of an animation; bytes
 LONGEST_SIDE = 1000  # pixels of a frame
@@ -234,27 +235,33 @@ def embed_plane(vectors: Tensor, seed: int = 0) -> tuple[np.ndarray, Literal["t-
 def codebook_map(vectors: Tensor, usage: Tensor | None, patches: Tensor, path: Path, *, title: str) -> None:
     """Plot the code vectors `[K, D]` in the plane (`embed_plane`), each as the patch `[C, h, w]` that it decodes to.
 
-    The area of a patch is proportional to the usage `[K]` of its code; unused codes are small crosses.
+    The area of a patch is proportional to the usage `[K]` of its code; unused codes are small crosses. If `FILLING`
+    codes are used, they fill the plot, and unused codes around them are left out: dead codes may lie far away.
     """
     points, method = embed_plane(vectors)
-    extent = np.ptp(points, axis=0).max() or 1.0
-    side, border = 1000, 50
-    points = (points - points.min(axis=0)) / extent * (side - 2 * border) + border
-    points[:, 0] += (side - border - points[:, 0].max()) / 2  # center a narrow cloud
-    bottom = int(points[:, 1].max()) + border
     counts = np.ones(len(points)) if usage is None else usage.double().numpy()
+    shown = points[counts > 0] if (counts > 0).sum() >= FILLING else points
+    low, extent = shown.min(axis=0), np.ptp(shown, axis=0).max() or 1.0
+    side, border = 1000, 50
+    scale = (side - 2 * border) / extent
+    left = (side - np.ptp(shown[:, 0]) * scale) / 2  # in the middle, if the cloud is narrow
+    points = (points - low) * scale + (left, border)
+    bottom = int(np.ptp(shown[:, 1]) * scale) + 2 * border
+    outside = ((points < 10) | (points > (side - 10, bottom - 10))).any(axis=1)
     share = counts / max(counts.max(), 1)
     largest = float(np.clip(2.2 * side / math.sqrt(len(points)) / 2, 10, 90))
     note = f"{method} of {counted(len(points), 'code')}, each as the patch it decodes to"
     if usage is not None:
-        unused = int((counts == 0).sum())
+        unused, left_out = int((counts == 0).sum()), int(outside[counts == 0].sum())
         note += f"; area proportional to held-out usage; {counted(unused, 'unused code')} (x)"
+        note += f", {left_out:,} of them outside" if left_out else ""
     sheet = _Sheet(side, bottom, f"{title}\n{note}")
     tiles = pixels(patches)
     for k in np.argsort(-share, kind="stable"):  # small patches last, on top
         x, y = int(points[k, 0]), int(points[k, 1])
         if counts[k] == 0:
-            sheet.cross(x, y)
+            if not outside[k]:
+                sheet.cross(x, y)
             continue
         size = max(6, round(largest * math.sqrt(share[k])))
         sheet.frame(x - size // 2, y - size // 2, size)
@@ -340,6 +347,8 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None
         shown += list(np.percentile([value for _, value in training], (0, most))) if training else []
         logarithmic = METRICS[name].logarithmic and min(shown) > 0
         axes.set(xlabel="step", ylabel=METRICS[name].curve, yscale="log" if logarithmic else "linear")
+        # short, so that labels do not overlap
+        axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k" if step >= 1000 else f"{step:g}")
         margin = 0.05 * (max(shown) - min(shown))
         if margin:
             low, high = min(shown), max(shown)
