@@ -282,7 +282,8 @@ def usage_chart(usage: Tensor, path: Path, *, title: str, names: Sequence[str] =
         label = f"perplexity {perplexity(usage[level]):,.1f} of {shares.shape[1]:,}, {counted(used, 'code')} in use"
         label = f"{names[level]}: {label}" if len(shares) > 1 else label
         share = share[: max(used, 1)]  # the other codes have no area
-        axes.stairs(share, fill=True, color=f"C{level}", alpha=0.6, label=label)
+        few = len(shares) <= 2  # the areas of more would hide each other
+        axes.stairs(share, fill=few, color=f"C{level}", alpha=0.6 if few else 1, label=label)
     axes.axhline(1 / shares.shape[1], color="#cc6677", linestyle="--", label=f"uniform usage, 1 / {shares.shape[1]:,}")
     axes.set(xlabel="codes, by decreasing usage", ylabel="share of held-out positions", xlim=(0, shares.shape[1]))
     below_legend = max(1 / shares.shape[1], shares[:, shares.shape[1] * 2 // 5 :].max())
