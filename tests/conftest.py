@@ -6,6 +6,8 @@ import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for its background jobs
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 torch.set_num_threads(1)  # the models of the tests are too small to gain from more
 
 
