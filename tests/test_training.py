@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +20,10 @@ from tests.helpers import choose, training
 from vqvae import checkpoint
 from vqvae.contracts import Trainable, TrainOutput
 from vqvae.errors import OptionError, UserError
-from vqvae.optimizer import decay_groups
+from vqvae.optimizer import Muon, decay_groups
 from vqvae.runs import NullRun, Run
 from vqvae.schedules import Plateau, Schedule
-from vqvae.training import MOST_SKIPPED, AfterEpoch, Loop, Means, Plan, Stage, fit, seed_step, take
+from vqvae.training import MOST_SKIPPED, AfterEpoch, Health, Loop, Means, Plan, Stage, fit, seed_step, take
 
 EXAMPLES = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(20)
@@ -103,6 +104,19 @@ def train(
     return toy, results
 
 
+@pytest.fixture
+def slowly(monkeypatch):
+    """A callback for `train`, `at`: each step takes ten seconds of the loop's clock, and nothing else takes any."""
+    seconds = 0.0
+
+    def pass_time(step: int) -> None:
+        nonlocal seconds
+        seconds += 10
+
+    monkeypatch.setattr("vqvae.training.time", SimpleNamespace(perf_counter=lambda: seconds))
+    return pass_time
+
+
 def rows(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without the speed."""
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -154,6 +168,39 @@ def test_an_epoch_trains_on_every_example_once_with_its_label(tmp_path):
     assert not torch.equal(torch.cat(toy.labels[:4]), torch.cat(toy.labels[4:]))
     examples = take(EXAMPLES, toy.labels[0], torch.device("cpu"))
     assert torch.equal(examples, EXAMPLES[toy.labels[0]])
+
+
+def test_every_epoch_may_have_examples_of_its_own_also_after_a_resume(tmp_path):
+    seen = []
+
+    class Seeing(Toy):
+        def forward(self, batch: Tensor, labels: Tensor, step: int) -> TrainOutput:
+            seen.append(batch.unique().tolist())
+            return super().forward(batch, labels, step)
+
+    stage = Stage(
+        Seeing(), EXAMPLES, LABELS, lambda: {"loss": 0.0}, redraw=lambda epoch: torch.full((20, 4), 1.0 + epoch)
+    )
+    for epochs in (2, 3):
+        run = Run(tmp_path / "run", FACTS)
+        with closing(run):
+            fit(stage, plan(epochs=epochs), run, resume=checkpoint.read(tmp_path / "run") if epochs > 2 else None)
+    assert seen == 3 * [[1.0]] + 3 * [[2.0]] + 3 * [[3.0]]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_step_multiplies_matrices_in_the_plans_precision(tmp_path, precision, dtype):
+    found = []
+    train(tmp_path / "run", plan(max_steps=1, precision=precision), at=lambda step: found.append(EXAMPLES @ EXAMPLES.T))
+    assert [product.dtype for product in found] == [dtype]
+
+
+def test_the_plan_sets_the_optimizer_and_how_weights_decay(tmp_path):
+    for name, muon in (("adamw", False), ("muon", True)):
+        the_plan = plan(optimizer=name, weight_decay=0.1)
+        optimizer = Loop(training(), EXAMPLES, LABELS, the_plan, NullRun(tmp_path), {}).optimizer
+        assert isinstance(optimizer, Muon) == muon
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.0}
 
 
 def test_the_module_is_initialized_once_with_training_examples(tmp_path):
@@ -349,15 +396,29 @@ def test_an_epoch_that_ends_a_run_is_saved_however_short(tmp_path, end):
     assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["step"] == 3 * (11 if patience else 25)
 
 
-def test_checkpoints_by_seconds(tmp_path):
+def test_of_many_short_epochs_one_is_drawn_and_saved_every_so_many_seconds(tmp_path, slowly):
+    drawn = []
+    draw = lambda epoch, step, usage: drawn.append(epoch)  # noqa: E731
+    train(tmp_path / "run", plan(epochs=30, save_every=70), at=slowly, after_epoch=draw)
+    assert drawn == [*range(1, 21), 23, 26, 29, 30]  # an epoch takes 30 seconds
+
+
+def test_checkpoints_by_seconds(tmp_path, slowly):
     saved = []
 
     def look(step: int) -> None:
         path = tmp_path / "run" / "checkpoint.pt"
         saved.append(checkpoint.read(path)["step"] if path.exists() else 0)
+        slowly(step)
 
-    train(tmp_path / "run", plan(epochs=1, checkpoint_every=(None, 1e-9)), at=look)
-    assert saved == [0, 1, 2]
+    train(tmp_path / "run", plan(epochs=1, batch_size=3, checkpoint_every=(None, 15)), at=look)
+    assert saved == [0, 0, 2, 2, 4, 4]
+
+
+def test_the_speed_is_that_of_an_epochs_training(tmp_path, slowly):
+    train(tmp_path / "run", plan(epochs=2), at=slowly)
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["images_per_s"] for row in logged if row["kind"] == "epoch"] == [0.6, 0.6]
 
 
 def test_max_steps_ends_within_an_epoch(tmp_path):
@@ -366,12 +427,12 @@ def test_max_steps_ends_within_an_epoch(tmp_path):
     assert rows(tmp_path / "run")[-1]["kind"] == "epoch"
 
 
-def test_max_minutes_ends_the_run_with_an_evaluation(tmp_path):
-    train(tmp_path / "run", plan(epochs=1000, max_minutes=1e-6, lr=Schedule.parse("linear:0.1:0")))
-    assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["step"] == 1
+def test_max_minutes_ends_the_run_with_an_evaluation(tmp_path, slowly):
+    train(tmp_path / "run", plan(epochs=1000, max_minutes=1, lr=Schedule.parse("linear:0.1:0"), log_every=1), at=slowly)
+    assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["step"] == 7
     *_, logged, last = rows(tmp_path / "run")
     assert last["kind"] == "epoch"
-    assert logged["lr"] == 0.1  # of the first of 3,000 steps, not of the last one
+    assert logged["lr"] == pytest.approx(0.1 * (1 - 6 / 2999))  # of the seventh of 3,000 steps, not of the last one
 
 
 def test_best_keeps_the_lowest_held_out_loss(tmp_path):
@@ -380,6 +441,15 @@ def test_best_keeps_the_lowest_held_out_loss(tmp_path):
     best, last = (checkpoint.read(tmp_path / "run" / name) for name in ("best.pt", "checkpoint.pt"))
     assert (best["epoch"], last["epoch"]) == (2, 4)
     assert (last["best"], last["best_epoch"]) == (1.0, 2)
+
+
+def test_a_resumed_run_whose_best_model_is_lost_finds_its_best_among_the_next(tmp_path):
+    losses = iter([1.0, 2.0, 6.0, 5.0])
+    train(tmp_path / "run", plan(epochs=2), evaluate=lambda: {"loss": next(losses)})
+    (tmp_path / "run" / "best.pt").unlink()
+    with pytest.warns(UserWarning, match=r"best\.pt: is not of step 3, the best so far"):
+        train(tmp_path / "run", plan(patience=2), evaluate=lambda: {"loss": next(losses)}, resume=True)
+    assert checkpoint.read(tmp_path / "run" / "best.pt")["step"] == 12
 
 
 def test_after_each_epoch_it_draws_stores_usage_and_prints_a_row(tmp_path, capsys):
@@ -405,6 +475,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
     assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["model"]["point"].isfinite().all()
 
 
+def test_the_first_step_that_was_not_finite_is_named():
+    health, good, bad = Health(), torch.tensor(1.0), torch.tensor(math.inf)
+    for step, (loss, gradient) in enumerate([(good, good), (good, bad), (bad, bad), (good, good)], start=5):
+        assert (health.problem() is None) == (step < 7)
+        health.watch(loss, gradient, step)
+    assert health.problem() == "the gradient was not finite at step 6"
+
+
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
 def test_a_skipped_update_leaves_no_trace(codebook, tmp_path):
     options = {"codebook": codebook, "revive": 0.9, "decay": 0.5, "warmup": False, "init": "normal"}
@@ -422,6 +500,19 @@ def test_a_skipped_update_leaves_no_trace(codebook, tmp_path):
     loop.train_step(torch.arange(6))
     assert loop.skipped == 0
     loop.need_finite()
+
+
+def test_an_update_is_skipped_if_only_its_gradient_is_not_finite(tmp_path):
+    class Cornered(Toy):
+        def forward(self, batch: Tensor, labels: Tensor, step: int) -> TrainOutput:
+            loss = self.point.square().sum().sqrt()  # at 0, its gradient is 0 / 0
+            return TrainOutput(loss, {"loss": loss.detach()})
+
+    toy = Cornered()
+    loop = Loop(toy, EXAMPLES, LABELS, plan(on_nan="skip"), NullRun(tmp_path), {})
+    loop.train_step(torch.arange(6))
+    assert loop.skipped == 1
+    assert toy.point.tolist() == [0, 0, 0, 0]
 
 
 def test_only_a_limited_number_of_updates_in_a_row_is_skipped(tmp_path):
