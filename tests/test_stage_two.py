@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import CONSTANT, images, make, run_train
+from tests.helpers import CONSTANT, choose, images, make, run_train
 from vqvae import cli, load
 from vqvae.commands import visualize
 from vqvae.errors import OptionError
@@ -123,6 +123,19 @@ def test_codes_are_cached_with_what_they_come_from(tmp_path):
     assert np.array_equal(np.load(cache)["codes"], 6 - codes)
 
 
+@pytest.mark.parametrize(("num_codes", "kind"), [(256, np.uint8), (257, np.uint16)])
+def test_the_cache_has_the_smallest_type_that_holds_the_largest_code(tmp_path, num_codes, kind):
+    model, batch, cache = (
+        make(bottleneck=choose("bottleneck", "vq", num_codes=num_codes)),
+        images(3),
+        tmp_path / "c.npz",
+    )
+    model.encode = lambda images: torch.full((len(images), 2, 2), num_codes - 1)
+    codes = [extract_codes(model, batch, cache) for _ in range(2)]  # the second time from the cache
+    assert np.load(cache)["codes"].dtype == kind
+    assert all(found.unique().tolist() == [num_codes - 1] for found in codes)
+
+
 def test_codes_are_used_where_their_cache_cannot_be_written(tmp_path):
     model, batch = make().eval(), images(5)
     with pytest.warns(UserWarning, match="cannot be written: the next prior will encode the images again"):
@@ -169,7 +182,9 @@ def _pipe(path: Path) -> None:
         lambda path: path.write_bytes(b""),
         lambda path: np.savez(path, codes=np.zeros((12, 2, 2), np.uint8)),
         lambda path: np.savez(path, **dict(np.load(path)) | {"codes": np.zeros((12, 2, 2), np.uint8)}),
-        lambda path: store_codes(path, np.full((12, 2, 2), 7, np.uint8), str(np.load(path)["source"])),
+        lambda path: store_codes(
+            path, np.arange(48, dtype=np.uint8).reshape(12, 2, 2) % 8, str(np.load(path)["source"])
+        ),
         lambda path: store_codes(path, np.zeros((12, 4, 1), np.uint8), str(np.load(path)["source"])),
         lambda path: store_codes(path, np.full((12, 2, 2), -1), str(np.load(path)["source"])),
         lambda path: store_codes(path, np.zeros((12, 2, 2)), str(np.load(path)["source"])),

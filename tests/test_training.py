@@ -1,6 +1,7 @@
 """The loop, on a module of four numbers: what it logs and saves, and how it resumes after a stop."""
 
 import copy
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from tests.checkpoints import content
 from tests.helpers import choose, training
@@ -469,6 +471,16 @@ def test_after_each_epoch_it_draws_stores_usage_and_prints_a_row(tmp_path, capsy
     assert last.endswith("best.pt is epoch 1, of the lowest validation loss")
 
 
+def test_the_bar_names_the_epoch_the_part_that_is_done_and_the_metrics_of_the_window(tmp_path, monkeypatch):
+    out = io.StringIO()
+    drawn = {"disable": False, "delay": 0, "mininterval": 0, "dynamic_ncols": False, "ncols": 80, "ascii": True}
+    monkeypatch.setattr("vqvae.progress.tqdm", lambda **options: tqdm(**options | drawn, file=out))
+    train(tmp_path / "run", plan())
+    assert "epoch 2/4  50% #" in out.getvalue()
+    assert "epoch 4/4 100% #" in out.getvalue()
+    assert "commitment " in out.getvalue()
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_path):
     with pytest.raises(UserError, match="the training loss (is|was) .* at step .* lower lr"):
         train(tmp_path / "run", plan(lr=Schedule.parse("linear:0.1:1e38:4"), epochs=40, checkpoint_every=(1, None)))
@@ -540,6 +552,7 @@ def test_weights_that_a_finite_update_spoiled_replace_no_checkpoint(tmp_path, mo
 
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
+    plan(batch_size=20).check(20)
     with pytest.raises(OptionError, match="batch_size=21: larger than the 20 training examples"):
         train(tmp_path / "run", plan(batch_size=21))
 
