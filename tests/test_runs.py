@@ -163,6 +163,7 @@ def test_a_damaged_line_is_left_out_with_a_warning(tmp_path, odd):
 def test_an_unfinished_last_line_is_left_out_in_silence(tmp_path, recwarn):
     (tmp_path / "metrics.jsonl").write_bytes(LINE + b"\n" + LINE[:20])
     assert read_metrics(tmp_path / "metrics.jsonl") == [json.loads(LINE)]
+    assert read_metrics(tmp_path / "of a run that logged nothing") == []
     assert not recwarn
 
 
@@ -212,6 +213,18 @@ def test_a_resumed_run_replaces_exactly_the_points_after_its_step(tmp_path, monk
     run.close({"loss": 7.0})
     assert points(tmp_path / "run") == [(1, 1.0), (2, 0.5), (3, 7.0)]
     assert points(tmp_path / "run", "result/loss") == [(3, 7.0)]
+
+
+def test_event_files_of_now_or_later_get_earlier_names_in_the_same_order(tmp_path, monkeypatch):
+    now = 1_700_000_000
+    monkeypatch.setattr(time, "time", lambda: now + 0.5)
+    for second, host in ((now - 100, "a"), (now, "b"), (now + 1, "c"), (now + 3600, "d")):
+        (tmp_path / f"events.out.tfevents.{second}.{host}").touch()
+    runs.order_events(tmp_path)
+    found = [path.name.split(".")[-2:] for path in sorted(tmp_path.iterdir())]
+    assert [host for _, host in found] == ["a", "b", "c", "d"]
+    assert [int(second) < now for second, _ in found] == [True] * 4
+    assert int(found[0][0]) == now - 100
 
 
 def test_a_run_that_never_saved_is_started_anew(tmp_path):
@@ -271,6 +284,22 @@ def test_a_lock_dies_with_its_process(tmp_path):
     os.waitpid(child, 0)
     with Lock() as lock:
         lock.take(tmp_path)
+
+
+@pytest.mark.skipif(runs.fcntl is None, reason="nobody can remove a file that is open")
+def test_a_lock_that_its_last_holder_removes_meanwhile_is_taken_again(tmp_path, monkeypatch):
+    lock_file = runs._lock_file
+
+    def remove_first(file: int) -> None:
+        monkeypatch.setattr(runs, "_lock_file", lock_file)
+        (tmp_path / ".lock").unlink()
+        lock_file(file)
+
+    monkeypatch.setattr(runs, "_lock_file", remove_first)
+    with Lock() as lock, Lock() as other:
+        lock.take(tmp_path)
+        with pytest.raises(Busy):
+            other.take(tmp_path)
 
 
 def test_what_a_lock_made_is_removed_unless_the_run_began(tmp_path):

@@ -300,6 +300,19 @@ def test_the_rate_follows_its_schedule_and_each_groups_scale(tmp_path):
     assert group["lr"] == pytest.approx(3 * 0.1 / 3)  # at the third of three steps
 
 
+def test_schedules_of_a_module_are_logged_as_they_were_at_the_step(tmp_path):
+    class Scheduled(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pull, self.rest = Schedule.parse("linear:3:0"), Schedule.parse("0.5")
+
+    stage = Stage(Scheduled(), EXAMPLES, LABELS, evaluate=lambda: {"loss": 0.0})
+    fit(stage, plan(epochs=1, log_every=1), Run(tmp_path / "run", FACTS))
+    logged = [row for row in rows(tmp_path / "run") if row["kind"] == "train"]
+    assert [row["pull"] for row in logged] == pytest.approx([3, 2, 1])
+    assert not any("rest" in row for row in logged)  # it does not change
+
+
 def test_a_finished_run_says_how_to_go_on(tmp_path):
     train(tmp_path / "run", plan())
     with pytest.raises(OptionError, match="has taken all of its 12 steps; raise epochs or max_steps") as caught:
@@ -434,7 +447,7 @@ def test_max_minutes_ends_the_run_with_an_evaluation(tmp_path, slowly):
     assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["step"] == 7
     *_, logged, last = rows(tmp_path / "run")
     assert last["kind"] == "epoch"
-    assert logged["lr"] == pytest.approx(0.1 * (1 - 6 / 2999))  # of the seventh of 3,000 steps, not of the last one
+    assert logged["lr"] == pytest.approx(0.1 * (1 - 6 / 3000))  # of the seventh of 3,000 steps, not of the last one
 
 
 def test_best_keeps_the_lowest_held_out_loss(tmp_path):
@@ -487,12 +500,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
     assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["model"]["point"].isfinite().all()
 
 
-def test_the_first_step_that_was_not_finite_is_named():
+def test_the_first_step_that_was_not_finite_is_named(tmp_path):
     health, good, bad = Health(), torch.tensor(1.0), torch.tensor(math.inf)
     for step, (loss, gradient) in enumerate([(good, good), (good, bad), (bad, bad), (good, good)], start=5):
         assert (health.problem() is None) == (step < 7)
         health.watch(loss, gradient, step)
     assert health.problem() == "the gradient was not finite at step 6"
+    loop = Loop(Toy(), EXAMPLES * math.inf, LABELS, plan(), NullRun(tmp_path), {})
+    loop.step = 3
+    loop.train_step(torch.arange(6))
+    assert loop.health.problem() == "the training loss was not finite at step 3"
 
 
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
@@ -565,6 +582,22 @@ def test_the_noise_of_a_step_depends_on_seed_and_step():
     assert torch.equal(*draws[0, 0])
     assert not torch.equal(draws[0, 0][0], draws[0, 1][0])
     assert not torch.equal(draws[0, 0][0], draws[1, 0][0])
+
+
+def test_the_start_has_noise_of_its_own_which_depends_on_the_seed(tmp_path):
+    class Starting(Toy):
+        def initialize(self, batches: Callable[[int], Tensor]) -> None:
+            noise.append(torch.randn(3))
+
+    noise: list[Tensor] = []
+    for seed in (0, 0, 1):
+        toy = Starting()
+        toy.at = lambda step: noise.append(torch.randn(3))
+        loop = Loop(toy, EXAMPLES, LABELS, plan(seed=seed), NullRun(tmp_path), {})
+        loop.start()
+        loop.train_step(torch.arange(6))
+    assert torch.equal(noise[0], noise[2])
+    assert len(torch.stack(noise).unique(dim=0)) == 4  # start and first step, for two seeds
 
 
 def test_means_survive_a_round_trip():
