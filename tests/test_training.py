@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from tests.checkpoints import content
 from tests.helpers import choose, training
-from vqvae import checkpoint
+from vqvae import checkpoint, distributed
 from vqvae.contracts import Trainable, TrainOutput
 from vqvae.errors import OptionError, UserError
 from vqvae.optimizer import Muon, decay_groups
@@ -170,6 +170,16 @@ def test_an_epoch_trains_on_every_example_once_with_its_label(tmp_path):
     assert not torch.equal(torch.cat(toy.labels[:4]), torch.cat(toy.labels[4:]))
     examples = take(EXAMPLES, toy.labels[0], torch.device("cpu"))
     assert torch.equal(examples, EXAMPLES[toy.labels[0]])
+
+
+def test_an_epoch_takes_each_example_of_a_part_of_the_data_once_and_has_the_steps_of_all_parts(tmp_path):
+    the_plan = plan(batch_size=8, data_shards=2)  # of two parts, of 20 examples each
+    loop = Loop(Toy(), EXAMPLES, LABELS, the_plan, NullRun(tmp_path), {})
+    order = loop.order(the_plan.batch_size, epoch=0)
+    assert order.shape == (loop.per_epoch, 8) == (5, 8)
+    for share in order.split(4, dim=1):
+        assert share.flatten().sort().values.tolist() == list(range(20))
+    train(tmp_path / "run", plan(batch_size=30, data_shards=2, epochs=1))  # larger than one part only
 
 
 def test_every_epoch_may_have_examples_of_its_own_also_after_a_resume(tmp_path):
@@ -531,10 +541,18 @@ def test_a_skipped_update_leaves_no_trace(codebook, tmp_path):
     loop.need_finite()
 
 
-def test_an_update_is_skipped_if_only_its_gradient_is_not_finite(tmp_path):
+@pytest.mark.parametrize(
+    "loss_of",
+    [
+        lambda point: point.square().sum().sqrt(),  # at 0, its gradient is 0 / 0
+        lambda point: point.sum() + math.inf,
+    ],
+    ids=["gradient", "loss"],
+)
+def test_an_update_is_skipped_if_only_its_gradient_or_only_its_loss_is_not_finite(tmp_path, loss_of):
     class Cornered(Toy):
         def forward(self, batch: Tensor, labels: Tensor, step: int) -> TrainOutput:
-            loss = self.point.square().sum().sqrt()  # at 0, its gradient is 0 / 0
+            loss = loss_of(self.point)
             return TrainOutput(loss, {"loss": loss.detach()})
 
     toy = Cornered()
@@ -572,6 +590,16 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     plan(batch_size=20).check(20)
     with pytest.raises(OptionError, match="batch_size=21: larger than the 20 training examples"):
         train(tmp_path / "run", plan(batch_size=21))
+
+
+def test_a_batch_that_its_shares_cannot_divide_is_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    for fits in (plan(batch_size=7), plan(batch_size=8, data_shards=2, accumulate=2), plan(batch_size=2)):
+        fits.check(20)
+    with pytest.raises(OptionError, match="batch_size=6: must be a multiple of 4"):
+        plan(data_shards=2, accumulate=2).check(20)
+    with pytest.raises(OptionError, match="batch_size=3: smaller than the 4 shares"):
+        plan(batch_size=3, accumulate=2).check(20)
 
 
 def test_the_noise_of_a_step_depends_on_seed_and_step():

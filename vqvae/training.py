@@ -470,9 +470,9 @@ def take(tensor: Tensor, index: Tensor, device: torch.device) -> Tensor:
 
 
 def not_finite(state: Any, name: str = "") -> str | None:
-    """The name of the first tensor of floats in a nested state with NaN or infinity, or None."""
+    """The name of the first tensor of floats in nested tables with NaN or infinity, or None."""
     if isinstance(state, Tensor):
         return name if state.is_floating_point() and not state.isfinite().all() else None
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    items = state.items() if isinstance(state, dict) else ()  # lists have only the optimizer's plain settings
     found = (not_finite(value, f"{name}.{key}" if name else str(key)) for key, value in items)
     return next(filter(None, found), None)
