@@ -510,6 +510,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(tmp_pat
     assert checkpoint.read(tmp_path / "run" / "checkpoint.pt")["model"]["point"].isfinite().all()
 
 
+def test_a_loss_that_is_not_finite_ends_the_run_when_it_would_be_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.test_training.EXAMPLES", EXAMPLES * math.nan)
+    taken: list[int] = []
+    with pytest.raises(UserError, match="the training loss was not finite at step 0; no checkpoint was saved yet"):
+        train(tmp_path / "run", plan(batch_size=4, log_every=2), at=taken.append)
+    assert taken == [0, 1]  # of five steps of the epoch
+
+
 def test_the_first_step_that_was_not_finite_is_named(tmp_path):
     health, good, bad = Health(), torch.tensor(1.0), torch.tensor(math.inf)
     for step, (loss, gradient) in enumerate([(good, good), (good, bad), (bad, bad), (good, good)], start=5):
