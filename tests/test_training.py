@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from tests.checkpoints import content
 from tests.helpers import choose, training
-from vqvae import checkpoint, distributed
+from vqvae import checkpoint, distributed, shares
 from vqvae.contracts import Trainable, TrainOutput
 from vqvae.errors import OptionError, UserError
 from vqvae.optimizer import Muon, decay_groups
@@ -187,11 +187,11 @@ def test_every_epoch_may_have_examples_of_its_own_also_after_a_resume(tmp_path):
 
     class Seeing(Toy):
         def forward(self, batch: Tensor, labels: Tensor, step: int) -> TrainOutput:
-            seen.append(batch.unique().tolist())
+            seen.append(batch.unique().tolist() if self.training else "not in training mode")
             return super().forward(batch, labels, step)
 
     stage = Stage(
-        Seeing(), EXAMPLES, LABELS, lambda: {"loss": 0.0}, redraw=lambda epoch: torch.full((20, 4), 1.0 + epoch)
+        Seeing().eval(), EXAMPLES, LABELS, lambda: {"loss": 0.0}, redraw=lambda epoch: torch.full((20, 4), 1.0 + epoch)
     )
     for epochs in (2, 3):
         run = Run(tmp_path / "run", FACTS)
@@ -494,6 +494,13 @@ def test_after_each_epoch_it_draws_stores_usage_and_prints_a_row(tmp_path, capsy
     assert last.endswith("best.pt is epoch 1, of the lowest validation loss")
 
 
+def test_a_held_out_loss_that_is_not_finite_is_never_the_best_and_ends_no_run(tmp_path, capsys):
+    train(tmp_path / "run", plan(epochs=2), evaluate=lambda: {"loss": math.inf})
+    assert checkpoint.read(tmp_path / "run")["step"] == 6
+    assert not (tmp_path / "run" / "best.pt").exists()
+    assert "best.pt" not in capsys.readouterr().out
+
+
 def test_the_bar_names_the_epoch_the_part_that_is_done_and_the_metrics_of_the_window(tmp_path, monkeypatch):
     out = io.StringIO()
     drawn = {"disable": False, "delay": 0, "mininterval": 0, "dynamic_ncols": False, "ncols": 80, "ascii": True}
@@ -618,6 +625,10 @@ def test_the_noise_of_a_step_depends_on_seed_and_step():
     assert torch.equal(*draws[0, 0])
     assert not torch.equal(draws[0, 0][0], draws[0, 1][0])
     assert not torch.equal(draws[0, 0][0], draws[1, 0][0])
+    with shares.sharing(6, parts=2) as batch:
+        of_shares = [(seed_step(0, 0), torch.randn(3))[1] for _ in batch.each()]
+    assert torch.equal(of_shares[0], draws[0, 0][0])
+    assert not torch.equal(*of_shares)
 
 
 def test_the_start_has_noise_of_its_own_which_depends_on_the_seed(tmp_path):
@@ -674,15 +685,16 @@ def test_a_run_killed_between_its_two_checkpoints_has_the_same_best_in_the_end(t
     assert checkpoint.read(tmp_path / "run" / "best.pt")["step"] == 9
 
 
-def test_checkpoints_of_the_earlier_version_keep_their_best(tmp_path):
-    losses = iter([3.0, 1.0, 2.0])
-    train(tmp_path / "run", plan(epochs=3), evaluate=lambda: {"loss": next(losses)})
+@pytest.mark.parametrize(("end", "losses", "best"), [({"epochs": 3}, [3, 1, 2], 6), ({"max_steps": 4}, [3, 1], 4)])
+def test_checkpoints_of_the_earlier_version_keep_their_best(tmp_path, end, losses, best):
+    held_out = iter(losses)
+    train(tmp_path / "run", plan(**end), evaluate=lambda: {"loss": float(next(held_out))})
     saved = checkpoint.read(tmp_path / "run")
-    assert saved.pop("best_step") == 6
+    assert saved.pop("best_step") == best
     checkpoint.write(tmp_path / "run" / "checkpoint.pt", saved)
     train(tmp_path / "run", plan(), resume=True, evaluate=lambda: {"loss": 2.0})
-    assert checkpoint.read(tmp_path / "run")["best_step"] == 6
-    assert checkpoint.read(tmp_path / "run" / "best.pt")["step"] == 6
+    assert checkpoint.read(tmp_path / "run")["best_step"] == best
+    assert checkpoint.read(tmp_path / "run" / "best.pt")["step"] == best
 
 
 def test_a_refused_resume_changes_nothing(tmp_path):
