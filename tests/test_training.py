@@ -468,13 +468,16 @@ def test_best_keeps_the_lowest_held_out_loss(tmp_path):
     assert (last["best"], last["best_epoch"]) == (1.0, 2)
 
 
-def test_a_resumed_run_whose_best_model_is_lost_finds_its_best_among_the_next(tmp_path):
-    losses = iter([1.0, 2.0, 6.0, 5.0])
+def test_a_resumed_run_whose_best_model_is_lost_finds_its_best_among_the_next(tmp_path, capsys):
+    losses = iter([1.0, 2.0, math.inf, 6.0, 5.0])
     train(tmp_path / "run", plan(epochs=2), evaluate=lambda: {"loss": next(losses)})
     (tmp_path / "run" / "best.pt").unlink()
+    capsys.readouterr()
     with pytest.warns(UserWarning, match=r"best\.pt: is not of step 3, the best so far"):
-        train(tmp_path / "run", plan(patience=2), evaluate=lambda: {"loss": next(losses)}, resume=True)
-    assert checkpoint.read(tmp_path / "run" / "best.pt")["step"] == 12
+        train(tmp_path / "run", plan(epochs=3), evaluate=lambda: {"loss": next(losses)}, resume=True)
+    assert "best.pt is" not in capsys.readouterr().out
+    train(tmp_path / "run", plan(epochs=5, patience=3), evaluate=lambda: {"loss": next(losses)}, resume=True)
+    assert checkpoint.read(tmp_path / "run" / "best.pt")["step"] == 15
 
 
 def test_after_each_epoch_it_draws_stores_usage_and_prints_a_row(tmp_path, capsys):
