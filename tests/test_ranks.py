@@ -5,8 +5,10 @@ benchmarks/ranks.py has the cases; it compares longer runs.
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import ranks
+from vqvae import distributed, shares
 from vqvae.bottlenecks import BOTTLENECKS
 from vqvae.errors import OptionError
 from vqvae.priors import PRIORS
@@ -66,6 +68,27 @@ def test_shares_that_one_process_computes_one_after_another_are_one_batch(name):
         ranks.train(ranks.CASES[name]._replace(accumulate=count), 3, torch.float64)["steps"] for count in (1, 3)
     )
     assert ranks.difference(whole, shares) < 1e-6
+
+
+@pytest.mark.parametrize(("world", "parts", "sizes"), [(1, 1, [7]), (1, 2, [4, 3]), (2, 2, [2, 2, 2, 1])])
+def test_the_shares_of_all_processes_are_numbered_and_make_up_the_batch(monkeypatch, world, parts, sizes):
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    rows, numbers, gradient = [], [], torch.zeros(7)
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        weights = torch.zeros(7, requires_grad=True)
+
+        def forward(part: slice, weights: Tensor = weights) -> tuple[Tensor, dict[str, Tensor]]:
+            rows.append(range(7)[part])
+            numbers.append(shares.number())
+            return (weights * torch.arange(7))[part].mean(), {}
+
+        shares.descend(forward, 7, parts)
+        gradient += weights.grad
+    assert [len(part) for part in rows] == sizes
+    assert [row for part in rows for row in part] == list(range(7))
+    assert numbers == list(range(world * parts))
+    assert torch.allclose(gradient, torch.arange(7) / 7)
 
 
 def test_batch_norm_cannot_be_computed_in_shares_one_after_another():
