@@ -91,6 +91,32 @@ def test_the_shares_of_all_processes_are_numbered_and_make_up_the_batch(monkeypa
     assert torch.allclose(gradient, torch.arange(7) / 7)
 
 
+def test_sums_are_complete_with_the_last_share_each_call_for_itself():
+    x = torch.arange(14.0).view(7, 2)
+    with shares.sharing(7, parts=3) as batch:
+        found = [
+            (shares.collect(x[part].sum(0), torch.ones(1)), shares.collect(x[part].square().sum()))
+            for part in batch.each()
+        ]
+    assert found[:2] == [(None, None)] * 2
+    (sums, count), (squares,) = found[2]
+    assert (sums.tolist(), count.tolist(), squares.item()) == ([42, 49], [3], 819)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_rows_that_all_shares_pick_add_up_to_rows_of_the_batch(monkeypatch, parts):
+    rows, picked = torch.randn(14, 2), torch.zeros(50, 2)  # two rows of each example
+    with shares.sharing(7, parts) as batch:
+        for part in batch.each():
+            shares.seed(0)
+            picked += shares.pick(rows[2 * part.start : 2 * part.stop], 50)
+    found = (picked[:, None] == rows).all(-1)  # [50, 14]
+    assert found.any(1).all()
+    assert found.any(0).sum() > 10
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert not shares.pick(rows, 50).any()  # those of the first process are of all
+
+
 def test_batch_norm_cannot_be_computed_in_shares_one_after_another():
     with pytest.raises(OptionError, match="accumulate=2: must be 1 with batch norm"):
         ranks.train(ranks.CASES["vq, batch norm"]._replace(accumulate=2), 3, torch.float32)
