@@ -67,6 +67,14 @@ def test_shares_of_a_batch_are_normalized_as_the_whole_batch(on_all, sizes):
         torch.testing.assert_close(norm.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-6)
 
 
+def test_statistics_of_features_in_bf16_are_not_rounded_to_bf16(on_all):
+    x, norms = (torch.randn(6, 3, 4, 5) * 2 + 9).bfloat16(), [BatchNorm(3, momentum=1.0) for _ in range(2)]
+    on_all(lambda given: given[0](given[1]), list(zip(norms, x.split(3), strict=True)))
+    variance, mean = torch.var_mean(x.double(), (0, 2, 3))
+    torch.testing.assert_close(norms[0].running_mean.double(), mean, rtol=1e-5, atol=0)
+    torch.testing.assert_close(norms[0].running_var.double(), variance, rtol=1e-4, atol=0)
+
+
 def test_batch_norm_in_evaluation_exchanges_nothing(on_all):
     norm, x = BatchNorm(3).eval(), torch.randn(2, 3, 4, 5)
     norm.running_mean.fill_(1.0)

@@ -14,7 +14,8 @@ import torch
 from tests.helpers import run_train
 from tests.test_stage_two import SMALL_PIXELCNN
 from tests.test_tokens import write_images
-from vqvae import load, presets
+from vqvae import load, presets, two_stages
+from vqvae.errors import UserError
 from vqvae.stage_one import AutoencoderTraining
 
 LINE = "--preset vqvae-pixelcnn --dataset digits --limit 40 --batch-size 20 --image-size 8 --hidden 256"
@@ -69,6 +70,20 @@ def test_what_the_second_stage_would_refuse_is_refused_before_the_first_one_trai
     assert message in error
     assert error.count("\n") == 1
     assert not [path for path in Path("logs").glob("*") if any(path.iterdir())]
+
+
+def test_what_is_checked_for_the_second_stage_draws_no_random_numbers(monkeypatch):
+    check, unchanged = two_stages.check, []
+
+    def noted(*arguments) -> None:
+        before = torch.get_rng_state()
+        check(*arguments)
+        unchanged.append(torch.equal(torch.get_rng_state(), before))
+        raise UserError("this test trains nothing")
+
+    monkeypatch.setattr(two_stages, "check", noted)
+    assert train(f"{LINE} {' '.join(SMALL_PIXELCNN)} --max-steps 2 --device cpu") == 2
+    assert unchanged == [True]
 
 
 def test_flags_of_memory_and_of_the_end_of_training_apply_to_both_stages():
