@@ -15,7 +15,8 @@ from tests.helpers import run_train
 from tests.test_stage_two import SMALL_PIXELCNN
 from tests.test_tokens import write_images
 from vqvae import load, presets, two_stages
-from vqvae.errors import UserError
+from vqvae.config import Config
+from vqvae.errors import OptionError, UserError
 from vqvae.stage_one import AutoencoderTraining
 
 LINE = "--preset vqvae-pixelcnn --dataset digits --limit 40 --batch-size 20 --image-size 8 --hidden 256"
@@ -57,7 +58,8 @@ def test_a_preset_of_two_stages_runs_both(capsys):
     [
         ("--prior uniform", "--prior uniform: has no parameters to train"),
         ("--prior made-flow", "prior made-flow: needs latent_dim"),
-        ("--batch-size 38", "--batch-size 38: larger than the 36 training examples"),
+        ("--batch-size 38 --validation 0.1", "--batch-size 38: larger than the 36 training examples"),
+        ("--batch-size 39", "--batch-size 39: larger than the 36 training examples"),  # the first one trains on all 40
         ("--dataset photos --image-size 16 --conditional", "--conditional: the data set photos has no labels"),
         ("--prior unigram blocks=1", "--prior unigram blocks=1: unknown option"),
     ],
@@ -65,7 +67,8 @@ def test_a_preset_of_two_stages_runs_both(capsys):
 def test_what_the_second_stage_would_refuse_is_refused_before_the_first_one_trains(capsys, more, message):
     line = LINE if "--dataset" not in more else LINE.replace("--dataset digits", "").replace("--image-size 8", "")
     line = line if "--batch-size" not in more else line.replace("--batch-size 20", "")
-    assert train(f"{line} --max-steps 2 --validation {0.1 if 'size 38' in more else 'test'} {more}") == 2
+    whole = "" if "--batch-size" in more else "--validation test"
+    assert train(f"{line} --max-steps 2 {whole} {more}") == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -82,8 +85,25 @@ def test_what_is_checked_for_the_second_stage_draws_no_random_numbers(monkeypatc
         raise UserError("this test trains nothing")
 
     monkeypatch.setattr(two_stages, "check", noted)
-    assert train(f"{LINE} {' '.join(SMALL_PIXELCNN)} --max-steps 2 --device cpu") == 2
+    line = LINE.replace("--batch-size 20", "--batch-size 36 --validation 0.1")  # all training images
+    assert train(f"{line} {' '.join(SMALL_PIXELCNN)} --max-steps 2 --device cpu") == 2
     assert unchanged == [True]
+
+
+def test_the_second_stage_has_the_folder_of_the_first():
+    config = Config(preset="vqvae-pixelcnn")
+    assert "--log-dir" not in two_stages.missing(config, Path("logs/two"))
+    line = two_stages.missing(config, Path("runs/two"))
+    assert "--log-dir runs" in line
+    assert "--checkpoint runs/two/checkpoint.pt" in line
+    given = {"name": "two", "log_dir": "runs"}
+    settings = two_stages.second_stage(dict(given), presets.PRESETS[config.preset].prior)
+    assert settings["log_dir"] == "runs"
+    Path("runs/two-prior").mkdir(parents=True)
+    Path("runs/two-prior/checkpoint.pt").touch()
+    assert two_stages.missing(config, Path("runs/two")) is None
+    with pytest.raises(OptionError, match="two-prior already contains a run"):
+        two_stages.second_stage(given, settings)
 
 
 def test_flags_of_memory_and_of_the_end_of_training_apply_to_both_stages():

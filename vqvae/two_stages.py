@@ -72,8 +72,8 @@ def how_to_go_on(settings: Mapping[str, Any], folder: Path) -> str:
 
 def missing(config: Config, folder: Path) -> str | None:
     """The line about the second stage of a resumed run, where its preset has one and it was not begun."""
-    preset = PRESETS.get(config.preset or "")
-    if config.checkpoint or not preset or not preset.prior or folder.with_name(name_of(folder.name)).exists():
+    preset = PRESETS.get(config.preset or "")  # a second stage has none
+    if not preset or not preset.prior or folder.with_name(name_of(folder.name)).exists():
         return None
     logs = {} if folder.parent == Path(Config.log_dir) else {"log_dir": str(folder.parent)}
     return how_to_go_on(second_stage({}, preset.prior) | logs, folder)
