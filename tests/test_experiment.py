@@ -21,9 +21,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from tests.helpers import CONSTANT, ROOT, SMALL, images, run_train
-from vqvae import checkpoint, cli, experiment, load, run_data
+from vqvae import checkpoint, cli, data, experiment, load, run_data
 from vqvae.commands import export, train, visualize
+from vqvae.config import Config
 from vqvae.data import Dataset, Images
+from vqvae.errors import OptionError
 from vqvae.runs import Lock
 from vqvae.stage_one import AutoencoderTraining
 
@@ -659,6 +661,17 @@ def test_a_resumed_run_says_that_its_data_changed(there, capsys, monkeypatch):
     assert changed(other_pixels, 3) == f"{since} (other train images); {more}"
     assert changed(other_pixels, 4) == ""
     assert changed(fewer, 9) == f"{since} (60 train images then, 50 now); {more}"
+
+
+def test_data_that_an_earlier_version_described_without_hashes_are_compared_without_them(recwarn):
+    dataset = data.load("digits", limit=5)
+    now = run_data.identity(dataset) | {"shape": [1, 8, 8], "classes": ["one", "two"]}
+    before = {"shape": (1, 8, 8), "classes": ["one"]}
+    run_data.compare(before, now, Config())
+    run_data.compare_test(before, dataset)
+    assert not recwarn.list
+    with pytest.raises(OptionError, match="the classes are one, two, and those of this run were one"):
+        run_data.compare(before, now, Config(conditional=True))  # only its labels would mean other classes
 
 
 def test_a_resumed_run_refuses_images_of_another_shape(capsys, monkeypatch):

@@ -52,6 +52,18 @@ def test_each_folder_is_entered_once_and_by_its_own_name(tmp_path):
     assert found(tree) == ["b/1.png", "z/2.png"]
 
 
+def test_only_files_that_links_lead_to_are_told_apart_by_where_they_are(tmp_path):
+    make(tmp_path / "tree", "1.png", "a/2.png", "a/b/c/3.png")
+    make(tmp_path / "elsewhere", "d/4.png")
+    before = list_images(tmp_path / "tree", "data_dir").stamps
+    (tmp_path / "tree").rename(tmp_path / "moved")
+    assert list_images(tmp_path / "moved", "data_dir").stamps == before
+    (tmp_path / "moved" / "e").symlink_to(tmp_path / "elsewhere")
+    *same, linked = list_images(tmp_path / "moved", "data_dir").stamps
+    assert sorted(same) == sorted(before)
+    assert linked.endswith(f" {tmp_path / 'elsewhere' / 'd' / '4.png'}")
+
+
 def test_hidden_files_and_folders_are_skipped(tmp_path):
     tree = tmp_path / ".images"  # the folder itself may be hidden
     make(tree, "a.png", "._a.png", ".b.png", ".thumbnails/c.png", ".ipynb_checkpoints/d-checkpoint.png")
