@@ -44,6 +44,17 @@ def test_caches_are_listed_with_size_age_images_and_source(capsys, tmp_path):
     assert lines[3].startswith("2 caches, 0.0 MB, in ")
 
 
+def test_an_array_looks_older_than_its_cache_so_that_any_later_write_changes_its_time():
+    make_cache("a.npz")
+    (cache,) = caches()
+    index, array = cache.files
+    assert index.stat().st_mtime - array.stat().st_mtime > 5
+    assert cache.changed == index.stat().st_mtime
+    assert cache.done is None
+    array.unlink()
+    assert caches()[0].done == 0
+
+
 def test_without_caches_there_is_nothing_to_list_or_remove(capsys):
     assert main(["cache"]) == 0
     assert main(["cache", "--clear"]) == 0
