@@ -184,6 +184,7 @@ def test_images_outside_the_class_folders_mean_that_there_are_no_classes(tree):
         write_flat(tree / name)
     data = load("folder", data_dir=tree, image_size=8)
     assert data.classes == ()
+    assert {*data.train.labels.tolist(), *data.test.labels.tolist()} == {-1}
     assert data.note == "no classes, because of images without one: 1, such as 3.png"
 
 
