@@ -514,6 +514,26 @@ def test_a_run_whose_terminal_is_closed_saves(there):
     assert resume("logs/run --max-minutes 0.001") == 0
 
 
+def test_a_run_that_was_killed_before_its_last_evaluation_is_evaluated_when_it_is_resumed(monkeypatch, capsys):
+    assert run_train("--epochs", "1", "--name", "straight") == 0
+
+    def killed_there(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "assess_end", killed_there)
+        assert run_train("--epochs", "1", "--name", "run") == 130
+    assert not Path("logs/run/evaluation.json").exists()
+    assert resume("logs/run") == 0
+    evaluations = [json.loads(Path(f"logs/{name}/evaluation.json").read_text()) for name in ("straight", "run")]
+    assert [evaluation.pop("run") for evaluation in evaluations] == ["straight", "run"]
+    assert evaluations[0] == evaluations[1]
+    assert points("run") == points("straight")
+    capsys.readouterr()
+    assert resume("logs/run") == 2
+    assert "has taken all of its 3 steps" in capsys.readouterr().err
+
+
 def resume_quoted(folder: str) -> int:
     return run_train("--resume", folder, small=False)
 

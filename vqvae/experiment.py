@@ -165,8 +165,13 @@ def _train(
 
     with contextlib.closing(run):
         log_images = image_logger(stage, drawing, run, images_folder, plan.device)
-        with explaining(lambda: summary.how_to_go_on(folder, shown_plots)):
-            results = fit(stage, plan, run, on_start=on_start, after_epoch=log_images, resume=resumed)
+        if resumed and distributed.on_first(lambda: lacks_evaluation(resumed, folder, plan, stage)):
+            run.start(resumed)
+            on_start()
+            results: dict[str, float] | None = {}
+        else:
+            with explaining(lambda: summary.how_to_go_on(folder, shown_plots)):
+                results = fit(stage, plan, run, on_start=on_start, after_epoch=log_images, resume=resumed)
         if results is not None:
             with explaining(lambda: f"the run is complete; {summary.how_to_evaluate(folder)}"):
                 results = assess_end(run, dataset, stage.module.headline, plan.device)
@@ -181,6 +186,15 @@ def _train(
     if resumed and (line := two_stages.missing(config, folder)):
         print(line)
     return folder
+
+
+def lacks_evaluation(resumed: dict[str, Any], folder: Path, plan: Plan, stage: Stage) -> bool:
+    """Whether a run has taken all of its steps, and was killed before the test split was evaluated."""
+    if resumed["step"] < plan.total_steps(len(stage.examples)):
+        return False
+    with contextlib.suppress(UserError):  # a damaged evaluation is none
+        return checkpoint.read_evaluation(folder / LAST, resumed) is None
+    return True
 
 
 @contextlib.contextmanager
