@@ -88,8 +88,6 @@ class _Raiser:
 
     def first(self, number: int, frame: FrameType | None) -> None:
         global received
-        if _says_no_more(number):
-            return
         received = received or number
         if self.raised or self.ended:
             _exit_at_once(number, frame)
@@ -124,8 +122,6 @@ class Interrupt:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         global received
-        if _says_no_more(number):
-            return
         if not self.wanted:
             received, self.wanted, self.since = number, True, time.monotonic()
         elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self.since > COPIES:
@@ -145,7 +141,8 @@ def _handle(handler: Handler | signal.Handlers) -> dict[int, Any]:
     with contextlib.suppress(ValueError):
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, handler)
+                of_this = _hung_up(handler) if number == HANGUP and callable(handler) else handler
+                before[number] = signal.signal(number, of_this)
     return before
 
 
@@ -154,17 +151,20 @@ def _restore(handlers: dict[int, Any]) -> None:
         signal.signal(number, handler)
 
 
-def _says_no_more(number: int) -> bool:
-    """Whether a signal says only that the terminal was closed, after another signal. Lets outputs to it go nowhere."""
-    if number != HANGUP:
-        return False
-    for output in (1, 2):
-        with contextlib.suppress(OSError):
-            if stat.S_ISCHR(os.fstat(output).st_mode) and not os.isatty(output):  # writing to it would fail
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, output)
-                os.close(nowhere)
-    return received is not None
+def _hung_up(handler: Handler) -> Handler:
+    """A handler of a closed terminal: outputs to it go nowhere, and `handler` is called unless a signal came before."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        for output in (1, 2):
+            with contextlib.suppress(OSError):
+                if stat.S_ISCHR(os.fstat(output).st_mode) and not os.isatty(output):  # writing to it would fail
+                    nowhere = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(nowhere, output)
+                    os.close(nowhere)
+        if received is None:
+            handler(number, frame)
+
+    return handle
 
 
 def _exit_at_once(number: int, frame: FrameType | None) -> NoReturn:
