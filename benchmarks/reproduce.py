@@ -88,7 +88,7 @@ ROWS = {
         f"256 channels and 250,000 steps of 128 images there; a code costs 9 bits here, without a prior; {JPEG}",
     ),
     "bits-10k-prior": Row(
-        "--prior gated-pixelcnn --lr cosine:1e-3:1e-5 --batch-size 64 --epochs 1",
+        "--prior gated-pixelcnn --lr cosine:1e-3:1e-5 --batch-size 64 --epochs 6",
         1,
         "4.67 bits/dim (1711.00937)",
         f"as above, with a learned prior; the paper does not name its own; {JPEG}",
