@@ -4,8 +4,9 @@
   python benchmarks/layers.py                     CIFAR-10's size, batch 128
   python benchmarks/layers.py --batch-size 32
 
-Convolutions are PyTorch's, in fp32, with channels last (NHWC, as we train) and first (NCHW). They take turns; times are
-medians. Backward computes the gradients that training needs, so none for the input of the first layer.
+Convolutions are in fp32, with channels last (NHWC, as we train) and first (NCHW). All but the last one are PyTorch's.
+They take turns; times are medians. Backward computes the gradients that training needs, so none for the input of the
+first layer.
 """
 
 import argparse

@@ -75,6 +75,15 @@ class PeerQuantizer(nn.Module):
         return quantized, loss.sum()
 
 
+def plain_decoder(nets: Sonnet) -> nn.Module:
+    """Our decoder, with PyTorch's own transposed convolution as its last layer."""
+    decoder = nets.decoder(DIM, SHAPE[0])
+    ours = decoder[-1]
+    decoder[-1] = nn.ConvTranspose2d(ours.in_channels, ours.out_channels, 4, stride=2, padding=1)
+    decoder[-1].load_state_dict(ours.state_dict())
+    return decoder
+
+
 class Peer(nn.Module):
     """Our nets with a peer's quantizer and Sonnet's loss: images `[B, C, H, W]` (uint8) to a scalar."""
 
@@ -82,7 +91,7 @@ class Peer(nn.Module):
         super().__init__()
         nets = Sonnet(image_shape=SHAPE)
         self.encoder = nn.Sequential(nets.encoder(), nn.Conv2d(nets.channels, DIM, 1))
-        self.quantizer, self.decoder, self.variance = quantizer, nets.decoder(DIM, SHAPE[0]), variance
+        self.quantizer, self.decoder, self.variance = quantizer, plain_decoder(nets), variance
 
     def forward(self, images: Tensor) -> Tensor:
         x = images.float() / 255 - 0.5

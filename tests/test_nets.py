@@ -1,6 +1,7 @@
 """Nets: shapes, published sizes, layers computed by hand, and initial weights."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from vqvae.nets import (
     BottleneckBlock,
     DallE,
     DeepMind,
+    DoubleToPixels,
     PostActivationBlock,
     PostNormBlock,
+    ResidualLayer,
     Sonnet,
     ToPixels,
     initialize_fan_in,
@@ -173,15 +176,56 @@ def test_initial_weights_of_dalle_are_normal_over_the_fan_in():
     assert not any(m.bias.any() for m in layers)
 
 
-@pytest.mark.parametrize("kernel", [3, 5])
-def test_the_last_convolution_agrees_with_torch_and_so_do_its_gradients(kernel):
-    layer = ToPixels(6, 2, kernel).double()
-    x = torch.randn(3, 6, 7, 4, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize(
+    ("layer", "theirs"),
+    [
+        (ToPixels(6, 2, 3), partial(F.conv2d, padding=1)),
+        (ToPixels(6, 2, 5), partial(F.conv2d, padding=2)),
+        (DoubleToPixels(6, 1), partial(F.conv_transpose2d, stride=2, padding=1)),
+        (DoubleToPixels(6, 3), partial(F.conv_transpose2d, stride=2, padding=1)),
+        (DoubleToPixels(6, 9), partial(F.conv_transpose2d, stride=2, padding=1)),
+    ],
+)
+@pytest.mark.parametrize("batch", [3, 0])
+def test_the_last_convolution_agrees_with_torch_and_so_do_its_gradients(layer, theirs, batch):
+    layer = layer.double()
+    x = torch.randn(batch, 6, 7, 4, dtype=torch.float64, requires_grad=True)
     weights = (x, layer.weight, layer.bias)
-    outputs = layer(x), F.conv2d(x, layer.weight, layer.bias, padding=kernel // 2)
+    outputs = layer(x), theirs(*weights)
     direction = torch.randn_like(outputs[0])
-    for ours, theirs in zip(*([y, *torch.autograd.grad(y, weights, direction)] for y in outputs), strict=True):
-        assert torch.allclose(ours, theirs)
+    for ours, expected in zip(*([y, *torch.autograd.grad(y, weights, direction)] for y in outputs), strict=True):
+        assert ours.shape == expected.shape
+        assert torch.allclose(ours, expected)
+
+
+def test_the_last_convolution_follows_autocast_as_torch_does():
+    layer, x = DoubleToPixels(8, 3), torch.randn(2, 8, 4, 4, requires_grad=True)
+    plain = nn.ConvTranspose2d(8, 3, 4, stride=2, padding=1)
+    plain.load_state_dict(layer.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = layer(x), plain(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    assert torch.allclose(y.float(), expected.float(), atol=0.03)
+    gradients = torch.autograd.grad(y.float().square().sum(), (x, *layer.parameters()))
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        ResidualLayer(8, 4),
+        ResidualLayer(8, 4, batch_norm=True),
+        PostNormBlock(8),
+        PostActivationBlock(8, 4),
+        BottleneckBlock(8, 8, kernels=(3, 3, 3, 1), gain=0.5),
+        BottleneckBlock(8, 16, kernels=(1, 3, 3, 3), gain=0.5, upsample=True),
+    ],
+)
+def test_a_block_does_not_overwrite_its_input(block):
+    x = torch.randn(2, 8, 4, 4)
+    before = x.clone()
+    block(x)
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(8, 400, 4), nn.ConvTranspose2d(8, 400, 4), nn.Linear(128, 400)])

@@ -1,7 +1,8 @@
 """Encoders and decoders: pixels to a feature grid, and codes to the likelihood's parameters.
 
 A member keeps the sizes and builds the encoder and the decoder. The projection from features to the code space
-belongs to the bottleneck, so that nets and bottlenecks combine freely.
+belongs to the bottleneck, so that nets and bottlenecks combine freely. ReLUs overwrite their input, which saves 1% of a
+training step, unless a skip connection needs it.
 
 B batch, C channels, H W pixels, h w code grid, D code dimension.
 """
@@ -9,7 +10,7 @@ B batch, C channels, H W pixels, h w code grid, D code dimension.
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -80,10 +81,10 @@ class ResidualLayer(nn.Module):
         norm: Callable[[int], nn.Module] = BatchNorm if batch_norm else nn.Identity
         self.residual = nn.Sequential(
             norm(channels),
-            nn.ReLU(),
+            nn.ReLU(inplace=batch_norm),  # else of h itself, which the sum needs
             nn.Conv2d(channels, hidden, 3, padding=1, bias=not batch_norm),
             norm(hidden),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(hidden, channels, 1),
         )
 
@@ -122,9 +123,9 @@ class Sonnet(Nets):
         net = initialize_fan_in(
             nn.Sequential(
                 nn.Conv2d(self.image_channels, n // 2, 4, stride=2, padding=1),  # [B, n/2, H/2, W/2]
-                nn.ReLU(),
+                nn.ReLU(inplace=True),
                 nn.Conv2d(n // 2, n, 4, stride=2, padding=1),  # [B, n, H/4, W/4]
-                nn.ReLU(),
+                nn.ReLU(inplace=True),
                 *more,  # [B, n, h, w]
                 nn.Conv2d(n, n, 3, padding=1),
                 *self._residual_stack(),
@@ -141,8 +142,8 @@ class Sonnet(Nets):
                 *self._residual_stack(),
                 *more,  # [B, n, H/4, W/4]
                 nn.ConvTranspose2d(n, n // 2, 4, stride=2, padding=1),  # [B, n/2, H/2, W/2]
-                nn.ReLU(),
-                nn.ConvTranspose2d(n // 2, out_channels, 4, stride=2, padding=1),  # [B, C, H, W]
+                nn.ReLU(inplace=True),
+                DoubleToPixels(n // 2, out_channels),  # [B, C, H, W]
             )
         )
         keep_scale(more)
@@ -151,12 +152,12 @@ class Sonnet(Nets):
     def _more(self, convolution: type[nn.Conv2d] | type[nn.ConvTranspose2d]) -> list[nn.Module]:
         """The halvings, or doublings, beyond the published two."""
         n = self.channels
-        layers = [(convolution(n, n, 4, stride=2, padding=1), nn.ReLU()) for _ in range(self.more_halvings)]
+        layers = [(convolution(n, n, 4, stride=2, padding=1), nn.ReLU(inplace=True)) for _ in range(self.more_halvings)]
         return [*itertools.chain.from_iterable(layers)]
 
     def _residual_stack(self) -> list[nn.Module]:
         layers = [ResidualLayer(self.channels, self.residual_hidden) for _ in range(self.residual_layers)]
-        return [*layers, nn.ReLU()]
+        return [*layers, nn.ReLU(inplace=True)]
 
 
 class Henrhoi(Nets):
@@ -184,7 +185,7 @@ class Henrhoi(Nets):
         return nn.Sequential(
             nn.Conv2d(self.image_channels, n, 4, stride=2, padding=1, bias=False),  # [B, n, H/2, W/2]
             BatchNorm(n),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(n, n, 4, stride=2, padding=1),  # [B, n, h, w]
             *self._residual_layers(),
         )
@@ -195,11 +196,11 @@ class Henrhoi(Nets):
             nn.Conv2d(code_dim, n, 1) if code_dim != n else nn.Identity(),
             *self._residual_layers(),
             BatchNorm(n),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.ConvTranspose2d(n, n, 4, stride=2, padding=1, bias=False),  # [B, n, H/2, W/2]
             BatchNorm(n),
-            nn.ReLU(),
-            nn.ConvTranspose2d(n, out_channels, 4, stride=2, padding=1),  # [B, C, H, W]
+            nn.ReLU(inplace=True),
+            DoubleToPixels(n, out_channels),  # [B, C, H, W]
         )
 
     def _residual_layers(self) -> list[nn.Module]:
@@ -215,7 +216,7 @@ class PostNormBlock(nn.Module):
             nn.ReLU(),
             nn.Conv2d(channels, channels, 3, padding=1),
             BatchNorm(channels),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(channels, channels, 1),
             BatchNorm(channels),
         )
@@ -253,12 +254,13 @@ class SQVAE(Nets):
 
     def encoder(self) -> nn.Module:
         n = self.channels
-        middle = [BatchNorm(n), nn.ReLU(), nn.Conv2d(n, n, 3, padding=1), BatchNorm(n), nn.ReLU()]
+        middle = [BatchNorm(n), nn.ReLU(inplace=True), nn.Conv2d(n, n, 3, padding=1)]
+        middle += [BatchNorm(n), nn.ReLU(inplace=True)]
         return _initialize_small(
             nn.Sequential(
                 nn.Conv2d(self.image_channels, n // 2, 4, stride=2, padding=1),  # [B, n/2, H/2, W/2]
                 BatchNorm(n // 2),
-                nn.ReLU(),
+                nn.ReLU(inplace=True),
                 nn.Conv2d(n // 2, n, 4, stride=2, padding=1),  # [B, n, h, w]
                 *(middle if self.middle else []),
                 *self._blocks(),
@@ -267,7 +269,7 @@ class SQVAE(Nets):
 
     def decoder(self, code_dim: int, out_channels: int) -> nn.Module:
         n = self.channels
-        middle = [nn.ConvTranspose2d(n, n, 3, padding=1), BatchNorm(n), nn.ReLU()]
+        middle = [nn.ConvTranspose2d(n, n, 3, padding=1), BatchNorm(n), nn.ReLU(inplace=True)]
         return _initialize_small(
             nn.Sequential(
                 nn.Conv2d(code_dim, n, 1) if code_dim != n else nn.Identity(),
@@ -275,8 +277,8 @@ class SQVAE(Nets):
                 *(middle if self.middle else []),
                 nn.ConvTranspose2d(n, n // 2, 4, stride=2, padding=1),  # [B, n/2, H/2, W/2]
                 BatchNorm(n // 2),
-                nn.ReLU(),
-                nn.ConvTranspose2d(n // 2, out_channels, 4, stride=2, padding=1),  # [B, C, H, W]
+                nn.ReLU(inplace=True),
+                DoubleToPixels(n // 2, out_channels),  # [B, C, H, W]
             )
         )
 
@@ -320,13 +322,13 @@ class ConvVAE(Nets):
         n = self.hidden
         return nn.Sequential(
             nn.Conv2d(self.image_channels, n, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(n, 2 * n, 3, stride=2, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(2 * n, 4 * n, 3, stride=2, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(4 * n, 8 * n, 3, stride=2, padding=1),  # [B, 8n, ceil(H/8), ceil(W/8)]
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Flatten(),
             nn.Unflatten(1, (self.channels, 1, 1)),  # [B, features, 1, 1]
         )
@@ -336,14 +338,14 @@ class ConvVAE(Nets):
         return nn.Sequential(
             nn.Flatten(),
             nn.Linear(code_dim, 4 * n * math.prod(self.inner)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Unflatten(1, (4 * n, *self.inner)),
             nn.ConvTranspose2d(4 * n, 4 * n, 4, stride=2, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.ConvTranspose2d(4 * n, 2 * n, 4, stride=2, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.ConvTranspose2d(2 * n, n, 4, stride=2, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             CenterCrop(self.size),
             ToPixels(n, out_channels, 3),  # [B, C, H, W]
         )
@@ -424,11 +426,11 @@ class PostActivationBlock(nn.Module):
     def __init__(self, channels: int, hidden: int):
         super().__init__()
         self.residual = nn.Sequential(
-            nn.Conv2d(channels, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, channels, 1)
+            nn.Conv2d(channels, hidden, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(hidden, channels, 1)
         )
 
     def forward(self, h: Tensor) -> Tensor:
-        return (h + self.residual(h)).relu()
+        return (h + self.residual(h)).relu_()
 
 
 class DeepMind(Nets):
@@ -453,11 +455,11 @@ class DeepMind(Nets):
         n = self.hidden
         return nn.Sequential(
             nn.Conv2d(self.image_channels, n, 4, stride=2, padding=1),  # [B, n, H/2, W/2]
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(n, 2 * n, 4, stride=2, padding=1),  # [B, 2n, h, w]
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(2 * n, 2 * n, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             *self._blocks(),
         )
 
@@ -465,11 +467,11 @@ class DeepMind(Nets):
         n = self.hidden
         return nn.Sequential(
             nn.Conv2d(code_dim, 2 * n, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             *self._blocks(),
             nn.ConvTranspose2d(2 * n, n, 4, stride=2, padding=1),  # [B, n, H/2, W/2]
-            nn.ReLU(),
-            nn.ConvTranspose2d(n, out_channels, 4, stride=2, padding=1),  # [B, C, H, W]
+            nn.ReLU(inplace=True),
+            DoubleToPixels(n, out_channels),  # [B, C, H, W]
         )
 
     def _blocks(self) -> list[nn.Module]:
@@ -532,7 +534,7 @@ class DallE(Nets):
         net = nn.Sequential(
             nn.Conv2d(self.image_channels, n, 7, padding=3),
             *self._groups([n, n, 2 * n, 4 * n, 8 * n], (3, 3, 3, 1), downsample=True),  # [B, 8n, h, w]
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         )
         return initialize_fan_in(net, truncate=False)
 
@@ -541,7 +543,7 @@ class DallE(Nets):
         net = nn.Sequential(
             nn.Conv2d(code_dim, self.init, 1),
             *self._groups([self.init, 8 * n, 4 * n, 2 * n, n], (1, 3, 3, 3), downsample=False),  # [B, n, H, W]
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(n, out_channels, 1),
         )
         return initialize_fan_in(net, truncate=False)
@@ -642,6 +644,50 @@ class ToPixels(nn.Conv2d):
         return F.conv_transpose2d(x, mirrored, self.bias, padding=self.kernel_size[0] // 2)
 
 
+class DoubleToPixels(nn.ConvTranspose2d):
+    """A transposed 4x4 convolution of stride 2 to few channels, whose forward pass has an equivalent form on a CPU.
+
+    That form is a 2x2 convolution to four times as many channels, which fill a CPU's vectors better. They are the
+    pixels of cells of 2x2 pixels. The outermost pixels of the outermost cells are outside the image.
+    """
+
+    bias: Tensor
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__(channels, out_channels, 4, stride=2, padding=1)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if x.device.type != "cpu" or self.out_channels > 8 or output_size is not None:
+            return super().forward(x, output_size)
+        weight, bias = self.weight, self.bias
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        return _DoubleToPixels.apply(x, weight, bias)
+
+
+class _DoubleToPixels(torch.autograd.Function):
+    """The forward pass of `DoubleToPixels`; the backward pass is that of the transposed convolution."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        channels, out_channels = weight.shape[:2]
+        # tap 2a + p of the weight [C, O, 4, 4] is tap 1 - a of output pixel p: [O, C, 4 pixels, 2, 2]
+        taps = F.pixel_unshuffle(weight.transpose(0, 1), 2).flip(2, 3).view(out_channels, channels, 4, 2, 2)
+        kernel = taps.transpose(1, 2).reshape(4 * out_channels, channels, 2, 2)
+        pixels = F.conv2d(x, kernel, bias.repeat_interleave(4), padding=1)  # [B, 4 O, H + 1, W + 1]
+        return F.pixel_shuffle(pixels, 2)[..., 1:-1, 1:-1].contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        sizes = {"bias_sizes": [weight.shape[1]], "stride": [2, 2], "padding": [1, 1], "dilation": [1, 1]}
+        return torch.ops.aten.convolution_backward(
+            dy, x, weight, **sizes, transposed=True, output_padding=[0, 0], groups=1, output_mask=ctx.needs_input_grad
+        )
+
+
 class CenterCrop(nn.Module):
     """Crop `[B, C, H', W']` to `[B, C, *size]` around the center."""
 
@@ -685,7 +731,7 @@ class MLP(Nets):
 
     def _hidden(self, inputs: int) -> list[nn.Module]:
         widths = [inputs] + [self.channels] * self.layers
-        return [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
+        return [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU(inplace=True))]
 
 
 NETS = {

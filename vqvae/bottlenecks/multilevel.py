@@ -225,16 +225,16 @@ class Hierarchy(Discrete):
         level = VQOptions(**{name: value for name, value in asdict(options).items() if name != "hidden"})
         self.down = nn.Sequential(
             nn.Conv2d(channels, hidden, 4, stride=2, padding=1),  # [B, hidden, h/2, w/2]
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(hidden, hidden, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         )
         self.top = VQ(channels=hidden, grid=(h // 2, w // 2), options=level)
         self.decode_top = nn.Sequential(
             nn.Conv2d(code_dim, hidden, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.ConvTranspose2d(hidden, hidden, 4, stride=2, padding=1),  # [B, hidden, h, w]
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         )
         self.bottom = VQ(channels=channels + hidden, grid=grid, options=level)
         self.up = nn.ConvTranspose2d(code_dim, code_dim, 4, stride=2, padding=1)
