@@ -588,6 +588,12 @@ def test_only_a_limited_number_of_updates_in_a_row_is_skipped(tmp_path):
         loop.train_step(torch.arange(6))
 
 
+def test_a_run_all_of_whose_updates_were_skipped_has_failed(tmp_path):
+    settings = plan(on_nan="skip", epochs=1)
+    with pytest.raises(UserError, match=r"none of the \d updates was finite; no checkpoint was saved yet"):
+        fit(Stage(Toy(), EXAMPLES * math.nan, LABELS, evaluate=lambda: {"loss": 1.0}), settings, NullRun(tmp_path))
+
+
 def test_weights_that_a_finite_update_spoiled_replace_no_checkpoint(tmp_path, monkeypatch):
     class Spoiled(Toy):
         """Its loss and gradient are finite up to the update of step 3, from which on no output is."""

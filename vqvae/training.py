@@ -387,6 +387,8 @@ class Loop:
         self.need_finite()
         if self.skipped and not math.isfinite(results[self.module.monitor]):  # the last good update spoiled the weights
             raise UserError(f"the updates before step {self.step} and the evaluation were not finite; {self._kept()}")
+        if self.step == self.end and self.skipped == self.end:
+            raise UserError(f"none of the {self.end} updates was finite; {self._kept()}")
         self.epoch = math.ceil(self.step / self.per_epoch)
         trained = self.module.summary(self.epoch_means.values())
         self.epoch_means = Means()
