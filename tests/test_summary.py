@@ -21,7 +21,7 @@ def test_many_classes_are_cut_to_a_line():
 
 def test_a_run_too_short_to_learn_says_which_length_is_enough():
     short = config(epochs=3, batch_size=128)
-    message = "69 updates are too few to learn much; try --batch-size 16 --epochs 11"  # 2,000 / (3,000 // 16)
+    message = "too few updates to learn much: 69; try --batch-size 16 --epochs 11"  # 2,000 / (3,000 // 16)
     with pytest.warns(UserWarning, match=message):
         summary.warn_of_few_updates(short, experiment.plan_of(short), examples=3000)
 

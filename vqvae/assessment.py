@@ -12,7 +12,7 @@ from vqvae import __version__, checkpoint, distributed, metrics
 from vqvae.autoencoder import Autoencoder
 from vqvae.config import Config
 from vqvae.data import Dataset
-from vqvae.errors import OptionError
+from vqvae.errors import OptionError, counted
 from vqvae.evaluation import evaluate, weighable
 from vqvae.features import Net
 from vqvae.files import write_json
@@ -134,7 +134,7 @@ def protocol_of(config: Config, dataset: Dataset, model: Autoencoder) -> str:
         scaled = f"scaled by Lanczos ({config.dataset.options['resize']})"
     else:
         scaled = "not scaled" if config.image_size is None else "scaled (bilinear, antialiased)"
-    images = f"{len(dataset.test.images):,} images of the test split of {dataset.name}, {size}, {scaled}"
+    images = f"{counted(len(dataset.test.images), 'image')} of the test split of {dataset.name}, {size}, {scaled}"
     return f"{images}; vqvae {__version__}, torch {torch.__version__}"
 
 

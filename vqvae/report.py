@@ -113,7 +113,7 @@ class Report:
             f"the {options.top_k} likeliest codes" if options.top_k else "",
             f"top p {options.top_p:g}" if options.top_p != 1 else "",
             f"guidance {options.guidance:g}" if options.guidance != 1 else "",
-            f"{options.steps} steps" if options.steps else "",
+            counted(options.steps, "step") if options.steps else "",
             f"choice temperature {options.choice_temperature:g}" if options.choice_temperature is not None else "",
         ]
         return ", ".join(filter(None, words))

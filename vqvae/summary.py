@@ -10,7 +10,7 @@ from vqvae import cli, distributed
 from vqvae.autoencoder import SLOTS, Autoencoder
 from vqvae.config import Config
 from vqvae.data import Dataset
-from vqvae.errors import printable
+from vqvae.errors import counted, printable
 from vqvae.registry import brief
 from vqvae.runs import LAST
 from vqvae.training import Plan, Stage, scheduled
@@ -37,8 +37,8 @@ def opening(
         f"       {chosen['likelihood']} likelihood, {chosen['prior']} prior",
         *([f"start  the weights of {printable(config.init_from)}"] if config.init_from else []),
         f"latent {model.bottleneck.describe()}{uncounted}",
-        f"plan   {total:,} steps, {per_epoch:,} an epoch; batch {config.batch_size}{processes}, seed {config.seed}, "
-        f"{plan.device}, {plan.precision}{', compiled' if stage.compiled else ''}",
+        f"plan   {counted(total, 'step')}, {per_epoch:,} an epoch; batch {config.batch_size}{processes}, "
+        f"seed {config.seed}, {plan.device}, {plan.precision}{', compiled' if stage.compiled else ''}",
     ])  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def warn_of_few_updates(config: Config, plan: Plan, examples: int) -> None:
         batch = min(16, config.batch_size)
         epochs = -(-ENOUGH_UPDATES // max(examples // batch, 1))
         warnings.warn(
-            f"{total} updates are too few to learn much; try --batch-size {batch} --epochs {epochs}", stacklevel=2
+            f"too few updates to learn much: {total}; try --batch-size {batch} --epochs {epochs}", stacklevel=2
         )
 
 

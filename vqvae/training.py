@@ -22,7 +22,7 @@ from vqvae.batch_norm import BatchNorm
 from vqvae.contracts import OptimizerName, Trainable, TrainOutput
 from vqvae.data.batches import Shuffle, batch_indices, block_of, read_ahead
 from vqvae.devices import keep_memory, widest_float
-from vqvae.errors import OptionError, UserError
+from vqvae.errors import OptionError, UserError, counted
 from vqvae.interrupts import Interrupt
 from vqvae.optimizer import OPTIMIZERS
 from vqvae.progress import Progress
@@ -178,7 +178,7 @@ def fit(
     loop = Loop(stage.module, *resident, plan, run, resume or {}, redraw=stage.redraw, after_epoch=after_epoch)
     if resume and loop.step >= loop.end:
         distributed.on_first(lambda: run.repair_best(resume))  # it may have been killed just before its end
-        problem = f"has taken all of its {loop.step} steps; raise epochs or max_steps"
+        problem = f"has taken all of its {counted(loop.step, 'step')}; raise epochs or max_steps"
         raise OptionError("resume", run.folder, problem)
     if not distributed.on_first(lambda: run.start(resume)):
         loop.best, loop.best_step, loop.best_epoch = math.inf, None, loop.epoch
@@ -200,7 +200,7 @@ def fit(
             if interrupted:
                 return None
             if ends:
-                loop.progress.write(f"no better epoch for {plan.patience} epochs")
+                loop.progress.write(f"no better epoch for {counted(loop.epoch - loop.best_epoch, 'epoch')}")
                 break
         loop.progress.finish(loop.best_epoch if loop.best_step else None, stage.module.monitor)
     return results

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vqvae import cli
 from vqvae.commands import add_batch_size, add_checkpoint, add_device, path
-from vqvae.errors import naming
+from vqvae.errors import counted, naming
 
 EXAMPLES = """
 examples
@@ -44,5 +44,5 @@ def main(argv: list[str]) -> int:
         folder = files.claim_empty(Path(options.output))
     with files.emptied_if_not_written(folder):
         tokens.decode(model, codes, names, folder, options.batch_size)
-    print(f"{folder}: {len(codes):,} images")
+    print(f"{folder}: {counted(len(codes), 'image')}")
     return 0
