@@ -338,6 +338,12 @@ def test_pixels_outside_of_these_rules_are_refused(tree, pixels, message):
         gray_levels(tree, pixels)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_tiff_in_lab_is_read_in_gray_and_in_color(tree, channels):
+    Image.new("LAB", (8, 8), (138, 128, 128)).save(tree / "a.tif")  # L* = 54.1, which is 129 in sRGB
+    assert abs(read_image(tree / "a.tif", 8, channels).astype(int) - 129).max() <= 3
+
+
 def test_the_error_of_a_tiff_that_pillow_cannot_read_says_that_it_is_a_tiff(tree):
     (tree / "a.tif").write_bytes(b"II*\0" + bytes(40))
     with pytest.raises(ValueError, match="a TIFF of a kind that Pillow does not read, or damaged; save it as PNG"):

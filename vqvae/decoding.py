@@ -113,6 +113,8 @@ def fit(image: "Image.Image", shape: Shape) -> np.ndarray:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode == "LAB":  # which Pillow converts to RGB only
+        image = image.convert("RGB")
     mode = "RGB" if shape.channels == 3 else "L"
     if image.mode != mode:
         image = image.convert(mode)
