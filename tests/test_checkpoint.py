@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import os
 import pickle
 import random
@@ -290,6 +291,9 @@ WRONG = [
     ({"data": {}}, "its data lack classes, name, note, shape, variance"),
     ({"data": ABOUT | {"shape": [3, 8]}}, "its data.shape must be"),
     ({"data": ABOUT | {"shape": [3, 8, 2**30]}}, "its data.shape must be"),
+    ({"data": ABOUT | {"shape": [257, 8, 8]}}, "its data.shape must be"),
+    ({"data": ABOUT | {"shape": [3, 4097, 8]}}, "its data.shape must be"),
+    ({"data": ABOUT | {"shape": [3, 8, 0]}}, "its data.shape must be"),
     ({"data": ABOUT | {"shape": [3, -8, 8]}}, "its data.shape must be"),
     ({"data": ABOUT | {"shape": (3.0, 8, 8)}}, "its data.shape must be"),
     ({"data": ABOUT | {"shape": [3, 4096, 4096]}}, "its examples.images must be .N, 3, 4096, 4096"),
@@ -298,7 +302,9 @@ WRONG = [
     ({"data": ABOUT | {"variance": "1"}}, "its data.variance must be a positive number"),
     ({"data": ABOUT | {"classes": 10**9}}, "its data.classes must be a list of names"),
     ({"data": ABOUT | {"classes": [1, 2]}}, "its data.classes must be a text"),
+    ({"data": ABOUT | {"classes": ["x"] * (2**16 + 1)}}, "its data.classes must be a list of names"),
     ({"data": ABOUT | {"note": "x" * 10**6}}, "its data.note must be a text of at most 1,000 characters"),
+    ({"data": ABOUT | {"name": "x" * 1001}}, "its data.name must be a text of at most 1,000 characters"),
     ({"data": ABOUT | {"examples": {"train": "many"}}}, "its data.examples must be a whole number"),
     (
         {"data": ABOUT | {"fingerprint": {"other": "0"}}},
@@ -308,39 +314,83 @@ WRONG = [
     ({"kind": IMAGES}, "its kind must be a text"),
     ({"run": None}, "its run must be a text"),
     ({"plots": 3}, "its plots must be a text"),
+    ({"plots": "x" * 4097}, "its plots must be a text of at most 4,096 characters"),
     ({"step": -1}, "its step must be a whole number"),
+    ({"step": 2**63}, "its step must be a whole number"),
     ({"step": 1.5}, "its step must be a whole number"),
     ({"epoch": None}, "its epoch must be a whole number"),
     ({"best": float("nan")}, "its best must be a number"),
     ({"best_step": "3"}, "its best_step must be a whole number"),
+    ({"reductions": -1}, "its reductions must be a whole number"),
     ({"window": {"sums": {"loss": 1.0}, "count": 1}}, "its window.sums must be tensors"),
     ({"window": {"count": 1}}, "its window must be sums and a count"),
+    ({"epoch_means": {"sums": {}, "count": -1}}, "its epoch_means must be a whole number"),
     ({"model": []}, "its model must be a table"),
     ({"model": {"x": 1}}, "its model must be tensors"),
     ({"model": {1: IMAGES}}, "its model must be a table"),
+    ({"model": {"x" * 501: IMAGES}}, "its model must be a table"),
     ({"model": {}}, "its weights do not fit the model"),
     ({"objective": {"x": torch.zeros(1)}}, "its weights do not fit .*x should be absent"),
     ({"usage": torch.zeros(3)}, "its usage must be the counts"),
-    ({"usage": torch.full((1, 7), -1)}, "its usage must be counts"),
+    ({"usage": torch.arange(7)[None] - 1}, "its usage must be counts"),
+    ({"usage": 1 / torch.arange(7)[None]}, "its usage must be counts"),
     ({"usage": torch.zeros(1, 8)}, "its usage does not count the model's codes"),
     ({"usage": torch.zeros(2, 7)}, "its usage does not count the model's codes"),
     ({"posterior": {"means": MEANS}}, "its posterior must be means and labels"),
     ({"posterior": {"means": MEANS[:, :1], "labels": LABELS}}, "its posterior.means must be .N, 2."),
-    ({"posterior": {"means": MEANS, "labels": LABELS + 1}}, "its posterior.labels must be 2 integers from -1 to 0"),
+    ({"posterior": {"means": MEANS[:0], "labels": LABELS[:0]}}, "its posterior.means must be .N, 2."),
+    ({"posterior": {"means": MEANS.double(), "labels": LABELS}}, "its posterior.means must be .N, 2."),
+    (
+        {"posterior": {"means": MEANS[:1].repeat(2**16 + 1, 1), "labels": LABELS[:1].repeat(2**16 + 1)}},
+        "its posterior.means must be .N, 2., N at most 65,536",
+    ),
+    ({"posterior": {"means": MEANS, "labels": LABELS[:1]}}, "its posterior.labels must be 2 integers from -1 to 0"),
+    ({"posterior": {"means": MEANS, "labels": LABELS.int()}}, "its posterior.labels must be 2 integers from -1 to 0"),
+    (
+        {"posterior": {"means": MEANS, "labels": torch.arange(2) - 2}},
+        "its posterior.labels must be 2 integers from -1 to 0",
+    ),
+    (
+        {"posterior": {"means": MEANS, "labels": torch.arange(2)}},
+        "its posterior.labels must be 2 integers from -1 to 0",
+    ),
     ({"examples": {}}, "its examples must be images and labels"),
     ({"examples": {"images": IMAGES[:0], "labels": LABELS[:0]}}, "its examples.images must be"),
     ({"examples": {"images": IMAGES.double(), "labels": LABELS}}, "its examples.images must be"),
-    ({"examples": {"images": IMAGES.float() / 0, "labels": LABELS}}, "its examples.images must be"),
+    ({"examples": {"images": IMAGES / torch.arange(8), "labels": LABELS}}, "its examples.images must be"),
     ({"examples": {"images": IMAGES, "labels": LABELS[:1]}}, "its examples.labels must be 2 integers"),
-    ({"examples": {"images": IMAGES, "labels": LABELS + 1}}, "its examples.labels must be 2 integers from -1 to 0"),
+    ({"examples": {"images": IMAGES, "labels": LABELS.float()}}, "its examples.labels must be 2 integers"),
+    (
+        {"examples": {"images": IMAGES, "labels": torch.arange(2) - 2}},
+        "its examples.labels must be 2 integers from -1 to 0",
+    ),
+    (
+        {
+            "config": CONFIG | {"conditional": True},
+            "data": ABOUT | {"classes": ["a"]},
+            "examples": {"images": IMAGES, "labels": torch.arange(2) - 1},
+        },
+        "its examples.labels must be 2 integers from 0 to 0",
+    ),
+    (
+        {"examples": {"images": IMAGES, "labels": torch.arange(2)}},
+        "its examples.labels must be 2 integers from -1 to 0",
+    ),
     (
         {"examples": {"images": IMAGES[:1].clone().expand(2, -1, -1, -1), "labels": LABELS}},
         "a tensor larger than its storage",
     ),
     (with_optimizer(state=[]), "its optimizer's state must be by number"),
+    (with_optimizer(extra={}), "its optimizer must be a state and groups"),
+    (with_optimizer(state={"0": {}}), "its optimizer's state must be by number"),
+    (with_optimizer(state={0: {"step": torch.tensor(3)}}), "its optimizer's state must be tensors like its weights"),
     (with_optimizer(state={0: {"exp_avg": torch.zeros(99)}}), "its optimizer's state must be tensors like its weights"),
     (with_optimizer(param_groups=[{"params": "all"}]), "its optimizer's groups must be of numbers"),
+    (with_optimizer(param_groups=[{"params": [0, "1"]}]), "its optimizer's groups must be of numbers"),
+    (with_optimizer(param_groups={}), "its optimizer's groups must be a list"),
     (with_optimizer(param_groups=[{"params": [0], "lr": [1]}]), "its optimizer's groups have the wrong type"),
+    (with_optimizer(param_groups=[{"params": [0], "betas": (0.9, [])}]), "its optimizer's groups have the wrong type"),
+    ({"trained": {"x": 1}}, "its trained must be tensors"),
 ]
 
 
@@ -354,6 +404,30 @@ def test_an_entry_that_vqvae_would_not_write_is_refused(tmp_path, changes, messa
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000 + len(str(path))
+
+
+LIMITS = [
+    {"step": 2**63 - 1, "best": math.inf, "best_step": None, "plots": "x" * 4096},
+    {"config": CONFIG | {"weight_decay": 0, "data_dir": "x" * 4096, "limit": None}},
+    {"data": ABOUT | {"note": "x" * 1000, "classes": ["x"] * 2**16, "examples": {"train": 0}, "variance": 1}},
+    {"data": ABOUT | {"shape": (256, 1, 2)}, "examples": {"images": torch.zeros(1, 256, 1, 2), "labels": LABELS[:1]}},
+    {
+        "data": ABOUT | {"shape": [1, 4096, 1]},
+        "examples": {"images": IMAGES.new_zeros(1, 1, 4096, 1), "labels": -LABELS[:1]},
+    },
+    {"model": {"x" * 500: IMAGES}, "usage": torch.zeros(1, 7)},
+    {"examples": {"images": IMAGES, "labels": LABELS - 1}, "data": ABOUT | {"fingerprint": {"validation": "0"}}},
+    {"posterior": {"means": MEANS[:1].repeat(2**16, 1), "labels": LABELS[:1].repeat(2**16) - 1}},
+    with_optimizer(param_groups=[{"params": [0, 1], "betas": (0.9, 1), "fused": None, "amsgrad": False, "name": "x"}]),
+]
+
+
+@pytest.mark.parametrize("changes", LIMITS, ids=[str(i) for i in range(len(LIMITS))])
+def test_an_entry_at_its_limit_is_read(tmp_path, changes):
+    checkpoint.write(tmp_path / "checkpoint.pt", content() | changes)
+    found = checkpoint.read(tmp_path)
+    for name in changes.keys() & {"step", "best", "plots", "optimizer"}:
+        assert found[name] == changes[name]
 
 
 @pytest.mark.parametrize(
