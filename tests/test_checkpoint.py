@@ -6,6 +6,8 @@ import math
 import os
 import pickle
 import random
+import re
+import sys
 import zipfile
 from pathlib import Path
 
@@ -504,24 +506,36 @@ def tensor(count: int, size: int, stride: int = 1, offset: int = 0, record: str 
 
 
 HASH_FOR_AGES = b"}(" + number(1) + b"\x85q\x00" + b"h\x00h\x00\x86q\x00" * 60 + number(1) + b"u."
+CODE = "not a vqvae checkpoint: it contains objects other than plain values and tensors"
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+STORAGE = text("storage"), text("0") + text("cpu")  # before and after the type
 CRAFTED = {
-    "no pickle at all": [b""],
-    "an unfinished pickle": [b"}"],
-    "an empty stack": [b"u."],
-    "a call of a table": [b"})R."],
-    "a module": [b"cos\nsystem\n(", text("touch executed"), b"tR."],
-    "bytes without end": [b"cbuiltins\nbytearray\n(", number(2**40), b"tR."],
-    "a key that takes ages to hash": [HASH_FOR_AGES],
-    "a number without end": [b"\x8b\xff\xff\xff\x00", b"\x7f" * 2**24, b"."],
-    "endless instructions": [b"0" * 3_000_000],
-    "a tensor beyond its record": [tensor(2**30, 2**30), b"."],
-    "a tensor beyond its storage": [tensor(4, 5), b"."],
-    "an offset beyond its storage": [tensor(4, 4, offset=1), b"."],
-    "a negative size": [tensor(4, -4), b"."],
-    "a negative offset": [tensor(4, 4, offset=-1), b"."],
-    "a stride beyond its storage": [tensor(4, 4, stride=2**40), b"."],
-    "a tensor without a record": [tensor(4, 4, record="1"), b"."],
-    "a record elsewhere": [tensor(4, 4, record="../data.pkl"), b"."],
+    "no pickle at all": ([b""], "pickle exhausted"),
+    "an unfinished pickle": ([b"}"], "pickle exhausted"),
+    "an empty stack": ([b"u."], "pop from empty list"),
+    "a call of a table": ([b"})R."], "it calls something that is not a function"),
+    "a module": ([b"cos\nsystem\n(", text("touch executed"), b"tR."], CODE),
+    "bytes without end": ([b"cbuiltins\nbytearray\n(", number(2**40), b"tR."], CODE),
+    "a discarded value": ([b"N0N."], CODE),
+    "a key that takes ages to hash": ([HASH_FOR_AGES], "a str expected, found a tuple"),
+    "a key without a value": ([b"}(" + text("a") + b"u."], r"zip\(\) argument 2 is shorter"),
+    "a number without end": ([b"\x8b\xff\xff\xff\x00", b"\x7f" * 2**24, b"."], "a number of more than 64 bits"),
+    "a number of 65 bits": ([number(2**64) + b"."], "a number of more than 64 bits"),
+    "a tensor beyond its record": ([tensor(2**30, 2**30), b"."], "a tensor of 1,073,741,824 values in 16 bytes"),
+    "a record beyond its tensor": ([tensor(3, 3), b"."], "a tensor of 3 values in 16 bytes"),
+    "a tensor beyond its storage": ([tensor(4, 5), b"."], "a tensor larger than its storage"),
+    "an offset beyond its storage": ([tensor(4, 4, offset=1), b"."], "out of bounds for storage of size 16"),
+    "a negative size": ([tensor(4, -4), b"."], "a tensor without values or shape"),
+    "a negative offset": ([tensor(4, 4, offset=-1), b"."], "a tensor without values or shape"),
+    "a negative stride": ([tensor(4, 4, stride=-1), b"."], "a tensor without values or shape"),
+    "a stride beyond its storage": ([tensor(4, 4, stride=2**40), b"."], "out of bounds for storage of size 16"),
+    "a tensor of nothing": ([REBUILD, b"(]" + number(0) + b"))tR."], "a tensor without values or shape"),
+    "a tensor without a record": ([tensor(4, 4, record="1"), b"."], "archive/data/1"),
+    "a record elsewhere": ([tensor(4, 4, record="../data.pkl"), b"."], r"archive/data/\.\./data.pkl"),
+    "a negative storage": ([tensor(-4, 4), b"."], "a storage without type and size"),
+    "a storage of no type": ([b"(" + text("float").join(STORAGE) + number(4) + b"tQ."], "a storage without type"),
+    "a storage of another kind": ([b"NQ."], "a tuple expected, found a NoneType"),
+    "a table made of something": ([b"ccollections\nOrderedDict\n(]tR."], "an ordered dictionary made of something"),
 }
 
 
@@ -529,11 +543,22 @@ CRAFTED = {
 def test_a_crafted_archive_is_refused_in_one_line(tmp_path, monkeypatch, what):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "checkpoint.pt"
-    archive_of(path, *CRAFTED[what], records={"data/0": bytes(16)})
-    with pytest.raises(UserError, match="not a (vqvae )?checkpoint") as caught:
+    instructions, message = CRAFTED[what]
+    archive_of(path, *instructions, records={"data/0": bytes(16)})
+    with pytest.raises(UserError, match=message) as caught:
         checkpoint.read(path)
+    assert re.match(
+        "truncated, or not a checkpoint|not a vqvae checkpoint", str(caught.value).removeprefix(f"{path}: ")
+    )
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_pickle_of_too_many_instructions_is_refused(monkeypatch):
+    monkeypatch.setattr(archives, "MOST_INSTRUCTIONS", 3)
+    assert archives.unpickle(b"]N.", {}) is None
+    with pytest.raises(ValueError, match="more than 3 instructions"):
+        archives.unpickle(b"]]N.", {})
 
 
 def test_an_archive_made_by_hand_is_read(tmp_path):
@@ -560,6 +585,46 @@ def test_a_member_that_occurs_twice_is_refused(tmp_path):
     (tmp_path / "x.pt").write_bytes((tmp_path / "x.pt").read_bytes().replace(b"data.pkm", b"data.pkl")[:-71])
     with pytest.raises(UserError, match="not a checkpoint .several members of one name"):
         checkpoint.read(tmp_path / "x.pt")
+
+
+def test_an_archive_of_two_pickles_is_refused(tmp_path):
+    archive_of(tmp_path / "x.pt", b"}.", records={"other/data.pkl": b"]."})
+    with pytest.raises(UserError, match="not a checkpoint .a ZIP archive of something else"):
+        checkpoint.read(tmp_path / "x.pt")
+
+
+def test_tensors_of_another_byte_order_are_refused(tmp_path):
+    other = {"little": "big", "big": "little"}[sys.byteorder]
+    archive_of(tmp_path / "x.pt", b"}.", records={"byteorder": other.encode()})
+    with pytest.raises(UserError, match="not a checkpoint .written on a machine with another byte order"):
+        checkpoint.read(tmp_path / "x.pt")
+    archive_of(tmp_path / "x.pt", b"}.", records={"byteorder": sys.byteorder.encode()})
+    with open_file(tmp_path / "x.pt") as file:
+        assert archives.read_torch(file) == {}
+
+
+def test_members_that_are_not_where_the_archive_says_are_refused(tmp_path):
+    """The central directory at the end of the archive has sizes and places of its own."""
+    path = tmp_path / "x.pt"
+    archive_of(path, b"}.")
+    raw = path.read_bytes()[:-71]
+    entry = raw.index(b"PK\1\2")
+
+    def read(changed: bytes) -> None:
+        path.write_bytes(changed)
+        with open_file(path) as file:
+            archives.read_torch(file)
+
+    def sized(count: int) -> bytes:
+        return raw[: entry + 20] + count.to_bytes(4, "little") * 2 + raw[entry + 28 :]
+
+    read(sized(2))
+    with pytest.raises(ValueError, match="members that share bytes"):
+        read(sized(len(raw) + 1))
+    with pytest.raises(EOFError, match="cut short"):
+        read(sized(len(raw)))
+    with pytest.raises(ValueError, match="a member without its header"):
+        read(b"PK\1\1" + raw[4:])
 
 
 def test_the_checksum_covers_all_weights_except_the_priors():

@@ -1,5 +1,6 @@
 """Images to codes.npz and back, from the command line. Files from strangers are refused before anything is written."""
 
+import io
 import os
 import re
 import subprocess
@@ -486,6 +487,43 @@ def test_labels_of_shards_are_joined(workdir):
     source = tokens.DatasetSplit(Choice("digits", {}), model, 2, limit=5)
     assert tokens.encode_shards(Path("codes.npz"), model, source, 2).images == 5
     assert np.array_equal(tokens.load_codes("codes-*.npz").labels, source.labels.numpy())
+
+
+def test_arrays_of_every_kind_are_those_that_numpy_reads(tmp_path):
+    arrays = {
+        "turned": np.asfortranarray(np.arange(6, dtype=np.int16).reshape(2, 3)),
+        "swapped": np.arange(3, dtype=">f8"),
+        "half": np.ones((), np.float16),
+        "flags": np.array([True, False]),
+        "nothing": np.zeros((3, 0), np.uint8),
+        "text": np.array(["a", "\U0010ffff"]),
+        "no text": np.array([], dtype=str),
+    }
+    np.savez(tmp_path / "a.npz", **arrays)
+    long = io.BytesIO()
+    np.lib.format.write_array(long, np.arange(5), version=(2, 0))  # whose header may have more than 64 KB
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr("long.npy", long.getvalue())
+        archive.writestr("notes.txt", "no array")
+    with open(tmp_path / "a.npz", "rb") as file:
+        assert archives.array_names(file) == [*arrays, "long"]
+        found = archives.read_arrays(file, [*arrays, "long"])
+    for name, expected in (arrays | {"long": np.arange(5)}).items():
+        assert found[name].dtype == expected.dtype
+        assert found[name].shape == expected.shape
+        assert np.array_equal(found[name], expected)
+
+
+def test_the_bytes_of_all_arrays_together_are_bounded(tmp_path, monkeypatch):
+    np.savez(tmp_path / "a.npz", a=np.zeros(600, np.uint8), b=np.zeros(400, np.uint8))
+    monkeypatch.setattr(archives, "RATIO", 0)
+    with open(tmp_path / "a.npz", "rb") as file:
+        monkeypatch.setattr(archives, "ALWAYS_FITS", 1000)
+        assert archives.read_arrays(file, ["a", "b"])["b"].size == 400
+        monkeypatch.setattr(archives, "ALWAYS_FITS", 999)
+        assert archives.read_arrays(file, ["a"])["a"].size == 600
+        with pytest.raises(ValueError, match="b has 400 bytes, far more than the file"):
+            archives.read_arrays(file, ["a", "b"])
 
 
 def test_arrays_may_have_bytes_in_proportion_to_their_file(tmp_path, monkeypatch):
