@@ -121,8 +121,7 @@ def _check_choice(value: Any, slot: str) -> None:
     choice = _entries(value, f"config.{slot}")
     _need(set(choice) == {"name", "options"}, f"its config.{slot} must be a name and options")
     _text(choice["name"], f"config.{slot}")
-    for key, found in _entries(choice["options"], f"config.{slot}").items():
-        _text(key, f"config.{slot}")
+    for found in _entries(choice["options"], f"config.{slot}").values():
         if type(found) is str:
             _text(found, f"config.{slot}")
         else:
