@@ -11,9 +11,10 @@ import pytest
 
 from tests.helpers import ROOT
 from vqvae.__main__ import main
-from vqvae.data import load
+from vqvae.data import cache_files, load
 from vqvae.data.cache_files import cache_folder, caches, remove
 from vqvae.data.containers import Npz
+from vqvae.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,35 @@ def test_an_array_looks_older_than_its_cache_so_that_any_later_write_changes_its
     assert caches()[0].done == 0
 
 
+def test_an_array_of_another_length_is_made_again_whatever_its_time():
+    make_cache("a.npz")
+    (array,) = cache_folder().glob("*.npy")
+    before, raw = array.stat(), array.read_bytes()
+    for other in (raw[:-1], raw + b"x"):
+        array.write_bytes(other)
+        os.utime(array, ns=(before.st_atime_ns, before.st_mtime_ns))
+        load("npz", data_dir="a.npz", image_size=8)
+        assert array.read_bytes() == raw
+
+
+def test_a_file_that_a_conversion_renames_meanwhile_is_not_listed(monkeypatch):
+    make_cache("a.npz")
+    (cache,) = caches()
+    for name in ("1" * 24, cache.files[0].stem):
+        for ending in ("json", "npy"):
+            (cache_folder() / f"{name}.{ending}.123.partial").touch()
+    listed = cache_files._cache_files
+
+    def late():
+        found = [*listed()]
+        for path in cache_folder().glob("*.partial"):
+            path.unlink()
+        return iter(found)
+
+    monkeypatch.setattr(cache_files, "_cache_files", late)
+    assert caches() == [cache]
+
+
 def test_without_caches_there_is_nothing_to_list_or_remove(capsys):
     assert main(["cache"]) == 0
     assert main(["cache", "--clear"]) == 0
@@ -70,6 +100,22 @@ def test_the_caches_of_one_source_are_removed(tmp_path):
     assert left.source == str(tmp_path / "b.npz")
     assert main(["cache", "--clear", str(left.files[0])]) == 0
     assert caches() == []
+
+
+def test_caches_are_in_the_home_folder_unless_another_one_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    assert cache_folder() == tmp_path / "cache" / "vqvae"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_folder() == tmp_path / "home" / ".cache" / "vqvae"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == tmp_path / "home" / ".cache" / "vqvae"
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(UserError, match="no place for the cache of images .*; set XDG_CACHE_HOME"):
+        cache_folder()
 
 
 def test_only_caches_are_removed(tmp_path, capsys):
@@ -111,7 +157,7 @@ def test_a_damaged_index_is_listed_by_its_name_and_removed(capsys):
 
 USER = """
 import sys
-from vqvae.data import load
+from vqvae.data import cache_files, load
 data = load("npz", data_dir="a.npz", image_size=8)
 print("mapped", flush=True)
 sys.stdin.read()

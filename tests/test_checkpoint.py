@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tests.checkpoints import CHOICES, Payload, choices, content, unambiguous
 from tests.helpers import images, make, training
@@ -224,6 +225,9 @@ def test_a_checkpoint_without_an_entry_is_refused(tmp_path):
         (1, "written by vqvae 0.1 .format 1., .* install vqvae 0.1 to read it"),
         (99, "written by a later version of vqvae .format 99., .* update vqvae"),
         (0, "0 is not a format of vqvae; this version reads format 2"),
+        (True, "True is not a format of vqvae"),
+        ([2], "a list is not a format of vqvae"),
+        ("x" * 100, f"'{'x' * 39} is not a format of vqvae"),
         ("two", "'two' is not a format of vqvae"),
     ],
 )
@@ -629,6 +633,28 @@ def test_members_that_are_not_where_the_archive_says_are_refused(tmp_path):
         read(sized(len(raw)))
     with pytest.raises(ValueError, match="a member without its header"):
         read(b"PK\1\1" + raw[4:])
+
+
+def test_checksums_stay_as_they_are():
+    """Files of codes and evaluations store them, to be found again by later versions."""
+    assert weights_checksum(load(FORMAT_2)) == "195ed5bf4f115dec"
+    assert checkpoint.identity_of(checkpoint.read(FORMAT_2)) == {
+        "run": "test",
+        "step": 3,
+        "weights": "b2a7515b22c3e824",
+    }
+
+
+def test_the_checksum_does_not_depend_on_strides_and_knows_every_type():
+    values = torch.arange(6.0).view(2, 3)
+    layer = nn.Linear(3, 2, bias=False)
+    found = set()
+    for weight in (values, values.T.contiguous().T):
+        layer.weight = nn.Parameter(weight)
+        found.add(weights_checksum(layer))
+    assert len(found) == 1
+    layer.weight = nn.Parameter(values.bfloat16())
+    assert weights_checksum(layer) not in found
 
 
 def test_the_checksum_covers_all_weights_except_the_priors():

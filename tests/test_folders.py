@@ -1,5 +1,6 @@
 """Large folders of images: conversion by processes, after a kill and after changes of files; parts of data."""
 
+import errno
 import functools
 import os
 import runpy
@@ -175,6 +176,19 @@ def test_a_cache_that_is_in_use_stays_when_a_file_is_added(tree):
     assert len(caches()) == 2
     assert torch.equal(mapped, expected)
     del mapped
+
+
+def test_a_cache_that_may_be_in_use_is_removed_only_on_demand(tree, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", no_locks)
+    cached_images(tree, 8, 3)
+    write(tree / "new.png", 99)
+    assert len(reds(tree)) == 41
+    assert len(caches()) == 2
+    assert main(["cache", "--clear"]) == 0
+    assert caches() == []
 
 
 def test_a_start_reads_the_array_only_if_it_was_written_to(tree, monkeypatch):

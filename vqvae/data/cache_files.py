@@ -223,9 +223,10 @@ class Cache(NamedTuple):
 
 def caches() -> list[Cache]:
     """All caches, the oldest first. Files that no cache has are left out."""
-    found: dict[str, list[Path]] = {}
+    found: dict[str, dict[Path, os.stat_result]] = {}
     for path, match in _cache_files():
-        found.setdefault(match[1], []).append(path)
+        with contextlib.suppress(FileNotFoundError):  # a conversion that ends renames its files
+            found.setdefault(match[1], {})[path] = path.stat()
     return sorted((_described(files) for files in found.values()), key=lambda cache: cache.changed)
 
 
@@ -237,11 +238,11 @@ def _cache_files() -> Iterator[tuple[Path, re.Match[str]]]:
                 yield path, match
 
 
-def _described(files: list[Path]) -> Cache:
+def _described(files: dict[Path, os.stat_result]) -> Cache:
     content: Any = {}
     done = None
     names = {path.name: path for path in files}
-    index = f"{files[0].name[:24]}.json"
+    index = f"{next(iter(names))[:24]}.json"
     with contextlib.suppress(OSError, ValueError, RecursionError):
         if index in names:
             content = json.loads(names[index].read_text(encoding="utf-8"))
@@ -255,10 +256,10 @@ def _described(files: list[Path]) -> Cache:
     part, resize = content.get("part"), content.get("resize", "")
     known = isinstance(resize, str) and isinstance(kind, str) and isinstance(source, str) and _are_counts(shape, 4)
     known = known and (part is None or _are_counts(part, 2))
-    status = [path.stat() for path in files]
-    size, changed = sum(entry.st_size for entry in status), max(entry.st_mtime for entry in status)
+    size = sum(status.st_size for status in files.values())
+    changed = max(status.st_mtime for status in files.values())
     about = (kind, source, shape, resize, done, part) if known else ("", "", [], "", None, None)
-    return Cache(files, size, changed, *about)
+    return Cache([*files], size, changed, *about)
 
 
 def _are_counts(values: Any, length: int) -> bool:
