@@ -139,11 +139,28 @@ def test_only_caches_are_removed(tmp_path, capsys):
     assert "has no cache; see vqvae cache" in capsys.readouterr().err
 
 
+def test_an_array_that_cannot_be_removed_keeps_its_index(capsys, monkeypatch):
+    unlink = Path.unlink
+
+    def refuse(path, missing_ok=False):
+        if path.suffix == ".npy":
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, missing_ok)
+
+    make_cache("a.npz")
+    monkeypatch.setattr(cache_files, "WINDOWS", False)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert main(["cache", "--clear"]) == 2
+    assert ".npy: cannot be removed (Permission denied); change its permissions\n" in capsys.readouterr().err
+    assert caches()[0].done is None
+
+
 def test_a_damaged_index_is_listed_by_its_name_and_removed(capsys):
     make_cache("a.npz")
     (cache,) = caches()
     (index,) = (file for file in cache.files if file.suffix == ".json")
-    strange: list[dict] = [{"kind": 1, "source": [], "shape": "x"}]
+    strange: list[dict] = [{"kind": 1, "source": "a", "shape": [1, 1, 8, 8]}]
+    strange.append({"kind": "npz", "source": [], "shape": [1, 1, 8, 8]})
     strange += [{"kind": "npz", "source": "a", "shape": shape} for shape in ([1, 2, 3, "x"], [1, 2, 3, None])]
     strange += [{"kind": "npz", "source": "a", "shape": [1, 1, 8, 8], "part": part} for part in ("ab", [0, "x"], 1)]
     strange.append({"kind": "npz", "source": "a", "shape": [1, 1, 8, 8], "resize": 1})

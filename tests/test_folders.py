@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import json
 import os
 import runpy
 import signal
@@ -276,6 +277,18 @@ def test_images_of_an_unfinished_cache_that_a_power_cut_damaged_are_converted_ag
     journal.write_bytes(journal.read_bytes()[:-10] + b"\xff")  # its last line
     assert reds(tree) == {f"{'ab'[i % 2]}/{i:02}.png": i for i in range(40)}
     assert 22 <= sum(opened.values()) <= 23
+
+
+@pytest.mark.parametrize("row", [-1, 1.5, "1", 10**30])
+def test_a_journal_of_rows_that_do_not_exist_is_left_out(tree, monkeypatch, opened, row):
+    interrupted(tree, monkeypatch, after=20)
+    (journal,) = cache_folder().glob("*.json.*")
+    about, *notes = map(json.loads, journal.read_text().splitlines())
+    assert len(notes) == 20
+    changed = [about, *([name, stamp, row, *others] for name, stamp, _, *others in notes)]
+    journal.write_text("".join(f"{json.dumps(entry)}\n" for entry in changed))
+    assert reds(tree) == {f"{'ab'[i % 2]}/{i:02}.png": i for i in range(40)}
+    assert opened["01.png"] == opened["39.png"] == 1
 
 
 def test_unfinished_caches_are_removed_on_demand(tree, monkeypatch):

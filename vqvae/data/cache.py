@@ -294,7 +294,7 @@ class _Rows:
         try:
             file.seek(self.start + image.row * self.size)
             pixels = file.read(self.size)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a damaged journal names a row that no file can have
             return
         if len(pixels) == self.size and zlib.crc32(pixels) == image.sum:
             self.sums[row] = image.sum

@@ -123,7 +123,7 @@ class Image(NamedTuple):
         """The inverse of what a journal notes. Raises `ValueError` for anything else."""
         name, stamp, row, known, unreadable = entry
         whole = unreadable is None or set(unreadable) == {"access", "stamp", "reason"}
-        if not (whole and isinstance(name, str) and isinstance(stamp, str) and row >= 0):
+        if not (whole and isinstance(name, str) and isinstance(stamp, str) and type(row) is int and row >= 0):
             raise ValueError("damaged")
         return cls(name, stamp, row, known, unreadable)
 
