@@ -67,6 +67,17 @@ def test_an_array_of_another_length_is_made_again_whatever_its_time():
         assert array.read_bytes() == raw
 
 
+def test_a_damaged_array_is_not_taken_for_whole_when_it_is_read_again():
+    make_cache("a.npz")
+    (array,) = cache_folder().glob("*.npy")
+    content = cache_files.read_index(array.with_suffix(".json"))
+    raw = bytearray(array.read_bytes())
+    raw[-1] ^= 1
+    array.write_bytes(raw)
+    for _ in range(2):
+        assert not cache_files.is_whole(array, content)
+
+
 def test_a_file_that_a_conversion_renames_meanwhile_is_not_listed(monkeypatch):
     make_cache("a.npz")
     (cache,) = caches()

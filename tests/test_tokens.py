@@ -179,6 +179,10 @@ SPOILT = {
     "a path too long": ({"files": np.array(["a", "b/" * 600 + "x", "c"])}, "is too long; change it in files"),
     "a path too deep": ({"files": np.array(["a", "b/" * 60 + "x", "c"])}, "is too long; change it in files"),
     "numbers for names": ({"files": np.arange(3)}, "files must be 3 different names"),
+    "names in rows": ({"files": np.array([["a"], ["b"], ["c"]])}, "files must be 3 different names"),
+    "labels that are no integers": ({"labels": np.zeros(3)}, "labels must be 3 integers, or empty"),
+    "too few labels": ({"labels": np.zeros(2, int)}, "labels must be 3 integers, or empty"),
+    "labels in rows": ({"labels": np.zeros((3, 1), int)}, "labels must be 3 integers, or empty"),
 }
 
 
@@ -195,6 +199,32 @@ def test_codes_from_a_stranger_are_refused_before_anything_is_written(workdir, c
     assert err.startswith("error: codes.npz: ")
     assert err.count("\n") == 1
     assert sorted(workdir.rglob("*")) == before  # nor was the pickle executed, which would write a file
+
+
+FOREIGN = {
+    "two numbers of codes": {"num_codes": np.array([7, 7])},
+    "no number of codes": {"num_codes": np.array([], int)},
+    "a number of codes in words": {"num_codes": np.array("7")},
+    "half a code": {"num_codes": np.array(7.5)},
+    "a grid in words": {"grid": np.array(["2", "2"])},
+    "a grid of grids": {"grid": np.array([[2, 2]])},
+    "no grid": {"grid": np.array([], int), "codes": np.array(3)},
+    "a shape in words": {"image_shape": np.array(["3", "8", "8"])},
+    "two models": {"model": np.array(["a", "b"])},
+    "a model that is a number": {"model": np.array(3)},
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_codes_that_no_model_wrote_are_refused_without_a_model(workdir, what):
+    content = {"codes": np.zeros((3, 2, 2), np.uint16), "num_codes": 7, "grid": (2, 2), "image_shape": (3, 8, 8)}
+    content |= {"model": "0" * 16, "files": np.array([], dtype=str)}
+    np.savez("codes.npz", **content)
+    assert tokens.load_codes("codes.npz").num_codes == 7
+    np.savez("codes.npz", **content | FOREIGN[what])
+    name = next(iter(FOREIGN[what]))
+    with pytest.raises(UserError, match=f"codes.npz: its {name} is not as `vqvae encode` writes it; encode again"):
+        tokens.load_codes("codes.npz")
 
 
 def _truncated(path: Path) -> None:
@@ -444,6 +474,23 @@ def test_shards_that_do_not_belong_together_are_refused(workdir, capsys):
         tokens.load_codes("nothing-*.npz")
     with pytest.raises(UserError, match="the list of files of codes is empty"):
         tokens.load_codes([])
+
+
+def test_shards_of_other_models_or_given_twice_are_refused(workdir):
+    stored(workdir / "run")
+    write_images("in/a.png", "in/b.png")
+    encode = "encode --input in --device cpu --shards 2 --output codes.npz --checkpoint"
+    assert run(f"{encode} run") == 0
+    first, second = (f"codes-0000{n}-of-00002.npz" for n in range(2))
+    with pytest.raises(UserError, match=f"{first}: this shard is given twice"):
+        tokens.load_codes([first, second, first])
+    content = npz(second)
+    for name, other in (("model", "0" * 16), ("num_codes", 8), ("grid", (1, 4)), ("image_shape", (3, 16, 4))):
+        np.savez(second, **content | {name: other})
+        with pytest.raises(UserError, match=f"{second}: its {name} is not that of {first}; encode both again"):
+            tokens.load_codes("codes.npz")
+    np.savez(second, **content | {"labels": np.array([3])})
+    assert tokens.load_codes("codes.npz").labels is None  # those of the first shard are unknown
 
 
 def test_a_file_that_would_be_read_in_place_of_the_shards_is_not_overlooked(workdir, capsys):

@@ -384,6 +384,9 @@ def find_files(files: str | Path | Sequence[str | Path]) -> list[Path]:
     return sorted(paths, key=lambda path: path.name)
 
 
+ABOUT = {"model": ("U", 0), "num_codes": ("iu", 0), "grid": ("iu", 1), "image_shape": ("iu", 1)}  # type, dimensions
+
+
 def _content(path: Path) -> dict[str, np.ndarray]:
     """The arrays in a file of codes, each within its bounds. Raises `UserError` if the file is damaged."""
     try:
@@ -396,7 +399,7 @@ def _content(path: Path) -> dict[str, np.ndarray]:
         reason = one_line(problem, 120)
         refusal = f"truncated, or not a file that `vqvae encode` wrote ({reason}); encode again"
         raise UserError(f"{path}: {refusal}") from None
-    for name in ("model", "num_codes", "grid", "image_shape"):
+    for name in ABOUT:
         if content[name].size > 8:
             raise UserError(f"{path}: its {name} has {content[name].size:,} values; encode again")
     codes = content["codes"]
@@ -408,11 +411,15 @@ def _content(path: Path) -> dict[str, np.ndarray]:
 def _joined(paths: list[Path], contents: list[dict[str, np.ndarray]]) -> Codes:
     """Files of codes as one. Raises `UserError` if codes are out of range, or files do not belong together."""
     first = contents[0]
+    for name, (kinds, dimensions) in ABOUT.items():
+        value = first[name]
+        if value.dtype.kind not in kinds or value.ndim != dimensions or not value.size:
+            raise UserError(f"{paths[0]}: its {name} is not as `vqvae encode` writes it; encode again")
     for path, content in zip(paths, contents, strict=True):
-        for name in ("model", "num_codes", "grid", "image_shape"):
+        for name in ABOUT:
             if content[name].tolist() != first[name].tolist():
                 raise UserError(f"{path}: its {name} is not that of {paths[0]}; encode both again")
-        codes, grid = content["codes"], tuple(first["grid"].reshape(-1).tolist())
+        codes, grid = content["codes"], tuple(first["grid"].tolist())
         if codes.dtype.kind not in "iu" or codes.shape[1:] != grid or not (len(codes) or len(paths) > 1):
             wanted = f"integers [N, {', '.join(map(str, grid))}]"
             raise UserError(f"{path}: codes must be {wanted}, not {codes.dtype} {list(codes.shape)}; encode again")
@@ -431,7 +438,7 @@ def _joined(paths: list[Path], contents: list[dict[str, np.ndarray]]) -> Codes:
         [name for content in contents for name in content["files"].tolist()],
         labels if len(labels) == len(joined) else None,
         int(first["num_codes"]),
-        tuple(first["image_shape"].reshape(-1).tolist()),
+        tuple(first["image_shape"].tolist()),
         str(first["model"]),
     )
 
