@@ -1,6 +1,8 @@
 """Folders of diffusers' VQModel are written and read, and models that do not fit are refused."""
 
+import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoints import stored, unambiguous
 from tests.helpers import images
 from tests.test_tokens import run
-from vqvae import checkpoint, load
+from vqvae import checkpoint, foreign, load
 from vqvae.autoencoder import unit_range
 from vqvae.errors import UserError
 from vqvae.foreign import DEFAULTS, SETTINGS, WEIGHTS, write
+from vqvae.programs import TOLERANCE
 from vqvae.registry import Choice
 
 SHAPE = (3, 16, 24)
@@ -86,6 +89,25 @@ def test_an_exported_folder_is_read_back_as_the_same_model(kind):
     assert back.data_variance == model.data_variance
     names = {path.name for path in Path("there").iterdir()}
     assert names == {SETTINGS, WEIGHTS, "README.md"}
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_an_exported_folder_that_is_not_the_model_is_refused(half, monkeypatch, capsys):
+    stored(Path("run"), SHAPE, nets=SMALL)
+
+    @torch.no_grad()
+    def spoil(content, model, folder):
+        other = copy.deepcopy(model)
+        for weight in getattr(other, half).parameters():
+            weight.normal_()
+        write(content, other, folder)
+
+    monkeypatch.setattr(foreign, "write", spoil)
+    assert run("export --checkpoint run --output there --format diffusers") == 2
+    same, error = re.search(
+        r"there: what was written is not the model \((\d+)% of its codes, images off by (.*)\)", capsys.readouterr().err
+    ).groups()
+    assert (int(same) >= 99, float(error) <= TOLERANCE) == (half == "decoder", half == "encoder")
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,8 @@ The programs do not check their input: codes must be in range. With the package 
 def _write_diffusers(content: dict[str, Any], model: Autoencoder, folder: Path) -> Iterator[str]:
     foreign.write(content, model, folder)
     restored, inputs = checkpoint.load(folder), programs.examples(model, 5)
-    same = (restored.encode(inputs) == model.encode(inputs)).float().mean().item()
     codes = model.encode(inputs)
+    same = (restored.encode(inputs) == codes).float().mean().item()
     error = (restored.decode(codes) - model.decode(codes)).abs().max().item()
     if same < 0.99 or error > programs.TOLERANCE:
         raise UserError(
