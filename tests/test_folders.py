@@ -380,6 +380,21 @@ def test_parts_share_the_training_images_and_have_all_others(tree, splits, valid
     assert {tuple(known.part) for known in caches() if known.part} == {(0, 3), (1, 3), (2, 3)}
 
 
+def test_no_part_has_classes_if_an_image_of_any_part_has_none(tree):
+    write(tree / "new.png", 99)
+    parts = [load("folder", data_dir=tree, image_size=8, part=(r, 2)) for r in range(2)]
+    assert [99 in images_of(part)["train"] | images_of(part)["test"] for part in parts].count(False) == 1
+    for part in parts:
+        assert part.classes == ()
+        assert {*part.train.labels.tolist(), *part.test.labels.tolist()} == {-1}
+
+
+def test_a_part_replaces_no_cache_of_another(tree):
+    for part in ((0, 2), (1, 2), (0, 1), (0, 2)):
+        load("folder", data_dir=tree, image_size=8, part=part)
+    assert sorted(cache.part or [] for cache in caches()) == [[], [0, 2], [1, 2]]
+
+
 def test_more_parts_than_training_images_are_refused(tree):
     with pytest.raises(OptionError, match="data_shards=50: leaves no training image of"):
         load("folder", data_dir=tree, image_size=8, part=(0, 50))

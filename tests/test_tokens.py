@@ -364,6 +364,19 @@ def test_a_failed_encoding_leaves_the_old_codes(workdir, capsys):
     assert not list(workdir.glob("*.partial"))
 
 
+def test_a_model_of_points_takes_and_gives_no_image_files(workdir, capsys):
+    encoded(workdir)
+    stored(workdir / "plane", (2, 1, 1), nets="mlp", likelihood="gaussian")
+    for line, flag in (
+        ("encode --input in --output plane.npz --checkpoint plane", "--input in"),
+        ("decode codes.npz --output back --checkpoint plane", "--checkpoint plane"),
+    ):
+        capsys.readouterr()
+        assert run(f"{line} --device cpu") == 2
+        message = f"error: {flag}: the model's examples are 2x1x1, which image files cannot store; encode a data set"
+        assert capsys.readouterr().err.startswith(message)
+
+
 def test_points_of_the_plane_have_codes_too(workdir):
     model = stored(workdir / "plane", (2, 1, 1), nets="mlp", likelihood="gaussian")
     assert run("encode --checkpoint plane --dataset gauss2d set=2 --limit 9 --output codes.npz --device cpu") == 0
