@@ -227,6 +227,16 @@ def test_new_images_do_not_move_others_between_the_splits(tree):
     assert test_split(30) == {i for i in test_split(60) if i < 30}
 
 
+def test_the_place_of_a_path_stays_as_it_is():
+    """So that later versions hold out the same images."""
+    assert cache.position("cats/1.png") == 0.011905832120586268
+
+
+@pytest.mark.parametrize(("train", "count"), [([True, True], 1), ([False, False], 1), ([True, True, False], 2)])
+def test_both_splits_have_an_image(train, count):
+    assert cache.train_count(train) == count
+
+
 def test_the_order_does_not_depend_on_the_file_system(tree, monkeypatch):
     for name in ("b/1.png", "a/2.png", "a/1.png", "c.png"):
         write_flat(tree / name)
