@@ -318,8 +318,12 @@ def test_a_killed_conversion_leaves_no_finished_cache_and_is_continued(tree, ope
     assert killed.returncode == -signal.SIGKILL
     (unfinished,) = caches()
     assert unfinished.done == 20
+    (partial,) = cache_folder().glob("*.npy.*")
+    file = partial.stat().st_ino
     assert len(cached_images(tree, 8, 3).images) == 40
     assert sum(opened.values()) == 21
+    (array,) = cache_folder().glob("*.npy")
+    assert array.stat().st_ino == file  # it is continued, not copied
 
 
 def test_two_processes_that_convert_one_folder_at_once_both_get_it(tree):
