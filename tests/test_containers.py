@@ -116,6 +116,16 @@ def test_a_table_of_hugging_face_gives_the_images_of_the_folder_with_their_label
     same(data, folder._replace(classes=data.classes, train=swapped[0], test=swapped[1]))
 
 
+def test_every_part_of_a_table_has_its_classes_in_their_order(tmp_path):
+    paths = files(make_tree(tmp_path / "tree"))
+    rows = [row(path, path.name, int(path.parent.name == "cats")) for path in paths]
+    write_parquet(tmp_path / "a.parquet", rows, ["dogs", "cats", "pigs"])
+    for number in range(2):
+        part = load("parquet", data_dir=tmp_path / "a.parquet", part=(number, 2), **SIZE)
+        assert part.classes == ("dogs", "cats", "pigs")
+        assert set(part.train.labels.tolist()) == {0, 1}
+
+
 def test_a_table_of_bytes_without_paths_has_numbered_images(tmp_path):
     tree = make_tree(tmp_path / "tree")
     write_parquet(tmp_path / "a.parquet", [{"img": path.read_bytes(), "label": 3} for path in files(tree)])

@@ -149,6 +149,20 @@ def test_no_two_images_share_a_name():
     assert names == ["a.jpg-2.png", "a.png.png", "a.jpg.png", "b.png/c.png", "b.jpg.png", "d-2.png", "d.x.png"]
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "problem"),
+    [
+        ("/".join(["x" * 127] * 7 + ["x" * 128]), "x", "is too long"),  # 1,024 characters
+        ("x/" * 49 + "x", "x/", "is too long"),  # 50 parts
+        ("é" * 125 + "x", "x", "no file can have the name"),  # with .png, 255 bytes
+    ],
+)
+def test_a_name_at_its_limit_is_taken(name, more, problem):
+    assert tokens.image_names(Path("codes.npz"), np.array([name]), 1) == [f"{name}.png"]
+    with pytest.raises(UserError, match=problem):
+        tokens.image_names(Path("codes.npz"), np.array([more + name]), 1)
+
+
 SPOILT = {
     "another model": ({"model": "0123456789abcdef"}, "encoded by model '0123456789abcdef'"),
     "no grid": ({"grid": None}, "it has no array grid"),
