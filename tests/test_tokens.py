@@ -109,6 +109,13 @@ def test_a_data_set_gives_labels_and_numbered_images(workdir):
     assert png("back/000000.png").shape == (1, 16, 16)  # gray
 
 
+def test_a_limit_takes_the_first_images_of_a_folder(workdir):
+    stored(workdir / "run")
+    write_images("in/a.png", "in/b.png", "in/c.png")
+    assert run("encode --checkpoint run --input in --limit 2 --output codes.npz --device cpu") == 0
+    assert npz("codes.npz")["files"].tolist() == ["a.png", "b.png"]
+
+
 def test_a_gray_model_gets_gray_images_of_its_size(workdir):
     model = stored(workdir / "run", (1, 16, 16))
     write_images("in/color.png")
@@ -540,6 +547,8 @@ def test_shards_of_another_number_would_be_read_together_and_are_refused(workdir
     assert refusal in capsys.readouterr().err
     assert len(tokens.load_codes("codes.npz").codes) == 3
     assert run(f"{encode} 3 --resume") == 0
+    assert run(encode.removesuffix(" --shards")) == 0  # from now on, this file is read
+    assert len(tokens.load_codes("codes.npz").codes) == 3
 
 
 def test_a_data_set_is_encoded_as_it_was_trained_on(workdir):
