@@ -162,6 +162,7 @@ def test_no_two_images_share_a_name():
         ("/".join(["x" * 127] * 7 + ["x" * 128]), "x", "is too long"),  # 1,024 characters
         ("x/" * 49 + "x", "x/", "is too long"),  # 50 parts
         ("é" * 125 + "x", "x", "no file can have the name"),  # with .png, 255 bytes
+        ("x" * 255 + "/y", "x", "no file can have the name"),
     ],
 )
 def test_a_name_at_its_limit_is_taken(name, more, problem):
@@ -490,6 +491,7 @@ def test_shards_that_do_not_belong_together_are_refused(workdir, capsys):
     write_images(*(f"in/{name}.png" for name in "ab"))
     encode = "encode --checkpoint run --input in --device cpu --output"
     assert run(f"{encode} codes.npz --shards 3") == 0  # the last one is empty
+    assert npz("codes-00002-of-00003.npz")["files"].dtype.kind == "U"
     assert len(tokens.load_codes("codes.npz").codes) == 2
     Path("codes-00001-of-00003.npz").unlink()
     with pytest.raises(UserError, match="codes-00001-of-00003.npz: this shard is missing; encode again with resume"):
