@@ -416,6 +416,12 @@ def test_an_entry_that_vqvae_would_not_write_is_refused(tmp_path, changes, messa
     assert len(str(caught.value)) < 1000 + len(str(path))
 
 
+def test_a_model_of_many_more_tensors_than_its_weights_is_refused(monkeypatch):
+    monkeypatch.setattr(checkpoint._Budget, "SLACK", 2**40)  # however small they are
+    with pytest.raises(UserError, match="its settings describe a larger model than its weights"):
+        checkpoint.restore(content() | with_option("nets", residual_layers=200))
+
+
 LIMITS = [
     {"step": 2**63 - 1, "best": math.inf, "best_step": None, "plots": "x" * 4096},
     {"config": CONFIG | {"weight_decay": 0, "data_dir": "x" * 4096, "limit": None}},

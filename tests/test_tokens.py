@@ -154,6 +154,8 @@ def test_no_two_images_share_a_name():
     names = tokens.image_names(Path("codes.npz"), np.array(files), len(files))
     # a.jpg.png is already the third's name, b.png is a folder, and d.png is the short name of the last two
     assert names == ["a.jpg-2.png", "a.png.png", "a.jpg.png", "b.png/c.png", "b.jpg.png", "d-2.png", "d.x.png"]
+    files = ["a.jpg", "a.gif", "a.jpg.png/a.jpg"]  # a.jpg.png is a folder
+    assert tokens.image_names(Path("codes.npz"), np.array(files), 3) == ["a.jpg-2.png", "a.gif.png", "a.jpg.png/a.png"]
 
 
 @pytest.mark.parametrize(
@@ -567,10 +569,11 @@ def test_a_data_set_is_encoded_as_it_was_trained_on(workdir):
     assert run(f"{encode} other --output other.npz") == 0
 
 
-def test_labels_of_shards_are_joined(workdir):
+@pytest.mark.parametrize("count", [5, 1])  # one image leaves a shard empty
+def test_labels_of_shards_are_joined(workdir, count):
     model = stored(workdir / "run", (1, 16, 16))
-    source = tokens.DatasetSplit(Choice("digits", {}), model, 2, limit=5)
-    assert tokens.encode_shards(Path("codes.npz"), model, source, 2).images == 5
+    source = tokens.DatasetSplit(Choice("digits", {}), model, 2, limit=count)
+    assert tokens.encode_shards(Path("codes.npz"), model, source, 2).images == count
     assert np.array_equal(tokens.load_codes("codes-*.npz").labels, source.labels.numpy())
 
 
