@@ -289,6 +289,7 @@ WRONG = [
     (with_option("bottleneck", num_codes=2**24), "describe a larger model than its weights"),
     (with_option("nets", hidden=10**9), "hidden=1000000000 describe a larger model than its weights"),
     (with_option("nets", hidden=2**24), "describe a larger model than its weights"),
+    (with_option("nets", hidden=2**21), "its settings describe a larger model than its weights"),  # no option alone
     (with_option("nets", residual_layers=2**24), "describe a larger model than its weights"),
     (with_option("nets", residual_layers=10**9), "describe a larger model than its weights"),
     (with_option("nets", hidden=16), "its weights do not fit the model of its settings"),
