@@ -402,6 +402,7 @@ WRONG = [
     (with_optimizer(param_groups=[{"params": [0], "lr": [1]}]), "its optimizer's groups have the wrong type"),
     (with_optimizer(param_groups=[{"params": [0], "betas": (0.9, [])}]), "its optimizer's groups have the wrong type"),
     ({"trained": {"x": 1}}, "its trained must be tensors"),
+    ({"trained": {}}, "its weights do not fit .*model.* should be .* and is absent"),
 ]
 
 

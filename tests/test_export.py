@@ -269,6 +269,10 @@ DAMAGE = {
     "a pipe for weights": (pipe("model.safetensors"), "model.safetensors: cannot be read (not a regular file)"),
     "a pipe for settings": (pipe("config.json"), "config.json: cannot be read (not a regular file)"),
     "a weight too many": (claim_too_much, "model.safetensors: cannot be read"),
+    "a weight of a long name": (
+        reweigh(lambda weights: weights.update({"x" * 10_000: torch.zeros(1)})),
+        "x... (10,000 characters) should be absent",
+    ),
     "a weight lost": (reweigh(lambda weights: weights.popitem()), "its weights do not fit the model"),
     "halves": (
         reweigh(lambda weights: weights.update({key: value.half() for key, value in weights.items()})),
@@ -306,6 +310,7 @@ def test_damage_to_an_exported_folder_is_named_in_one_line(workdir, what):
     assert message in str(caught.value)
     assert str(caught.value).startswith("exported")
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def test_commands_that_need_a_run_say_that_a_folder_has_an_exported_model(workdir, capsys):
