@@ -424,6 +424,31 @@ def test_a_model_of_many_more_tensors_than_its_weights_is_refused(monkeypatch):
         checkpoint.restore(content() | with_option("nets", residual_layers=200))
 
 
+LARGE = {
+    "sizes": lambda: torch.empty(2**12, 2**12),
+    "a tuple": lambda: torch.zeros((2**12, 2**12)),
+    "a keyword": lambda: torch.ones(size=(2**12, 2**12)),
+    "numbers": lambda: torch.arange(2**23),
+    "several": lambda: [torch.full((2**21,), 0.0) for _ in range(3)],
+    "a sum": lambda: torch.rand(2**12, 1) + torch.rand(2**12),
+}
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_a_tensor_that_is_larger_than_all_weights_is_not_made(what):
+    with pytest.raises(UserError, match="describe a larger model"), checkpoint._Budget([torch.zeros(3)]):
+        LARGE[what]()
+
+
+def test_tensors_that_are_not_stored_may_be_as_large_as_the_budget():
+    weights = [torch.zeros(2**12)]
+    with checkpoint._Budget(weights):
+        assert torch.empty(2**11, 2**11).numel() == 2**22
+        assert len(torch.arange(0.0, 1.0, 0.5)) == 2
+    with checkpoint._Budget(weights):
+        assert (torch.rand(2**11, 1) + torch.rand(2**11)).numel() == 2**22
+
+
 LIMITS = [
     {"step": 2**63 - 1, "best": math.inf, "best_step": None, "plots": "x" * 4096},
     {"config": CONFIG | {"weight_decay": 0, "data_dir": "x" * 4096, "limit": None}},
@@ -486,7 +511,9 @@ def test_a_check_draws_no_random_numbers(tmp_path):
     torch.manual_seed(0)
     expected = make(**choices(prior="transformer")).prior.state_dict()
     torch.manual_seed(0)
-    found = checkpoint.with_new_prior(stored, "checkpoint", new_prior, 0).prior.state_dict()
+    model = checkpoint.with_new_prior(stored, "checkpoint", new_prior, 0)
+    assert not model.training
+    found = model.prior.state_dict()
     assert all(torch.equal(value, found[key]) for key, value in expected.items())
 
 
