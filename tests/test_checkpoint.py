@@ -617,6 +617,14 @@ def test_a_compressed_archive_is_refused(tmp_path):
         checkpoint.read(tmp_path / "x.pt")
 
 
+def test_an_archive_of_which_one_member_is_compressed_is_refused(tmp_path):
+    archive_of(tmp_path / "x.pt", b"}.")
+    with zipfile.ZipFile(tmp_path / "x.pt", "a") as archive:
+        archive.writestr("archive/data/0", bytes(2**24), zipfile.ZIP_DEFLATED)
+    with open_file(tmp_path / "x.pt") as file, pytest.raises(ValueError, match="compressed members"):
+        archives.read_torch(file)
+
+
 def test_an_archive_of_another_program_is_refused_with_the_reason(tmp_path):
     np.savez(tmp_path / "x.npz", images=np.zeros((3, 8, 8)))
     with pytest.raises(UserError, match="not a checkpoint .a ZIP archive of something else"):
