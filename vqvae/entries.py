@@ -130,8 +130,8 @@ def _check_choice(value: Any, slot: str) -> None:
 
 def check_state(content: Mapping[str, Any]) -> None:
     """Raise `UserError` unless the entries that only a checkpoint has are what `training` saves."""
-    check_tensors(content["model"], "model")
-    check_tensors(content["objective"], "objective")
+    _check_tensors(content["model"], "model")
+    _check_tensors(content["objective"], "objective")
     _count(content["epoch"], "epoch")
     _text(content["plots"], "plots", 4096)
     _check_examples(content)
@@ -150,14 +150,14 @@ def check_state(content: Mapping[str, Any]) -> None:
         means = _entries(content.get(key, {"sums": {}, "count": 0}), key)
         _need(set(means) == {"sums", "count"}, f"its {key} must be sums and a count")
         _count(means["count"], key)
-        check_tensors(means["sums"], f"{key}.sums")
+        _check_tensors(means["sums"], f"{key}.sums")
     if "trained" in content:
-        check_tensors(content["trained"], "trained")
+        _check_tensors(content["trained"], "trained")
     if "optimizer" in content:
         _check_optimizer(content["optimizer"], [*content["model"].values(), *content["objective"].values()])
 
 
-def check_tensors(value: Any, what: str) -> None:
+def _check_tensors(value: Any, what: str) -> None:
     tensors = all(isinstance(weight, Tensor) for weight in _entries(value, what).values())
     _need(tensors, f"its {what} must be tensors")
 
