@@ -289,7 +289,7 @@ def test_a_journal_of_rows_that_do_not_exist_is_left_out(tree, monkeypatch, open
     changed = [about, *([name, stamp, row, zlib.crc32(b""), None] for name, stamp, *_ in notes)]
     journal.write_text("".join(f"{json.dumps(entry)}\n" for entry in changed))
     assert reds(tree) == {f"{'ab'[i % 2]}/{i:02}.png": i for i in range(40)}
-    assert opened["01.png"] == opened["39.png"] == 1
+    assert sum(opened.values()) == 41
 
 
 def test_unfinished_caches_are_removed_on_demand(tree, monkeypatch):
