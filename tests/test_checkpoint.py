@@ -458,14 +458,17 @@ def test_tensors_that_are_not_stored_may_be_as_large_as_the_budget():
 LIMITS = [
     {"step": 2**63 - 1, "best": math.inf, "best_step": None, "plots": "x" * 4096},
     {"config": CONFIG | {"weight_decay": 0, "data_dir": "x" * 4096, "limit": None}},
-    {"data": ABOUT | {"note": "x" * 1000, "classes": ["x"] * 2**16, "examples": {"train": 0}, "variance": 1}},
+    {"data": ABOUT | {"note": "x" * 1000, "classes": ["x"] * 2**16, "examples": {"train": 0}, "variance": 1e30}},
     {"data": ABOUT | {"shape": (256, 1, 2)}, "examples": {"images": torch.zeros(1, 256, 1, 2), "labels": LABELS[:1]}},
     {
         "data": ABOUT | {"shape": [1, 4096, 1]},
         "examples": {"images": IMAGES.new_zeros(1, 1, 4096, 1), "labels": -LABELS[:1]},
     },
     {"model": {"x" * 500: IMAGES}, "usage": torch.zeros(1, 7)},
-    {"examples": {"images": IMAGES, "labels": LABELS - 1}, "data": ABOUT | {"fingerprint": {"validation": "0"}}},
+    {
+        "examples": {"images": IMAGES, "labels": LABELS - 1},
+        "data": ABOUT | {"fingerprint": {"test": "0"}, "variance": 1e-30},
+    },
     {"posterior": {"means": MEANS[:1].repeat(2**16, 1), "labels": LABELS[:1].repeat(2**16) - 1}},
     with_optimizer(param_groups=[{"params": [0, 1], "betas": (0.9, 1), "fused": None, "amsgrad": False, "name": "x"}]),
 ]
