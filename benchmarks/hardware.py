@@ -8,9 +8,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-# variables that hold torch, oneDNN and MKL to fewer instructions than the CPU has
+# variables that torch, oneDNN and MKL read
 HELD = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
@@ -31,12 +29,17 @@ def describe(device: str = "cpu", *, versions: bool = True) -> str:
 def instructions() -> str:
     """`AVX2`, `AVX-512 with bf16 and AMX`, or on a restricted CPU `AVX2, emulated (ONEDNN_MAX_CPU_ISA=AVX2)`."""
     widest = torch.backends.cpu.get_cpu_capability().replace("AVX512", "AVX-512")
-    if held := [f"{name}={os.environ[name]}" for name in HELD if name in os.environ]:
-        return f"{widest}, emulated ({' '.join(held)})"
+    if restricted():
+        return f"{widest}, emulated ({' '.join(restricted())})"
     has = getattr(torch.cpu, "get_capabilities", dict)()  # earlier versions do not tell
     units = {"bf16": ("avx512_bf16", "bf16"), "AMX": ("amx_bf16",)}
     present = [unit for unit, names in units.items() if any(has.get(name) for name in names)]
     return widest + (f" with {' and '.join(present)}" if present else "")
+
+
+def restricted() -> list[str]:
+    """The variables, with their values, that hold this process to fewer instructions than the CPU has."""
+    return [f"{name}={os.environ[name]}" for name in HELD if name in os.environ]
 
 
 def commit(name: str = "HEAD") -> str:

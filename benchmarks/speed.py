@@ -34,7 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from contest import Contestant, compete, fresh_process, interleaved, seconds
-from hardware import ROOT, describe
+from hardware import ROOT, describe, restricted
 from memory import memory_of
 from peers import BATCH, DIM, QUANTIZERS, SHAPE, need_peers, our_step, ours, plan_of, training_step
 from race import race
@@ -68,7 +68,8 @@ def peak(kind: str, dtype: torch.dtype, device: torch.device) -> Contestant:
 
 def precisions(device: torch.device) -> dict[str, torch.dtype]:
     """The precisions that a device has instructions for."""
-    return {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if device.type == "cuda" or computes_bf16() else {})
+    has_bf16 = device.type == "cuda" or computes_bf16() and not restricted()
+    return {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_bf16 else {})
 
 
 def training(device: torch.device, steps: int) -> dict:

@@ -417,6 +417,15 @@ def test_the_instructions_of_a_cpu_say_if_they_are_emulated(benchmark, monkeypat
     assert hardware.instructions() == "AVX-512, emulated (ONEDNN_MAX_CPU_ISA=AVX2)"
 
 
+@pytest.mark.parametrize("restricted", [True, False])
+def test_bf16_is_timed_only_with_instructions_that_the_process_may_use(benchmark, monkeypatch, restricted):
+    pytest.importorskip("vector_quantize_pytorch")
+    speed, cpu = benchmark("speed"), torch.device("cpu")
+    monkeypatch.setattr(speed, "computes_bf16", lambda: True)
+    monkeypatch.setattr(speed, "restricted", lambda: ["ONEDNN_MAX_CPU_ISA=AVX2"] if restricted else [])
+    assert list(speed.precisions(cpu)) == (["fp32"] if restricted else ["fp32", "bf16"])
+
+
 def test_the_speeds_of_a_machine_replace_no_others(benchmark):
     speed, path = benchmark("speed"), Path("speed.json")
     speed.write_entry(path, "a CPU", {"ms": 1})
