@@ -68,7 +68,7 @@ def peak(kind: str, dtype: torch.dtype, device: torch.device) -> Contestant:
 
 def precisions(device: torch.device) -> dict[str, torch.dtype]:
     """The precisions that a device has instructions for."""
-    has_bf16 = device.type == "cuda" or computes_bf16() and not restricted()
+    has_bf16 = device.type == "cuda" or (computes_bf16() and not restricted())
     return {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_bf16 else {})
 
 
