@@ -88,6 +88,25 @@ def test_a_resumed_run_drops_what_was_logged_after_its_checkpoint(tmp_path):
     assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("ending", "kept"),
+    [
+        ([("epoch", 2), ("test", 1)], [("epoch", 2)]),  # killed after the evaluation of best.pt
+        ([("epoch", 2), ("test", 1), ("test", 2)], None),
+        ([("epoch", 1), ("test", 1)], None),  # it went on, and logged nothing at its new checkpoint
+        ([("epoch", 2), ("test", 2)], None),
+    ],
+)
+def test_an_end_that_was_killed_leaves_no_evaluation_to_be_repeated(tmp_path, ending, kept):
+    start(tmp_path / "run").close()
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text("".join(f'{{"kind": "{kind}", "step": {step}}}\n' for kind, step in ending))
+    run = Run(tmp_path / "run", FACTS)
+    run.start(checkpoint.read(tmp_path / "run"))
+    run.close()
+    assert [(row["kind"], row["step"]) for row in rows(tmp_path / "run")] == (kept or ending)
+
+
 def test_a_folder_that_contains_a_run_is_refused_and_unchanged(tmp_path):
     start(tmp_path / "run").close()
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}

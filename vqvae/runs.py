@@ -358,8 +358,11 @@ class Run:
     def _drop_metrics_after(self, step: int) -> None:
         path = self.folder / LOG
         if path.exists():
-            kept = (row for row in read_metrics(path) if row["step"] <= step)
-            write_text(path, "".join(f"{json.dumps(row)}\n" for row in kept))
+            rows = [row for row in read_metrics(path) if row["step"] <= step]
+            # a run that was killed at its end has evaluated best.pt only, which it will do again
+            if len(rows) > 1 and rows[-1]["kind"] == "test" and rows[-1]["step"] < step == rows[-2]["step"]:
+                rows.pop()
+            write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 class NullRun(Run):
