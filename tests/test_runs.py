@@ -88,23 +88,18 @@ def test_a_resumed_run_drops_what_was_logged_after_its_checkpoint(tmp_path):
     assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    ("ending", "kept"),
-    [
-        ([("epoch", 2), ("test", 1)], [("epoch", 2)]),  # killed after the evaluation of best.pt
-        ([("epoch", 2), ("test", 1), ("test", 2)], None),
-        ([("epoch", 1), ("test", 1)], None),  # it went on, and logged nothing at its new checkpoint
-        ([("epoch", 2), ("test", 2)], None),
-    ],
-)
-def test_an_end_that_was_killed_leaves_no_evaluation_to_be_repeated(tmp_path, ending, kept):
+@pytest.mark.parametrize("evaluated", [[], [("test", 1)], [("test", 1), ("test", 2)]])
+@pytest.mark.parametrize("at_end", [True, False])
+def test_a_run_killed_at_its_end_drops_the_evaluations_that_it_repeats(tmp_path, evaluated, at_end):
     start(tmp_path / "run").close()
-    log = tmp_path / "run" / "metrics.jsonl"
-    log.write_text("".join(f'{{"kind": "{kind}", "step": {step}}}\n' for kind, step in ending))
+    before = [("test", 1), ("epoch", 2)]
+    lines = (f'{{"kind": "{kind}", "step": {step}}}\n' for kind, step in before + evaluated)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines))
     run = Run(tmp_path / "run", FACTS)
-    run.start(checkpoint.read(tmp_path / "run"))
+    run.start(checkpoint.read(tmp_path / "run"), at_end=at_end)
     run.close()
-    assert [(row["kind"], row["step"]) for row in rows(tmp_path / "run")] == (kept or ending)
+    kept = before if at_end else before + evaluated
+    assert [(row["kind"], row["step"]) for row in rows(tmp_path / "run")] == kept
 
 
 def test_a_folder_that_contains_a_run_is_refused_and_unchanged(tmp_path):

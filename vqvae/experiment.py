@@ -166,7 +166,7 @@ def _train(
     with contextlib.closing(run):
         log_images = image_logger(stage, drawing, run, images_folder, plan.device)
         if resumed and distributed.on_first(lambda: lacks_evaluation(resumed, folder, plan, stage)):
-            run.start(resumed)
+            run.start(resumed, at_end=True)
             on_start()
             results: dict[str, float] | None = {}
         else:

@@ -219,11 +219,12 @@ class Run:
         self.board: Any = None  # TensorBoard's writer, from `start` to `close`
         self.step = 0  # of the last metrics
 
-    def start(self, resumed: dict[str, Any] | None = None) -> bool:
+    def start(self, resumed: dict[str, Any] | None = None, *, at_end: bool = False) -> bool:
         """Open the run's files. A new run replaces those of a run that never saved.
 
         A run that is resumed from the content of a checkpoint drops the metrics after its step, and a best model of
-        steps that it will take again. Returns False if the best model so far is lost.
+        steps that it will take again. `at_end`: it was killed at its end, and its evaluations start again, too. Returns
+        False if the best model so far is lost.
         """
         if self.lock is None:
             self.lock = Lock()
@@ -237,7 +238,7 @@ class Run:
         best_is_there = True
         if resumed:
             self.step = resumed["step"]
-            self._drop_metrics_after(self.step)
+            self._drop_metrics_after(self.step, at_end)
             best_is_there = self.repair_best(resumed)
             if not best_is_there:
                 (self.folder / BEST).unlink(missing_ok=True)  # of steps that are taken again
@@ -355,12 +356,11 @@ class Run:
             with contextlib.suppress(OSError):
                 path.unlink()
 
-    def _drop_metrics_after(self, step: int) -> None:
+    def _drop_metrics_after(self, step: int, at_end: bool) -> None:
         path = self.folder / LOG
         if path.exists():
             rows = [row for row in read_metrics(path) if row["step"] <= step]
-            # a run that was killed at its end has evaluated best.pt only, which it will do again
-            if len(rows) > 1 and rows[-1]["kind"] == "test" and rows[-1]["step"] < step == rows[-2]["step"]:
+            while at_end and rows and rows[-1]["kind"] == "test":
                 rows.pop()
             write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
@@ -371,7 +371,7 @@ class NullRun(Run):
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def start(self, resumed: dict[str, Any] | None = None) -> bool:
+    def start(self, resumed: dict[str, Any] | None = None, *, at_end: bool = False) -> bool:
         return True
 
     def log(
