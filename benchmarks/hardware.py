@@ -29,8 +29,8 @@ def describe(device: str = "cpu", *, versions: bool = True) -> str:
 def instructions() -> str:
     """`AVX2`, `AVX-512 with bf16 and AMX`, or on a restricted CPU `AVX2, emulated (ONEDNN_MAX_CPU_ISA=AVX2)`."""
     widest = torch.backends.cpu.get_cpu_capability().replace("AVX512", "AVX-512")
-    if restricted():
-        return f"{widest}, emulated ({' '.join(restricted())})"
+    if held := restricted():
+        return f"{widest}, emulated ({' '.join(held)})"
     has = getattr(torch.cpu, "get_capabilities", dict)()  # earlier versions do not tell
     units = {"bf16": ("avx512_bf16", "bf16"), "AMX": ("amx_bf16",)}
     present = [unit for unit, names in units.items() if any(has.get(name) for name in names)]

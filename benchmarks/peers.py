@@ -78,9 +78,9 @@ class PeerQuantizer(nn.Module):
 def plain_decoder(nets: Sonnet) -> nn.Module:
     """Our decoder, with PyTorch's own transposed convolution as its last layer."""
     decoder = nets.decoder(DIM, SHAPE[0])
-    ours = decoder[-1]
-    decoder[-1] = nn.ConvTranspose2d(ours.in_channels, ours.out_channels, 4, stride=2, padding=1)
-    decoder[-1].load_state_dict(ours.state_dict())
+    last = decoder[-1]
+    decoder[-1] = nn.ConvTranspose2d(last.in_channels, last.out_channels, 4, stride=2, padding=1)
+    decoder[-1].load_state_dict(last.state_dict())
     return decoder
 
 

@@ -185,7 +185,7 @@ def test_a_damaged_index_is_listed_by_its_name_and_removed(capsys):
 
 USER = """
 import sys
-from vqvae.data import cache_files, load
+from vqvae.data import load
 data = load("npz", data_dir="a.npz", image_size=8)
 print("mapped", flush=True)
 sys.stdin.read()

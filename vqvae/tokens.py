@@ -36,6 +36,7 @@ from vqvae.progress import images_bar
 from vqvae.registry import Choice, Size, resolve
 
 FIELDS = ("codes", "num_codes", "grid", "image_shape", "files", "model")
+ABOUT = {"model": ("U", 0), "num_codes": ("iu", 0), "grid": ("iu", 1), "image_shape": ("iu", 1)}  # type, dimensions
 COLORS = {1: "gray", 3: "RGB"}  # what an image file can store, by number of channels
 ALWAYS_DECODED = 1_000_000  # images that a file of any size may contain; larger files contain up to one per byte
 NOT_ON_WINDOWS = re.compile(
@@ -382,9 +383,6 @@ def find_files(files: str | Path | Sequence[str | Path]) -> list[Path]:
         first = SHARD.sub(f"-{min(missing, default=0):05}-of-{max(counts):05}.npz", str(found[0][0]))
         raise UserError(f"{first}: this shard is {'missing' if missing else 'given twice'}; encode again with resume")
     return sorted(paths, key=lambda path: path.name)
-
-
-ABOUT = {"model": ("U", 0), "num_codes": ("iu", 0), "grid": ("iu", 1), "image_shape": ("iu", 1)}  # type, dimensions
 
 
 def _content(path: Path) -> dict[str, np.ndarray]:
